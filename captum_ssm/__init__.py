@@ -1,0 +1,29 @@
+"""Exact attention and relevance for recurrent language models, as Captum attribution methods."""
+
+from captum_ssm import adapters as adapters
+from captum_ssm import models
+from captum_ssm.attr import (
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRollout,
+    LayerImplicitAttention,
+    RawImplicitAttention,
+)
+from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
+from captum_ssm.registry import register, supported, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FidelityError",
+    "ImplicitAttentionAttribution",
+    "ImplicitAttentionRollout",
+    "InvalidInputError",
+    "LayerImplicitAttention",
+    "ModelStateError",
+    "RawImplicitAttention",
+    "UnsupportedModelError",
+    "models",
+    "register",
+    "supported",
+    "unregister",
+]

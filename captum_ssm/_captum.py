@@ -1,0 +1,35 @@
+"""The only imports of Captum's private helpers, and the types they lack.
+
+``_run_forward`` and its neighbours have kept their place and meaning in Captum 0.7 to 0.9.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from captum._utils.common import (
+    _format_additional_forward_args as format_additional_forward_args,
+)
+from captum._utils.common import _format_output as format_output
+from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
+from captum._utils.common import _is_tuple as is_tuple
+from captum._utils.common import _select_targets as select_targets
+from captum.attr import GradientAttribution, LayerAttribution
+from captum.log import log_usage as _log_usage
+
+__all__ = [
+    "GradientAttribution",
+    "LayerAttribution",
+    "format_additional_forward_args",
+    "format_output",
+    "format_tensor_into_tuples",
+    "is_tuple",
+    "log_usage",
+    "select_targets",
+]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def log_usage(method: Method) -> Method:
+    """Wrap an ``attribute`` method as Captum's do, so that ``attribute.__wrapped__`` exists."""
+    return _log_usage()(method)  # type: ignore[no-any-return]

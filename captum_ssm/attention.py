@@ -1,0 +1,154 @@
+"""Implicit attention matrices: the only code whose cost grows with L².
+
+A channelwise chain (the *core*) is one (L, L) matrix ``A^d`` for each channel. Almost all that is wanted
+of it is one form with two token-by-channel weights, ``C_ij = sum_d u_id A^d_ij v_jd``: with ``u = 1/D`` and
+``v = 1`` the mean over channels, with ``u = W_out^T g`` and ``v = W_in x`` the gradient times the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators import Chain, Operator
+
+Entrywise = Callable[[Tensor], Tensor]
+"""A function of each entry of each channel's matrix, such as ``torch.abs``."""
+
+_BLOCK = 2**21
+"""Entries of a block of columns: bounds the memory of everything below to some tens of megabytes."""
+
+_CHANNELS = 32
+"""Fewest channels of a block: with fewer, the many small products cost more than they save."""
+
+
+class TokenMatrix(Protocol):
+    """A matrix between tokens, (B, L, L), given by its products."""
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s`` for ``s`` (B, L)."""
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r`` for ``r`` (B, L)."""
+
+
+@dataclass(frozen=True)
+class ExplicitAttention:
+    """A token matrix whose entries are at hand.
+
+    Args:
+        matrix: (B, L, L); row i is the query, column j the key.
+    """
+
+    matrix: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s``. Cost: O(L²)."""
+        return torch.einsum("bij,bj->bi", self.matrix, s)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r``. Cost: O(L²)."""
+        return torch.einsum("bij,bi->bj", self.matrix, r)
+
+
+@dataclass(frozen=True)
+class ImplicitAttention:
+    """The token matrix ``C_ij = sum_d u_id A^d_ij v_jd``, known by its products.
+
+    Args:
+        core: Channelwise operator, ``A^d`` for each channel d.
+        u: Output-side weights (B, L, D).
+        v: Input-side weights (B, L, D).
+    """
+
+    core: Operator
+    u: Tensor
+    v: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s`` for ``s`` (B, L): one pass of the core. Cost: O(L·D·N), no (L, L) matrix."""
+        return (self.u * self.core.apply(self.v * s.unsqueeze(-1))).sum(-1)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r`` for ``r`` (B, L): one pass of the transposed core. Cost: O(L·D·N)."""
+        return (self.v * self.core.adjoint(self.u * r.unsqueeze(-1))).sum(-1)
+
+    def dense(self, entrywise: Entrywise | None = None) -> Tensor:
+        """Return ``sum_d f(u_id A^d_ij v_jd)``.
+
+        Args:
+            entrywise: f, applied to every channel's entries before the sum; None is the identity.
+
+        Returns:
+            (B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
+        """
+        B, L, _ = self.u.shape
+        fused = self.u.new_zeros(B, L, L)
+        for tokens, channels in _blocks(self.u):
+            entries = self.u[..., channels] * _columns(self.core.channels(channels), self.v, tokens, channels)
+            entries = entries if entrywise is None else entrywise(entries)
+            fused[:, :, tokens] += entries.sum(-1).permute(1, 2, 0)
+        return fused
+
+    def lengths(self, output: Chain) -> Tensor:
+        """Return the length of what each token contributes to each other, ``|output(A_ij v_j)|``.
+
+        Args:
+            output: What follows the core, from channels to the model's width.
+
+        Returns:
+            (B, L, L) of Euclidean lengths. ``u`` is not used. Cost: O(L²·D·(N + E)) time, O(L²) memory.
+
+        Source:
+            Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, there for softmax attention.
+        """
+        B, L, D = self.v.shape
+        fused = self.v.new_zeros(B, L, L)
+        for tokens, channels in _blocks(self.v, channels=D):
+            vectors = output.apply(_columns(self.core, self.v, tokens, channels))
+            fused[:, :, tokens] = vectors.norm(dim=-1).permute(1, 2, 0)
+        return fused
+
+
+def dense(core: Operator, like: Tensor) -> Tensor:
+    """Return the core's matrix of every channel, from its products alone.
+
+    Args:
+        core: Channelwise operator.
+        like: Any tensor (B, L, D) of the shape, type and device of the core's input.
+
+    Returns:
+        (B, D, L, L): the matrix of channel d in row i (query) and column j (key). Cost: O(L²·D·N) time and
+        B·D·L² numbers of memory; :meth:`ImplicitAttention.dense` fuses the channels without holding them.
+    """
+    B, L, D = like.shape
+    matrices = like.new_empty(B, D, L, L)
+    one = like.new_ones(1, 1, 1).expand(B, L, D)
+    for tokens, channels in _blocks(like):
+        columns = _columns(core.channels(channels), one, tokens, channels)
+        matrices[:, channels, :, tokens] = columns.permute(1, 3, 2, 0)
+    return matrices
+
+
+def _blocks(like: Tensor, channels: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Cut (tokens, channels) into blocks of columns that fit the memory bound."""
+    B, L, D = like.shape
+    width = channels or min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
+    count = min(L, max(1, _BLOCK // (B * L * width)))
+    for d in range(0, D, width):
+        for j in range(0, L, count):
+            yield slice(j, min(j + count, L)), slice(d, min(d + width, D))
+
+
+def _columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> Tensor:
+    """Return ``A^d_ij v_jd`` for j in ``tokens`` and d in ``channels``, shape (J, B, L, channels)."""
+    keys = v[:, tokens, channels]
+    count = keys.shape[1]
+    one_hot = v.new_zeros(count, v.shape[0], v.shape[1], keys.shape[2])
+    number = torch.arange(count, device=v.device)
+    one_hot[number, :, tokens.start + number] = keys.transpose(0, 1)
+    return core.apply(one_hot)

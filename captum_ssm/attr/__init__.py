@@ -1,0 +1,13 @@
+"""The attribution methods, as Captum ``Attribution`` classes; one file each."""
+
+from captum_ssm.attr.attribution import ImplicitAttentionAttribution
+from captum_ssm.attr.layer import LayerImplicitAttention
+from captum_ssm.attr.raw import RawImplicitAttention
+from captum_ssm.attr.rollout import ImplicitAttentionRollout
+
+__all__ = [
+    "ImplicitAttentionAttribution",
+    "ImplicitAttentionRollout",
+    "LayerImplicitAttention",
+    "RawImplicitAttention",
+]

@@ -1,0 +1,385 @@
+"""What all attribution methods share: the constructor, the call, and the walk from model to scores."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from captum_ssm._captum import (
+    GradientAttribution,
+    format_additional_forward_args,
+    format_output,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    select_targets,
+)
+from captum_ssm.attention import TokenMatrix
+from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.fidelity import Decomposition, decompose
+from captum_ssm.operators import Chain
+from captum_ssm.readout import scores
+from captum_ssm.registry import find_mixers
+from captum_ssm.structure import refuse_unknown_mixers
+
+Attention = Literal["unified", "scan"]
+"""Which matrices: of the whole layer between its projections, or of its recurrence alone."""
+
+Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer, cut into what follows the attention, the attention, and what enters it.
+
+    Args:
+        name: Dotted name of the layer in the model.
+        output: From the attention's channels to the model's width, a tokenwise chain.
+        core: The attention of every channel, a channelwise chain.
+        v: What enters the core, (B, L, D); 0 at padding.
+        real: 1 at real tokens and 0 at padding, (B, L, 1).
+        gradient: Of the explained score with respect to the layer's output, (B, L, E), or None.
+    """
+
+    name: str
+    output: Chain
+    core: Chain
+    v: Tensor
+    real: Tensor
+    gradient: Tensor | None
+
+    @property
+    def u(self) -> Tensor:
+        """Gradient of the score with respect to the core's output, (B, L, D)."""
+        if self.gradient is None:
+            raise ValueError("This layer was recorded without a gradient.")
+        return self.output.adjoint(self.gradient)
+
+
+def view(
+    layer: Decomposition, attention: Attention, without: Sequence[str], gradient: Tensor | None = None
+) -> LayerView:
+    """Cut a decomposed layer as the caller wants to see it.
+
+    Args:
+        layer: The decomposed call.
+        attention: ``"unified"`` takes all between the projections as the core, ``"scan"`` the recurrence alone
+            and without its skip (Ali et al. 2024).
+        without: Names of factors or terms to leave out of the core.
+        gradient: As in :class:`LayerView`.
+    """
+    output, core, into = layer.chain.split("scan" if attention == "scan" else None)
+    if attention == "scan":
+        core = core.without(*(term for term in core.terms if term == "skip"))
+    core = core.without(*(term for term in without if term in core.terms))
+    mask = layer.chain.factors.get("mask")
+    real = layer.x.new_ones(layer.x.shape[:2]).unsqueeze(-1)
+    real = real if mask is None else mask.apply(real)
+    return LayerView(layer.name, output, core, into.apply(layer.x, bias=True) * real, real, gradient)
+
+
+class ImplicitAttentionMethod(GradientAttribution):
+    """Explain a score by the implicit attention of a model's gated-linear layers.
+
+    Every method takes the same constructor and the same :meth:`attribute`; they differ in how a layer becomes
+    one matrix between tokens, and how the matrices become scores.
+
+    Args:
+        forward_func: A transformers model as it is, any other ``torch.nn.Module``, or any callable that
+            returns what Captum expects: one score for each example, or a tensor that ``target`` selects from.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
+        attention: ``"unified"``: the whole layer between its projections (Zimerman et al. 2025). ``"scan"``:
+            the recurrence alone (Ali et al. 2024).
+        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``.
+        tolerance: Allowed relative error of the decomposition; None chooses by the model's type
+            (:data:`captum_ssm.fidelity.TOLERANCE`).
+
+    Attributes:
+        fidelity: After a call, the relative error of every layer's decomposition by layer name.
+
+    Raises:
+        InvalidInputError: If ``forward_func`` is not a module and no ``model`` is given, or an option is unknown.
+        UnsupportedModelError: If the model has no supported layer.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from captum_ssm import ImplicitAttentionAttribution, models
+        >>> model = AutoModelForCausalLM.from_pretrained(models.REVIEWS)
+        >>> tokenizer = AutoTokenizer.from_pretrained(models.REVIEWS)
+        >>> ids = tokenizer("a gorgeous, witty film", return_tensors="pt").input_ids
+        >>> target = tokenizer.convert_tokens_to_ids("positive")
+        >>> scores = ImplicitAttentionAttribution(model).attribute(ids, target=target)
+        >>> scores.shape == ids.shape
+        True
+    """
+
+    gradient_at: Literal["every layer", "last layer"] = "every layer"
+    """Where the gradient of the score is needed; at the last layer it tells which positions are explained."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        attention: Attention = "unified",
+        without: Sequence[str] = (),
+        tolerance: float | None = None,
+    ) -> None:
+        super().__init__(forward_func)
+        if attention not in ("unified", "scan"):
+            raise InvalidInputError(f"attention must be 'unified' or 'scan', not {attention!r}.")
+        self._model = model
+        self.attention: Attention = attention
+        self.without = (without,) if isinstance(without, str) else tuple(without)
+        self.tolerance = tolerance
+        self.fidelity: dict[str, float] = {}
+        find_mixers(self.model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose layers are explained, read when it is needed."""
+        if self._model is not None:
+            return self._model
+        if isinstance(self.forward_func, nn.Module):
+            return self.forward_func
+        raise InvalidInputError(
+            "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
+            f"{type(self).__name__}(forward_func, model=model)."
+        )
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        query: int | Tensor | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """Return one score for each token.
+
+        Args:
+            inputs: Token ids (B, L), or embeddings (B, L, E), or a tuple of one such tensor.
+            target: What to explain, in any form that Captum takes. For a transformers model an int is a
+                vocabulary entry, read at the last real token, or a class of a classifier.
+            additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
+                (B, L), 0 at padding.
+            query: The explained positions: a position, a position for each example (B,), or weights (B, L).
+                None reads them off the target: where the score depends on the last layer's output.
+            show_progress: Show a progress bar if the call takes more than two seconds.
+
+        Returns:
+            Scores (B, L) for token ids, 0 at padding. For embeddings (B, L, E): the method knows tokens, not
+            their components, so each component carries an equal share and the sum over E is the token's
+            score. A tuple if ``inputs`` is one. In the units of the method, see the class.
+
+        Raises:
+            AssertionError: If ``target`` does not fit the output.
+            InvalidInputError: If the inputs are empty, out of range or of the wrong kind.
+            ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
+            UnsupportedModelError: If the model has no supported layer, or another that mixes tokens.
+            FidelityError: If a layer's decomposition misses the layer's real output.
+        """
+        was_tuple = is_tuple(inputs)
+        formatted = format_tensor_into_tuples(inputs)
+        if len(formatted) != 1:
+            raise InvalidInputError(
+                f"One tensor of tokens is explained, but inputs has {len(formatted)}. Pass the others as "
+                "additional_forward_args."
+            )
+        with torch.inference_mode(False):
+            tokens = formatted[0].detach()
+            tokens = tokens.clone() if tokens.is_inference() else tokens
+            per_token = self._attribute(tokens, target, additional_forward_args, query, show_progress)
+        if tokens.is_floating_point():
+            width = tokens.shape[-1]
+            per_token = (per_token / width).to(tokens.dtype).unsqueeze(-1).repeat(1, 1, width)
+        return format_output(was_tuple, (per_token.detach().contiguous(),))
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: forward functions that return futures have no gradient.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
+
+    @abstractmethod
+    def _matrix(self, layer: LayerView) -> TokenMatrix:
+        """Return the layer's matrix between tokens."""
+
+    @abstractmethod
+    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
+        """Return scores (B, L) from the matrices, the last layer first, and the explained positions."""
+
+    def _attribute(
+        self, inputs: Tensor, target: Target, additional_forward_args: Any, query: int | Tensor | None, progress: bool
+    ) -> Tensor:
+        model = self.model
+        refuse_bad_state(model)
+        refuse_bad_inputs(model, inputs)
+        args = format_additional_forward_args(additional_forward_args) or ()
+        refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args))
+        with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
+            with torch.enable_grad(), record_mixers(model, seen=advance) as calls:
+                output = scores(self.forward_func, inputs, *args)
+                score = self._select(output, target)
+                gradients = self._gradients(score, calls)
+            positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
+            self.fidelity = {}
+            with torch.no_grad():
+                return self._aggregate(self._matrices(calls, gradients, advance), positions)
+
+    def _matrices(
+        self, calls: list[MixerCall], gradients: list[Tensor | None], advance: Callable[[], object]
+    ) -> Iterator[TokenMatrix]:
+        """Decompose, check and fuse the layers, the last one first."""
+        known: set[str] = set()
+        layers = []
+        for call in calls:
+            layer = decompose(call, self.tolerance)
+            self.fidelity[layer.name] = max(layer.error, self.fidelity.get(layer.name, 0.0))
+            known.update(layer.chain.terms)
+            layers.append(layer)
+        refuse_unknown_terms(self.without, known)
+        for layer, gradient in zip(reversed(layers), reversed(gradients)):
+            yield self._matrix(view(layer, self.attention, self.without, gradient))
+            advance()
+
+    def _select(self, output: Tensor, target: Target) -> Tensor:
+        """Return the explained score of each example, (B,), as Captum selects it."""
+        assert isinstance(output, Tensor), (
+            f"forward_func must return a tensor, not {type(output).__name__}; return its logits, for example."
+        )
+        try:
+            score = select_targets(output, target)
+        except (IndexError, RuntimeError) as error:
+            raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
+        one_each = score.dim() == 0 or score[0].numel() == 1
+        assert one_each or (target is None and self.gradient_at == "last layer"), (
+            f"Target not provided when necessary: the output has shape {tuple(output.shape)}, so a target must "
+            "select one score for each example."
+        )
+        if not bool(score.isfinite().all()):
+            raise ModelStateError(
+                "The explained score is NaN or infinite. Check the model's weights and the inputs for NaN or "
+                "infinity, or run the model in a wider floating-point type."
+            )
+        return score
+
+    def _gradients(self, score: Tensor, calls: list[MixerCall]) -> list[Tensor | None]:
+        """Return the gradient of the score at each mixer's output, or None where it is not needed."""
+        outputs = [call.y for call in calls]
+        if self.gradient_at == "last layer":
+            outputs = outputs[-1:]
+        if not outputs or not score.requires_grad:
+            raise InvalidInputError(
+                "The explained score does not depend on any supported layer of the model. Check that forward_func "
+                "runs this model, with gradients enabled, and that the target is read from its output."
+            )
+        gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
+        found = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, gradients)]
+        found = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
+        return [*[None] * (len(calls) - len(found)), *found]
+
+
+def refuse_bad_state(model: nn.Module) -> None:
+    """Raise if a module of the model is in training mode (the root may be: a fresh wrapper is).
+
+    Raises:
+        ModelStateError: If dropout or a fused training kernel could be active.
+    """
+    training = [name for name, module in model.named_modules() if module.training and (name or not any(model.children()))]
+    if training:
+        raise ModelStateError(
+            f"The model is in training mode (layer '{training[0]}'), so its outputs may be random or come from another "
+            "kernel. Call model.eval() first."
+        )
+
+
+def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
+    """Raise if the inputs are empty, of the wrong kind, or name tokens that the model does not have.
+
+    Raises:
+        InvalidInputError: In each of these cases.
+    """
+    expected = "(batch, tokens, width)" if inputs.is_floating_point() else "(batch, tokens)"
+    if inputs.dim() < 2 or (inputs.dim() != 2 and not inputs.is_floating_point()):
+        raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
+    if inputs.numel() == 0:
+        raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
+    if inputs.is_floating_point():
+        if not bool(inputs.isfinite().all()):
+            raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
+        return
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embedding, "num_embeddings", None)
+    low, high = int(inputs.min()), int(inputs.max())
+    if low < 0 or (size is not None and high >= size):
+        raise InvalidInputError(
+            f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}. "
+            "Does the tokenizer belong to this model?"
+        )
+
+
+def refuse_unknown_terms(without: Sequence[str], known: set[str]) -> None:
+    """Raise if an option names a factor that no layer of the model has.
+
+    Raises:
+        InvalidInputError: With the names that the model's layers have.
+    """
+    unknown = [term for term in without if term not in known]
+    if unknown:
+        raise InvalidInputError(f"No layer has a factor named {unknown[0]!r}; this model has {', '.join(sorted(known))}.")
+
+
+def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
+    """Return explained positions as weights (B, L).
+
+    Raises:
+        InvalidInputError: If a position lies outside the sequence or the shape does not fit.
+    """
+    shape = inputs.shape[:2]
+    query = torch.as_tensor(query, device=inputs.device)
+    if query.shape == shape and query.is_floating_point():
+        return query.to(torch.promote_types(query.dtype, torch.float32))
+    if query.is_floating_point() or query.dim() > 1 or (query.dim() == 1 and len(query) != shape[0]):
+        raise InvalidInputError(
+            f"query must be a position, one position for each of {shape[0]} examples, or weights of shape "
+            f"{tuple(shape)}; got {query.dtype} of shape {tuple(query.shape)}."
+        )
+    if not bool(((-shape[1] <= query) & (query < shape[1])).all()):
+        raise InvalidInputError(f"query {query.tolist()} lies outside the {shape[1]} tokens.")
+    position = (query % shape[1]).expand(shape[0])
+    return torch.nn.functional.one_hot(position, shape[1]).to(torch.float32)
+
+
+def _positions(gradient: Tensor | None) -> Tensor:
+    """Return the explained positions (B, L): the length of the gradient at each token, summing to 1."""
+    if gradient is None:
+        raise ValueError("The last layer was recorded without a gradient.")
+    length = gradient.norm(dim=-1)
+    total = length.sum(-1, keepdim=True)
+    if not bool((total > 0).all() & total.isfinite().all()):
+        raise ModelStateError(
+            "The gradient of the explained score at the last layer is zero, NaN or infinite, so no position can be "
+            "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
+        )
+    return length / total
+
+
+@contextmanager
+def progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[], object]]:
+    """Yield a function that advances a bar by one step; it appears only after two seconds."""
+    with tqdm(total=total, desc=name, unit="layer", delay=2, leave=False, disable=not show) as bar:
+        yield bar.update

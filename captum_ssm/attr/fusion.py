@@ -1,0 +1,44 @@
+"""How the matrices of a layer's channels become one."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, TokenMatrix
+from captum_ssm.attr.base import LayerView
+from captum_ssm.errors import InvalidInputError
+
+Fusion = Literal["absolute", "mean", "positive", "norm"]
+"""Fusion of the channels' matrices ``A^d`` into ``C``:
+
+* ``"absolute"``: ``C_ij = mean_d |A^d_ij|``, as published;
+* ``"mean"``: ``C_ij = mean_d A^d_ij``, signed, in linear time;
+* ``"positive"``: ``C_ij = mean_d max(A^d_ij, 0)``;
+* ``"norm"``: the Euclidean length of what token j adds to token i's output, ``|W_out (A_ij v_j)|``.
+"""
+
+
+def fuse(layer: LayerView, fusion: Fusion) -> TokenMatrix:
+    """Fuse the channels of a layer.
+
+    Raises:
+        InvalidInputError: If there is no such fusion.
+
+    Cost: O(L·D·N) for each product with ``"mean"``; else O(L²·D·N) once and O(L²) memory.
+    """
+    mean = layer.real.expand_as(layer.v) / layer.v.shape[-1]
+    attention = ImplicitAttention(layer.core, u=mean, v=layer.real.expand_as(layer.v))
+    match fusion:
+        case "mean":
+            return attention
+        case "absolute":
+            return ExplicitAttention(attention.dense(torch.abs))
+        case "positive":
+            return ExplicitAttention(attention.dense(torch.relu))
+        case "norm":
+            lengths = ImplicitAttention(layer.core, u=mean, v=layer.v).lengths(layer.output)
+            return ExplicitAttention(lengths * layer.real)
+        case _:
+            raise InvalidInputError(f"fusion must be one of {', '.join(get_args(Fusion))}, not {fusion!r}.")

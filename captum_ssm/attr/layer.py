@@ -1,0 +1,121 @@
+"""The attention matrices of one layer themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm._captum import LayerAttribution, format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, dense
+from captum_ssm.attr.base import Attention, refuse_bad_inputs, refuse_bad_state, refuse_unknown_terms, view
+from captum_ssm.attr.fusion import Fusion, fuse
+from captum_ssm.capture import record_mixers
+from captum_ssm.errors import InvalidInputError
+from captum_ssm.fidelity import decompose
+from captum_ssm.readout import scores
+from captum_ssm.registry import find_mixers
+
+
+class LayerImplicitAttention(LayerAttribution):
+    """The implicit attention of one layer: fused, or of every channel.
+
+    Args:
+        forward_func: The model, or a callable that runs it.
+        layer: The mixer: the module itself, its dotted name, or its number among the model's mixers (negative
+            counts from the last).
+        model: The model that holds the layer; needed if ``forward_func`` is not a module.
+        attention: ``"unified"`` or ``"scan"``, as in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
+        without: Factors or terms to leave out, likewise.
+        tolerance: Allowed relative error of the decomposition, likewise.
+
+    Raises:
+        InvalidInputError: If the layer is not one of the model's supported mixers.
+        UnsupportedModelError: If the model has no supported mixer.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | int,
+        model: nn.Module | None = None,
+        *,
+        attention: Attention = "unified",
+        without: Sequence[str] = (),
+        tolerance: float | None = None,
+    ) -> None:
+        if model is None and not isinstance(forward_func, nn.Module):
+            raise InvalidInputError(
+                "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
+                "LayerImplicitAttention(forward_func, layer, model=model)."
+            )
+        self.model = forward_func if model is None else model
+        self.layer_name = _find_layer(self.model, layer)
+        super().__init__(forward_func, self.model.get_submodule(self.layer_name))
+        self.attention: Attention = attention
+        self.without = (without,) if isinstance(without, str) else tuple(without)
+        self.tolerance = tolerance
+        self.fidelity: dict[str, float] = {}
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        additional_forward_args: Any = None,
+        *,
+        fusion: Fusion | None = "absolute",
+    ) -> Tensor:
+        """Return the layer's attention for these inputs.
+
+        Args:
+            inputs: Token ids (B, L) or embeddings (B, L, E).
+            additional_forward_args: For a transformers model its attention mask (B, L).
+            fusion: How the channels become one matrix, see :data:`~captum_ssm.attr.fusion.Fusion`; None keeps
+                the matrix of every channel.
+
+        Returns:
+            (B, L, L), or (B, D, L, L) with ``fusion=None``. Row i is the query (output token), column j the key
+            (source token); rows and columns of padding are 0. Cost: O(L²·D·N); B·D·L² numbers with
+            ``fusion=None``, else O(L²) memory.
+
+        Raises:
+            InvalidInputError: If the inputs are empty, out of range or of the wrong kind.
+            ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
+            FidelityError: If the layer's decomposition misses the layer's real output.
+        """
+        (tokens,) = format_tensor_into_tuples(inputs)
+        refuse_bad_state(self.model)
+        refuse_bad_inputs(self.model, tokens)
+        args = format_additional_forward_args(additional_forward_args) or ()
+        with torch.no_grad():
+            with record_mixers(self.model) as calls:
+                scores(self.forward_func, tokens, *args)
+            call = next((call for call in calls if call.name == self.layer_name), None)
+            if call is None:
+                raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
+            layer = decompose(call, self.tolerance)
+            self.fidelity = {layer.name: layer.error}
+            refuse_unknown_terms(self.without, set(layer.chain.terms))
+            cut = view(layer, self.attention, self.without)
+            if fusion is None:
+                real = cut.real[:, None]
+                return dense(cut.core, cut.v) * real * real.transpose(-1, -2)
+            matrix = fuse(cut, fusion)
+            if isinstance(matrix, ImplicitAttention):
+                return matrix.dense()
+            assert isinstance(matrix, ExplicitAttention)
+            return matrix.matrix
+
+
+def _find_layer(model: nn.Module, layer: nn.Module | str | int) -> str:
+    mixers = find_mixers(model)
+    names = list(mixers)
+    if isinstance(layer, int) and -len(names) <= layer < len(names):
+        return names[layer]
+    found = [name for name, mixer in mixers.items() if mixer is layer or name == layer]
+    if not found:
+        what = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+        raise InvalidInputError(f"{what} is not one of the model's {len(names)} mixers: {', '.join(names)}.")
+    return found[0]

@@ -1,0 +1,51 @@
+"""Attention rollout over the layers' implicit attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_ssm.aggregate import rollout
+from captum_ssm.attention import TokenMatrix
+from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
+from captum_ssm.attr.fusion import Fusion, fuse
+
+
+class ImplicitAttentionRollout(ImplicitAttentionMethod):
+    """Attention rollout: where the explained position's information comes from, over all layers.
+
+    Score of token j: row i of ``prod_l rownorm(I + C_l)`` at the explained position i. With any fusion but
+    ``"mean"`` the scores are shares: not negative, summing to 1. It depends on the target by its position
+    only; for a class or a word rather than a position see
+    :class:`~captum_ssm.ImplicitAttentionAttribution`.
+
+    Args:
+        forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
+        model: Likewise.
+        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`.
+        **options: ``attention``, ``without`` and ``tolerance``, likewise.
+
+    Source:
+        Abnar & Zuidema 2020 (arXiv 2005.00928); Zimerman, Ali & Wolf 2025 (arXiv 2405.16504).
+    """
+
+    gradient_at = "last layer"
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        fusion: Fusion = "absolute",
+        **options: Any,
+    ) -> None:
+        super().__init__(forward_func, model, **options)
+        self.fusion: Fusion = fusion
+
+    def _matrix(self, layer: LayerView) -> TokenMatrix:
+        return fuse(layer, self.fusion)
+
+    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
+        return rollout(matrices, query)
