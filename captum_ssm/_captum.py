@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from captum._utils.common import (
     _format_additional_forward_args as format_additional_forward_args,
@@ -12,9 +12,10 @@ from captum._utils.common import (
 from captum._utils.common import _format_output as format_output
 from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
 from captum._utils.common import _is_tuple as is_tuple
-from captum._utils.common import _select_targets as select_targets
+from captum._utils.common import _select_targets
 from captum.attr import GradientAttribution, LayerAttribution
 from captum.log import log_usage as _log_usage
+from torch import Tensor
 
 __all__ = [
     "GradientAttribution",
@@ -28,6 +29,11 @@ __all__ = [
 ]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def select_targets(output: Tensor, target: Any) -> Tensor:
+    """Return what ``target`` selects from the output, by Captum's rules."""
+    return cast(Tensor, _select_targets(output, target))
 
 
 def log_usage(method: Method) -> Method:

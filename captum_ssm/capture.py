@@ -103,4 +103,3 @@ def _holds_state(value: Any, mixer: nn.Module) -> bool:
     """Whether ``value`` is a cache, as transformers has them, with a state for this layer."""
     asks = getattr(value, "has_previous_state", None)
     return bool(callable(asks) and asks(getattr(mixer, "layer_idx", None)))
-

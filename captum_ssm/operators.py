@@ -353,7 +353,8 @@ class Scan(Operator):
         outputs = []
         for start in range(0, L, T):
             stop = min(start + T, L)
-            y, h = step(*(p.tokens(start, stop) for p in (a, b, c)), x[:, start:stop], h, self.lag)
+            at, bt, ct = (p.tokens(start, stop) for p in (a, b, c))
+            y, h = step(at, bt, ct, x[:, start:stop], h, self.lag)
             outputs.append(y)
         return torch.cat(outputs, dim=1)
 
@@ -366,7 +367,9 @@ def _by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) 
     """Run one chunk through all its states: best where few channels share a state's decay.
 
     Args:
-        a, b, c: (B or 1, T, H or 1, N or 1).
+        a: Decays (B or 1, T, H or 1, N or 1).
+        b: Weights of the input, likewise.
+        c: Weights of the state, likewise.
         x: (B, T, H, P).
         h: (B, H, N, P), the state before the chunk.
         lag: As in :class:`Scan`.
@@ -477,7 +480,7 @@ class Chain(Operator):
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return the product's output for ``x``; with ``bias`` all constant terms are carried through."""
-        for operator in reversed(self.factors.values()):
+        for operator in reversed(list(self.factors.values())):
             x = operator.apply(x, bias)
         return x
 
@@ -498,10 +501,13 @@ class Chain(Operator):
         for term in terms:
             if term not in self.terms:
                 raise ValueError(f"Nothing named {term!r} can be left out here; choose from {list(self.terms)}.")
-        return Chain({
-            name: operator.without(*(term for term in terms if term in operator.terms))
-            for name, operator in self.factors.items() if name not in terms
-        })
+        return Chain(
+            {
+                name: operator.without(*(term for term in terms if term in operator.terms))
+                for name, operator in self.factors.items()
+                if name not in terms
+            }
+        )
 
     def channels(self, index: Index) -> Chain:
         """Return the chain on these channels alone."""

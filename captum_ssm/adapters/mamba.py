@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_ssm.gates import inverse_rms, secant
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
@@ -14,7 +15,7 @@ from captum_ssm.registry import register
 
 
 @register("MambaMixer", "FalconMambaMixer")
-def mamba(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """S6: selective scan, one state of N for each channel.
 
     ``y = W_out diag(silu(z)) [S + diag(skip)] diag(act) M_conv W_in diag(mask) x + bias`` with
@@ -44,7 +45,7 @@ def mamba(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     pre = conv.apply(into.apply(real * x, bias=True), bias=True)
     act = real * secant(mixer.activation, pre)
 
-    low, b, c = F.linear(act * pre, weights["x_proj.weight"]).split(sizes, dim=-1)
+    low, b, c = torch.split(F.linear(act * pre, weights["x_proj.weight"]), sizes, dim=-1)
     if "Falcon" in type(mixer).__name__:
         low, b, c = (part * inverse_rms(part, mixer.rms_eps) for part in (low, b, c))
     delta = F.softplus(F.linear(low, weights["dt_proj.weight"], weights.get("dt_proj.bias")))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -299,7 +300,9 @@ def refuse_bad_state(model: nn.Module) -> None:
     Raises:
         ModelStateError: If dropout or a fused training kernel could be active.
     """
-    training = [name for name, module in model.named_modules() if module.training and (name or not any(model.children()))]
+    training = [
+        name for name, module in model.named_modules() if module.training and (name or not any(model.children()))
+    ]
     if training:
         raise ModelStateError(
             f"The model is in training mode (layer '{training[0]}'), so its outputs may be random or come from another "
@@ -322,13 +325,13 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
         return
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = getattr(embedding, "num_embeddings", None)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    size = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
     low, high = int(inputs.min()), int(inputs.max())
     if low < 0 or (size is not None and high >= size):
         raise InvalidInputError(
-            f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}. "
-            "Does the tokenizer belong to this model?"
+            f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}."
+            " Does the tokenizer belong to this model?"
         )
 
 
@@ -340,7 +343,9 @@ def refuse_unknown_terms(without: Sequence[str], known: set[str]) -> None:
     """
     unknown = [term for term in without if term not in known]
     if unknown:
-        raise InvalidInputError(f"No layer has a factor named {unknown[0]!r}; this model has {', '.join(sorted(known))}.")
+        raise InvalidInputError(
+            f"No layer has a factor named {unknown[0]!r}; this model has {', '.join(sorted(known))}."
+        )
 
 
 def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
@@ -361,7 +366,7 @@ def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     if not bool(((-shape[1] <= query) & (query < shape[1])).all()):
         raise InvalidInputError(f"query {query.tolist()} lies outside the {shape[1]} tokens.")
     position = (query % shape[1]).expand(shape[0])
-    return torch.nn.functional.one_hot(position, shape[1]).to(torch.float32)
+    return F.one_hot(position, shape[1]).to(torch.float32)
 
 
 def _positions(gradient: Tensor | None) -> Tensor:

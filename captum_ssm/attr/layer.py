@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class LayerImplicitAttention(LayerAttribution):
                 "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
                 "LayerImplicitAttention(forward_func, layer, model=model)."
             )
-        self.model = forward_func if model is None else model
+        self.model = cast(nn.Module, forward_func if model is None else model)
         self.layer_name = _find_layer(self.model, layer)
         super().__init__(forward_func, self.model.get_submodule(self.layer_name))
         self.attention: Attention = attention

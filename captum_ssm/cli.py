@@ -1,0 +1,279 @@
+"""The command line: ``captum-ssm explain "text"``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_ssm import (
+    FidelityError,
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRollout,
+    InvalidInputError,
+    ModelStateError,
+    RawImplicitAttention,
+    UnsupportedModelError,
+    __version__,
+    models,
+)
+from captum_ssm.attr.base import ImplicitAttentionMethod
+from captum_ssm.readout import scores
+from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal
+
+METHODS: dict[str, Callable[[Any, argparse.Namespace], ImplicitAttentionMethod]] = {
+    "attribution": lambda model, o: ImplicitAttentionAttribution(
+        model, rectify=None if o.rectify == "none" else o.rectify, attention=o.attention, without=o.without
+    ),
+    "rollout": lambda model, o: ImplicitAttentionRollout(
+        model, fusion=o.fusion, attention=o.attention, without=o.without
+    ),
+    "raw": lambda model, o: RawImplicitAttention(model, fusion=o.fusion, attention=o.attention, without=o.without),
+}
+
+
+class CommandError(Exception):
+    """What the user asked for cannot be done; the message says why and what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after an error that it has named."""
+    options = parser().parse_args(arguments)
+    try:
+        explain(options)
+    except (CommandError, FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError) as error:
+        print(f"captum-ssm: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(prog="captum-ssm", description=__import__("captum_ssm").__doc__)
+    top.add_argument("--version", action="version", version=f"captum-ssm {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("explain", help="colour a text by what its tokens contribute to a prediction")
+    command.add_argument("text", help="the text to explain")
+    command.add_argument(
+        "--model",
+        default=None,
+        metavar="PATH_OR_HUB_ID",
+        help="folder written by save_pretrained, or a name on the hub (default: the shipped model)",
+    )
+    command.add_argument(
+        "--target", default=None, help="token or class to explain, by name or number (default: the prediction)"
+    )
+    command.add_argument("--method", choices=sorted(METHODS), default="attribution", help="default: %(default)s")
+    command.add_argument(
+        "--rectify",
+        choices=["channel", "token", "none"],
+        default="none",
+        help="attribution: where negative contributions are dropped (default: %(default)s)",
+    )
+    command.add_argument(
+        "--fusion",
+        choices=["absolute", "mean", "positive", "norm"],
+        default="absolute",
+        help="rollout and raw: how channels become one matrix (default: %(default)s)",
+    )
+    command.add_argument(
+        "--attention",
+        choices=["unified", "scan"],
+        default="unified",
+        help="of the whole layer, or of its recurrence alone (default: %(default)s)",
+    )
+    command.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="FACTOR",
+        help="leave out factors of the attention: conv, act, gate, skip, ...",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16"],
+        default="float32",
+        help="floating-point type of the model (default: %(default)s)",
+    )
+    command.add_argument("--device", default="cpu", help="torch device to run on (default: %(default)s)")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
+    command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
+    return top
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Explain one text and show it.
+
+    Raises:
+        CommandError: If the model cannot be loaded, the text has no token or the target is unknown.
+    """
+    from rich.console import Console
+
+    reader = Reader.load(options.model or str(models.REVIEWS), options.dtype, options.device)
+    encoding = reader.encode(options.text)
+    with torch.no_grad():
+        logits = scores(reader.model, encoding.ids, encoding.mask)[0].float()
+    target = int(logits.argmax()) if options.target is None else reader.target(options.target, len(logits))
+
+    method = METHODS[options.method](reader.model, options)
+    relevance = method.attribute(encoding.ids, target, encoding.mask, show_progress=True)[0]
+
+    layer, error = max(method.fidelity.items(), key=lambda item: item[1])
+    facts = {
+        "prediction": reader.prediction(logits),
+        "explained": f"{reader.name(target)!r}, by {type(method).__name__} ({describe(options)})",
+        "exactness": f"largest relative error over {len(method.fidelity)} layers {error:.1e} ({layer})",
+        "model": reader.source,
+    }
+    title = f"Why {reader.name(target)!r}?"
+    passage = Passage.from_offsets(options.text, encoding.offsets, relevance, title, facts)
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(f"\n[bold]{_plain(title)}[/bold]\n")
+    console.print(text_terminal(passage))
+    console.print()
+    console.print(text_terminal(Passage(passage.legend)))
+    console.print()
+    for name, value in facts.items():
+        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}")
+    for path, write in ((options.html, _write_html), (options.png, _write_png)):
+        if path is not None:
+            write(passage, path)
+            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}")
+
+
+def describe(options: argparse.Namespace) -> str:
+    """Return the method's options in words."""
+    choice = f"rectify {options.rectify}" if options.method == "attribution" else f"{options.fusion} fusion"
+    left_out = f", without {', '.join(options.without)}" if options.without else ""
+    return f"{choice}, {options.attention} attention{left_out}"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A text as tokens: ids and mask (1, L), and where each token stands in the text."""
+
+    ids: Tensor
+    mask: Tensor
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A transformers model with its tokenizer, and the words for what it predicts.
+
+    Args:
+        model: A causal language model, or a classifier.
+        tokenizer: Its fast tokenizer.
+        source: Where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+    @classmethod
+    def load(cls, source: str, dtype: str, device: str) -> Reader:
+        """Load a model and its tokenizer from a folder or the hub.
+
+        Raises:
+            CommandError: If transformers is missing, or there is no such model.
+        """
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise CommandError("this needs transformers: pip install 'captum-ssm[cli]'") from error
+        logging.set_verbosity_error()
+        if source == str(models.REVIEWS):
+            logging.disable_progress_bar()
+        try:
+            names = AutoConfig.from_pretrained(source).architectures or []
+            classifies = any(name.endswith("ForSequenceClassification") for name in names)
+            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            model = auto.from_pretrained(source, dtype=getattr(torch, dtype)).eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"cannot load a model from {source!r}: {error}") from error
+        if not tokenizer.is_fast:
+            raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
+        shown = "the shipped movie-review Mamba" if source == str(models.REVIEWS) else source
+        return cls(model, tokenizer, f"{shown}, {type(model).__name__}")
+
+    def encode(self, text: str) -> Encoding:
+        """Cut the text into tokens.
+
+        Raises:
+            CommandError: If there is none.
+        """
+        encoding = self.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+        offsets = [(int(start), int(end)) for start, end in encoding["offset_mapping"][0]]
+        if not any(end > start for start, end in offsets):
+            raise CommandError("the text has no token to explain; pass at least one word.")
+        device = self.model.device
+        return Encoding(encoding["input_ids"].to(device), encoding["attention_mask"].to(device), offsets)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the scores are those of classes rather than of vocabulary entries."""
+        return type(self.model).__name__.endswith("ForSequenceClassification")
+
+    def name(self, target: int) -> str:
+        """Return the word for a class or a vocabulary entry."""
+        if self.classifies:
+            return str(self.model.config.id2label.get(target, target))
+        return str(self.tokenizer.decode([target]).strip() or self.tokenizer.convert_ids_to_tokens(target))
+
+    def target(self, wanted: str, count: int) -> int:
+        """Return the number of a class or a vocabulary entry from its name or number.
+
+        Raises:
+            CommandError: If there is none of that name, or the number is out of range.
+        """
+        if wanted.lstrip("-").isdigit():
+            if not 0 <= int(wanted) < count:
+                raise CommandError(f"target {wanted} is out of range; the model has {count} (0 to {count - 1}).")
+            return int(wanted)
+        if self.classifies:
+            labels = {str(label): number for number, label in self.model.config.id2label.items()}
+            if wanted not in labels:
+                raise CommandError(f"there is no class {wanted!r}; choose from {', '.join(labels)}.")
+            return labels[wanted]
+        candidates = [self.tokenizer.encode(form, add_special_tokens=False) for form in (f" {wanted}", wanted)]
+        single = [ids[0] for ids in candidates if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
+        if not single:
+            pieces = self.tokenizer.convert_ids_to_tokens(candidates[0])
+            raise CommandError(f"{wanted!r} is not one token of this model, but {pieces}; choose one of them.")
+        return single[0]
+
+    def prediction(self, logits: Tensor) -> str:
+        """Return the most probable outcomes in words."""
+        best = logits.softmax(-1).topk(min(3, len(logits)))
+        shown = [(self.name(int(k)), float(p)) for p, k in zip(*best)]
+        return ", ".join(f"{name!r} {p:.1%}" for k, (name, p) in enumerate(shown) if k == 0 or p >= 0.001)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _write_html(passage: Passage, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text_html(passage), encoding="utf-8")
+
+
+def _write_png(passage: Passage, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text_figure(passage).savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""A text whose pieces are coloured by their scores: in the terminal, as an HTML page, as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_COLORS = colormaps["RdBu"]
+_COLUMNS = 78
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a text.
+
+    Args:
+        text: As it is to be read.
+        score: Its score, or None for what has none to show (white space, tokens added by the tokenizer).
+    """
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text cut into pieces, and what there is to say about it.
+
+    Args:
+        pieces: In reading order; joined they are the text.
+        title: What the text is, such as the prediction.
+        facts: Name and value of what a reader needs to know beside it.
+    """
+
+    pieces: tuple[Piece, ...]
+    title: str = ""
+    facts: Mapping[str, str] | None = None
+
+    @classmethod
+    def from_offsets(
+        cls,
+        text: str,
+        offsets: Sequence[tuple[int, int]],
+        scores: Tensor,
+        title: str = "",
+        facts: Mapping[str, str] | None = None,
+    ) -> Passage:
+        """Cut a text where its tokens begin and end; what lies between tokens gets no score.
+
+        Args:
+            text: The original text.
+            offsets: First character and end of each token, (0, 0) for tokens that the tokenizer added.
+            scores: One score for each token, (L,).
+            title: As in the class.
+            facts: As in the class.
+
+        Raises:
+            ValueError: If there are not as many scores as tokens.
+        """
+        if len(offsets) != len(scores):
+            raise ValueError(f"There are {len(offsets)} tokens but {len(scores)} scores.")
+        pieces, at = [], 0
+        for (start, end), score in zip(offsets, scores.tolist()):
+            if end <= at:  # added by the tokenizer, or a further token of a character already shown
+                continue
+            start = max(start, at)
+            token = text[start:end]
+            blank = len(token) - len(token.lstrip())
+            pieces += [Piece(text[at : start + blank]), Piece(token[blank:], score)]
+            at = end
+        pieces.append(Piece(text[at:]))
+        return cls(tuple(piece for piece in pieces if piece.text), title, facts)
+
+    @property
+    def scale(self) -> float:
+        """The largest absolute score, which gets the full colour."""
+        return max((abs(piece.score) for piece in self.pieces if piece.score is not None), default=0.0)
+
+    def color(self, piece: Piece) -> tuple[str, str]:
+        """Return background and text colour (hexadecimal): blue speaks for the target, red against it."""
+        share = 0.0 if piece.score is None or self.scale == 0 else piece.score / self.scale
+        red, green, blue, _ = _COLORS(0.5 + 0.45 * share)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        return to_hex((red, green, blue)), "#ffffff" if dark else "#000000"
+
+    @property
+    def signed(self) -> bool:
+        """Whether any score is negative."""
+        return any(piece.score is not None and piece.score < 0 for piece in self.pieces)
+
+    @property
+    def legend(self) -> tuple[Piece, ...]:
+        """The scale, as pieces to be coloured like the text."""
+        top = Piece(f" +{self.scale:.2g} ", self.scale)
+        zero = Piece(" 0 ", 0.0)
+        return (Piece(f" -{self.scale:.2g} ", -self.scale), zero, top) if self.signed else (zero, top)
+
+
+def text_terminal(passage: Passage) -> Text:
+    """Return the passage for ``rich.print``, each piece on a background of its score's colour."""
+    from rich.text import Text
+
+    text = Text()
+    for piece in passage.pieces:
+        background, color = passage.color(piece)
+        text.append(piece.text, style=f"{color} on {background}" if piece.score is not None else "")
+    return text
+
+
+def text_html(passage: Passage) -> str:
+    """Return a self-contained HTML page; hovering over a piece shows its score. All text is escaped."""
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in (passage.facts or {}).items())
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(passage.title or "Explanation")}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff;
+  max-width: 46rem; margin: 3rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.3rem; }}
+.text {{ font-size: 1.2rem; line-height: 2.1; white-space: pre-wrap; overflow-wrap: anywhere; }}
+.text span, .legend span {{ padding: 0.15em 0.2em; border-radius: 0.25em; }}
+.legend {{ font-size: 0.85rem; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; font-size: 0.9rem; }}
+dt {{ color: #5a5a5a; }}
+dd {{ margin: 0; overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<h1>{escape(passage.title)}</h1>
+<p class="text">{"".join(_span(passage, piece) for piece in passage.pieces)}</p>
+<p class="legend">{"".join(_span(passage, piece) for piece in passage.legend)}</p>
+<dl>{facts}</dl>
+</body>
+</html>
+"""
+
+
+def _span(passage: Passage, piece: Piece) -> str:
+    if piece.score is None:
+        return escape(piece.text)
+    background, color = passage.color(piece)
+    return f'<span style="background:{background};color:{color}" title="{piece.score:+.4g}">{escape(piece.text)}</span>'
+
+
+def text_figure(passage: Passage) -> Figure:
+    """Return a matplotlib figure of the passage; save it with ``figure.savefig(path)``."""
+    lines = _wrap(passage.pieces)
+    facts = [f"{name}: {value}" for name, value in (passage.facts or {}).items()]
+    notes = [line for fact in facts for line in _wrap_words(fact)]
+    height = 2 + 1.6 * len(lines) + 2.2 + 1.1 * len(notes)
+    figure = Figure(figsize=(9.5, 0.26 * height), dpi=150, facecolor="white")
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    axes.set(xlim=(0, _COLUMNS), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(0, 0.8, passage.title, fontsize=13, weight="bold", va="center", parse_math=False)
+    y = 2.4
+    for line in [*lines, (), passage.legend]:
+        x = 0
+        for piece in line:
+            background, color = passage.color(piece)
+            if piece.score is not None:
+                axes.add_patch(Rectangle((x, y - 0.65), len(piece.text), 1.3, color=background, lw=0))
+            color = color if piece.score is not None else "#000000"
+            for k, character in enumerate(piece.text):  # one cell each, so that text and colour stay aligned
+                axes.text(
+                    x + k + 0.5,
+                    y,
+                    character,
+                    family="monospace",
+                    fontsize=10.5,
+                    color=color,
+                    ha="center",
+                    va="center",
+                    parse_math=False,
+                )
+            x += len(piece.text)
+        y += 1.6 if line else 0.6
+    for note in notes:
+        axes.text(0, y, note, fontsize=9, color="#5a5a5a", va="center", parse_math=False)
+        y += 1.1
+    return figure
+
+
+def _wrap(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Break pieces into lines of at most ``_COLUMNS`` characters, at white space where there is some."""
+    words: list[list[Piece]] = [[]]
+    for piece in pieces:
+        for blank, characters in groupby(piece.text, str.isspace):
+            if blank:
+                words.append([])
+            else:
+                words[-1].append(Piece("".join(characters), piece.score))
+    lines: list[list[Piece]] = [[]]
+    width = 0
+    for word in filter(None, words):
+        length = sum(len(piece.text) for piece in word)
+        if width and width + 1 + length > _COLUMNS:
+            lines.append([])
+            width = 0
+        if width:
+            lines[-1].append(Piece(" "))
+            width += 1
+        for piece in word:
+            for start in range(0, len(piece.text), _COLUMNS):
+                part = Piece(piece.text[start : start + _COLUMNS], piece.score)
+                if width + len(part.text) > _COLUMNS:
+                    lines.append([])
+                    width = 0
+                lines[-1].append(part)
+                width += len(part.text)
+    return lines
+
+
+def _wrap_words(text: str) -> list[str]:
+    return ["".join(piece.text for piece in line) for line in _wrap([Piece(text)])]
