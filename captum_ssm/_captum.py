@@ -10,7 +10,6 @@ from captum._utils.common import (
     _format_additional_forward_args as format_additional_forward_args,
 )
 from captum._utils.common import _format_output as format_output
-from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
 from captum._utils.common import _is_tuple as is_tuple
 from captum._utils.common import _select_targets
 from captum.attr import GradientAttribution, LayerAttribution
@@ -22,7 +21,6 @@ __all__ = [
     "LayerAttribution",
     "format_additional_forward_args",
     "format_output",
-    "format_tensor_into_tuples",
     "is_tuple",
     "log_usage",
     "select_targets",
@@ -38,4 +36,4 @@ def select_targets(output: Tensor, target: Any) -> Tensor:
 
 def log_usage(method: Method) -> Method:
     """Wrap an ``attribute`` method as Captum's do, so that ``attribute.__wrapped__`` exists."""
-    return _log_usage()(method)  # type: ignore[no-any-return]
+    return _log_usage()(method)

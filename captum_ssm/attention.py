@@ -22,8 +22,8 @@ Entrywise = Callable[[Tensor], Tensor]
 _BLOCK = 2**21
 """Entries of a block of columns: bounds the memory of everything below to some tens of megabytes."""
 
-_CHANNELS = 32
-"""Fewest channels of a block: with fewer, the many small products cost more than they save."""
+_CHANNELS = 8
+"""Channels of a block, if more columns than the memory bound allows would fit."""
 
 
 class TokenMatrix(Protocol):
@@ -89,9 +89,10 @@ class ImplicitAttention:
         B, L, _ = self.u.shape
         fused = self.u.new_zeros(B, L, L)
         for tokens, channels in _blocks(self.u):
-            entries = self.u[..., channels] * _columns(self.core.channels(channels), self.v, tokens, channels)
+            rows, columns = _columns(self.core.channels(channels), self.v, tokens, channels)
+            entries = columns.mul_(self.u[:, rows, channels])
             entries = entries if entrywise is None else entrywise(entries)
-            fused[:, :, tokens] += entries.sum(-1).permute(1, 2, 0)
+            fused[:, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
         return fused
 
     def lengths(self, output: Chain) -> Tensor:
@@ -109,8 +110,9 @@ class ImplicitAttention:
         B, L, D = self.v.shape
         fused = self.v.new_zeros(B, L, L)
         for tokens, channels in _blocks(self.v, channels=D):
-            vectors = output.apply(_columns(self.core, self.v, tokens, channels))
-            fused[:, :, tokens] = vectors.norm(dim=-1).permute(1, 2, 0)
+            rows, columns = _columns(self.core, self.v, tokens, channels)
+            after = output.after(rows.start) if output.causal else output
+            fused[:, rows, tokens] = after.apply(columns).norm(dim=-1).permute(1, 2, 0)
         return fused
 
 
@@ -126,11 +128,11 @@ def dense(core: Operator, like: Tensor) -> Tensor:
         B·D·L² numbers of memory; :meth:`ImplicitAttention.dense` fuses the channels without holding them.
     """
     B, L, D = like.shape
-    matrices = like.new_empty(B, D, L, L)
+    matrices = like.new_zeros(B, D, L, L)
     one = like.new_ones(1, 1, 1).expand(B, L, D)
     for tokens, channels in _blocks(like):
-        columns = _columns(core.channels(channels), one, tokens, channels)
-        matrices[:, channels, :, tokens] = columns.permute(1, 3, 2, 0)
+        rows, columns = _columns(core.channels(channels), one, tokens, channels)
+        matrices[:, channels, rows, tokens] = columns.permute(1, 3, 2, 0)
     return matrices
 
 
@@ -144,11 +146,15 @@ def _blocks(like: Tensor, channels: int | None = None) -> Iterator[tuple[slice, 
             yield slice(j, min(j + count, L)), slice(d, min(d + width, D))
 
 
-def _columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> Tensor:
-    """Return ``A^d_ij v_jd`` for j in ``tokens`` and d in ``channels``, shape (J, B, L, channels)."""
+def _columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> tuple[slice, Tensor]:
+    """Return ``A^d_ij v_jd`` for j in ``tokens`` and d in ``channels``, shape (J, B, rows, channels), and the rows i.
+
+    Of a causal core these are the rows from the first of the tokens on: all others are 0.
+    """
+    rows = slice(tokens.start if core.causal else 0, v.shape[1])
     keys = v[:, tokens, channels]
     count = keys.shape[1]
-    one_hot = v.new_zeros(count, v.shape[0], v.shape[1], keys.shape[2])
     number = torch.arange(count, device=v.device)
-    one_hot[number, :, tokens.start + number] = keys.transpose(0, 1)
-    return core.apply(one_hot)
+    one_hot = v.new_zeros(count, v.shape[0], rows.stop - rows.start, keys.shape[2])
+    one_hot[number, :, tokens.start - rows.start + number] = keys.transpose(0, 1)
+    return rows, (core.after(rows.start) if core.causal else core).apply(one_hot)

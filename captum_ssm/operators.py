@@ -46,6 +46,8 @@ class Operator(ABC):
 
     mixes_tokens: ClassVar[bool] = False
     mixes_channels: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    """Whether no output depends on a later input, and :meth:`after` is there to make use of it."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that may be None: the terms that :meth:`without` can leave out."""
 
@@ -89,15 +91,28 @@ class Operator(ABC):
         """
         raise ValueError(f"{type(self).__name__} mixes channels, so none can be taken alone.")
 
+    def after(self: Self, start: int) -> Self:
+        """Return the operator on the tokens from ``start`` on, for inputs that are 0 before.
+
+        Raises:
+            NotImplementedError: If the operator reads the future, so that outputs before ``start`` exist.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not known to be causal.")
+
     @property
     def sizes(self) -> tuple[int | None, int | None]:
         """Output and input channels; None where any number fits."""
         return None, None
 
 
+def _since(tensor: Tensor, start: int) -> Tensor:
+    """Cut the token axis, the last but one, unless it is shared (size 1 or absent)."""
+    return tensor if tensor.dim() < 2 or tensor.shape[-2] == 1 else tensor[..., start:, :]
+
+
 def _take(tensor: Tensor, index: Index) -> Tensor:
     """Index the last axis, unless it is shared (size 1)."""
-    return tensor if tensor.shape[-1] == 1 else tensor[..., index]
+    return tensor if tensor.dim() == 0 or tensor.shape[-1] == 1 else tensor[..., index]
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class Diagonal(Operator):
 
     s: Tensor
 
+    causal = True
+
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return ``s * x``. Cost: O(L·D)."""
         return self.s * x
@@ -121,6 +138,10 @@ class Diagonal(Operator):
     def channels(self, index: Index) -> Diagonal:
         """Return the diagonal of these channels; a scale shared by all channels stays shared."""
         return Diagonal(_take(self.s, index))
+
+    def after(self, start: int) -> Diagonal:
+        """Return the diagonal on the tokens from ``start`` on."""
+        return Diagonal(_since(self.s, start))
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -142,6 +163,7 @@ class CausalConv(Operator):
     bias: Tensor | None = None
 
     mixes_tokens = True
+    causal = True
     optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
@@ -162,6 +184,10 @@ class CausalConv(Operator):
         """Return the convolution of these channels."""
         return CausalConv(self.w[index], None if self.bias is None else self.bias[index])
 
+    def after(self, start: int) -> CausalConv:
+        """Return the convolution itself: its taps are the same everywhere."""
+        return self
+
     @property
     def sizes(self) -> tuple[int | None, int | None]:
         """Output and input channels."""
@@ -181,6 +207,7 @@ class Projection(Operator):
     bias: Tensor | None = None
 
     mixes_channels = True
+    causal = True
     optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
@@ -190,6 +217,10 @@ class Projection(Operator):
     def adjoint(self, u: Tensor) -> Tensor:
         """Return ``W^T u`` for every token. Cost: O(L·D·E)."""
         return u @ self.W
+
+    def after(self, start: int) -> Projection:
+        """Return the projection itself: it is the same for every token."""
+        return self
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -275,6 +306,7 @@ class Scan(Operator):
     chunk: int | None = None
 
     mixes_tokens = True
+    causal = True
     optional = ("skip", "bonus")
 
     def __post_init__(self) -> None:
@@ -312,6 +344,12 @@ class Scan(Operator):
         a, b, c = (p.map(lambda f: f[:, :, head.to(f.device)], axis=2) for p in self._coefficients)
         return replace(self, a=a, b=b, c=c, skip=skip, bonus=bonus, head_size=P if whole else 1)
 
+    def after(self, start: int) -> Scan:
+        """Return the scan from token ``start`` on, with no state before it."""
+        a, b, c = (p.map(lambda f: f[:, start:], axis=1) for p in self._coefficients)
+        skip, bonus = (None if s is None else _since(s, start) for s in (self.skip, self.bonus))
+        return replace(self, a=a, b=b, c=c, skip=skip, bonus=bonus)
+
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return the recurrence's output for ``x`` (..., B, L, D).
 
@@ -337,9 +375,7 @@ class Scan(Operator):
         a, b, c = (p.map(lambda f: f.flip(1), axis=1) for p in self._coefficients)
         if self.lag == 0:  # the decay between two neighbours belongs to the later one, which is now the earlier
             a = a.map(lambda f: f.roll(1, 1), axis=1)
-        skip, bonus = (
-            s if s is None or s.dim() < 2 or s.shape[-2] == 1 else s.flip(-2) for s in (self.skip, self.bonus)
-        )
+        skip, bonus = (s if s is None or s.dim() < 2 else s.flip(-2) for s in (self.skip, self.bonus))
         return replace(self, a=a, b=c, c=b, skip=skip, bonus=bonus)
 
     def _recur(self, x: Tensor) -> Tensor:
@@ -377,7 +413,7 @@ def _by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) 
     Returns:
         Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T·H·N·P).
     """
-    a, writes = a.unsqueeze(-1), b.unsqueeze(-1) * x.unsqueeze(-2)
+    a, writes = a.unsqueeze(-1), (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])
     first = writes[:, :1] + a[:, :1] * h.unsqueeze(1)
     states = prefix(a, torch.cat([first, writes[:, 1:]], dim=1))
     read = torch.cat([h.unsqueeze(1), states[:, :-1]], dim=1) if lag else states
@@ -465,6 +501,11 @@ class Chain(Operator):
         return any(operator.mixes_channels for operator in self.factors.values())
 
     @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether all factors are."""
+        return all(operator.causal for operator in self.factors.values())
+
+    @property
     def sizes(self) -> tuple[int | None, int | None]:
         """Output channels of the first factor and input channels of the last that have a number."""
         outs = [operator.sizes[0] for operator in self.factors.values() if operator.sizes[0] is not None]
@@ -512,6 +553,10 @@ class Chain(Operator):
     def channels(self, index: Index) -> Chain:
         """Return the chain on these channels alone."""
         return Chain({name: operator.channels(index) for name, operator in self.factors.items()})
+
+    def after(self, start: int) -> Chain:
+        """Return the chain on the tokens from ``start`` on, for inputs that are 0 before."""
+        return Chain({name: operator.after(start) for name, operator in self.factors.items()})
 
     def split(self, core: str | None = None) -> tuple[Chain, Chain, Chain]:
         """Cut the chain into output side, core and input side; their product is the chain.

@@ -103,10 +103,11 @@ def _mixes_tokens(flow: _Flow) -> bool:
     for token in (0, flow.y.shape[1] - 1):
         score = (flow.y[:, token] * weights).sum()
         (gradient,) = torch.autograd.grad(score, flow.x, retain_graph=True, allow_unused=True)
-        if gradient is not None and bool(
-            gradient.ne(0).any(-1).any(0).index_fill_(0, torch.tensor([token], device=gradient.device), False).any()
-        ):
-            return True
+        if gradient is not None:
+            others = gradient.ne(0).any(-1).any(0)
+            others[token] = False
+            if bool(others.any()):
+                return True
     return False
 
 

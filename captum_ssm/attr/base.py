@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from captum_ssm._captum import (
     GradientAttribution,
     format_additional_forward_args,
     format_output,
-    format_tensor_into_tuples,
     is_tuple,
     log_usage,
     select_targets,
@@ -74,17 +73,18 @@ def view(
         layer: The decomposed call.
         attention: ``"unified"`` takes all between the projections as the core, ``"scan"`` the recurrence alone
             and without its skip (Ali et al. 2024).
-        without: Names of factors or terms to leave out of the core.
+        without: Names of factors or terms to leave out of the core; ``"bias"`` also out of what enters it.
         gradient: As in :class:`LayerView`.
     """
     output, core, into = layer.chain.split("scan" if attention == "scan" else None)
-    if attention == "scan":
-        core = core.without(*(term for term in core.terms if term == "skip"))
+    if attention == "scan" and "skip" in core.terms:
+        core = core.without("skip")
     core = core.without(*(term for term in without if term in core.terms))
     mask = layer.chain.factors.get("mask")
     real = layer.x.new_ones(layer.x.shape[:2]).unsqueeze(-1)
     real = real if mask is None else mask.apply(real)
-    return LayerView(layer.name, output, core, into.apply(layer.x, bias=True) * real, real, gradient)
+    v = into.apply(layer.x, bias="bias" not in without) * real
+    return LayerView(layer.name, output, core, v, real, gradient)
 
 
 class ImplicitAttentionMethod(GradientAttribution):
@@ -99,7 +99,8 @@ class ImplicitAttentionMethod(GradientAttribution):
         model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         attention: ``"unified"``: the whole layer between its projections (Zimerman et al. 2025). ``"scan"``:
             the recurrence alone (Ali et al. 2024).
-        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``.
+        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``. A family
+            that lacks one is left as it is; a name that no layer has is refused.
         tolerance: Allowed relative error of the decomposition; None chooses by the model's type
             (:data:`captum_ssm.fidelity.TOLERANCE`).
 
@@ -136,8 +137,7 @@ class ImplicitAttentionMethod(GradientAttribution):
         tolerance: float | None = None,
     ) -> None:
         super().__init__(forward_func)
-        if attention not in ("unified", "scan"):
-            raise InvalidInputError(f"attention must be 'unified' or 'scan', not {attention!r}.")
+        check_attention(attention)
         self._model = model
         self.attention: Attention = attention
         self.without = (without,) if isinstance(without, str) else tuple(without)
@@ -191,21 +191,13 @@ class ImplicitAttentionMethod(GradientAttribution):
             UnsupportedModelError: If the model has no supported layer, or another that mixes tokens.
             FidelityError: If a layer's decomposition misses the layer's real output.
         """
-        was_tuple = is_tuple(inputs)
-        formatted = format_tensor_into_tuples(inputs)
-        if len(formatted) != 1:
-            raise InvalidInputError(
-                f"One tensor of tokens is explained, but inputs has {len(formatted)}. Pass the others as "
-                "additional_forward_args."
-            )
         with torch.inference_mode(False):
-            tokens = formatted[0].detach()
-            tokens = tokens.clone() if tokens.is_inference() else tokens
+            tokens = single_tensor(inputs)
             per_token = self._attribute(tokens, target, additional_forward_args, query, show_progress)
         if tokens.is_floating_point():
             width = tokens.shape[-1]
             per_token = (per_token / width).to(tokens.dtype).unsqueeze(-1).repeat(1, 1, width)
-        return format_output(was_tuple, (per_token.detach().contiguous(),))
+        return format_output(is_tuple(inputs), (per_token.detach().contiguous(),))
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: forward functions that return futures have no gradient.
@@ -230,12 +222,12 @@ class ImplicitAttentionMethod(GradientAttribution):
         refuse_bad_state(model)
         refuse_bad_inputs(model, inputs)
         args = format_additional_forward_args(additional_forward_args) or ()
-        refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             with torch.enable_grad(), record_mixers(model, seen=advance) as calls:
                 output = scores(self.forward_func, inputs, *args)
                 score = self._select(output, target)
                 gradients = self._gradients(score, calls)
+            refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args))
             positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
             self.fidelity = {}
             with torch.no_grad():
@@ -245,14 +237,10 @@ class ImplicitAttentionMethod(GradientAttribution):
         self, calls: list[MixerCall], gradients: list[Tensor | None], advance: Callable[[], object]
     ) -> Iterator[TokenMatrix]:
         """Decompose, check and fuse the layers, the last one first."""
-        known: set[str] = set()
-        layers = []
-        for call in calls:
-            layer = decompose(call, self.tolerance)
+        layers = [decompose(call, self.tolerance) for call in calls]
+        for layer in layers:
             self.fidelity[layer.name] = max(layer.error, self.fidelity.get(layer.name, 0.0))
-            known.update(layer.chain.terms)
-            layers.append(layer)
-        refuse_unknown_terms(self.without, known)
+        refuse_unknown_terms(layers, self.attention, self.without)
         for layer, gradient in zip(reversed(layers), reversed(gradients)):
             yield self._matrix(view(layer, self.attention, self.without, gradient))
             advance()
@@ -294,6 +282,36 @@ class ImplicitAttentionMethod(GradientAttribution):
         return [*[None] * (len(calls) - len(found)), *found]
 
 
+def check_attention(attention: str) -> None:
+    """Raise if there is no such attention.
+
+    Raises:
+        InvalidInputError: With the names of those that there are.
+    """
+    if attention not in get_args(Attention):
+        raise InvalidInputError(f"attention must be 'unified' or 'scan', not {attention!r}.")
+
+
+def single_tensor(inputs: Any) -> Tensor:
+    """Return the one tensor of ``inputs``, detached and usable with autograd.
+
+    Raises:
+        AssertionError: If inputs is not made of tensors, as in Captum's own methods.
+        InvalidInputError: If inputs is not a single tensor.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    assert all(isinstance(tensor, Tensor) for tensor in tensors), (
+        f"inputs must be a tensor or a tuple of one, not {type(inputs).__name__}."
+    )
+    if len(tensors) != 1:
+        raise InvalidInputError(
+            f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else the "
+            "model needs as additional_forward_args."
+        )
+    tokens = tensors[0].detach()
+    return tokens.clone() if tokens.is_inference() else tokens
+
+
 def refuse_bad_state(model: nn.Module) -> None:
     """Raise if a module of the model is in training mode (the root may be: a fresh wrapper is).
 
@@ -317,7 +335,7 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         InvalidInputError: In each of these cases.
     """
     expected = "(batch, tokens, width)" if inputs.is_floating_point() else "(batch, tokens)"
-    if inputs.dim() < 2 or (inputs.dim() != 2 and not inputs.is_floating_point()):
+    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
         raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
@@ -335,16 +353,21 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def refuse_unknown_terms(without: Sequence[str], known: set[str]) -> None:
-    """Raise if an option names a factor that no layer of the model has.
+def refuse_unknown_terms(layers: Sequence[Decomposition], attention: Attention, without: Sequence[str]) -> None:
+    """Raise if an option names a factor that the attention of no layer has.
 
     Raises:
-        InvalidInputError: With the names that the model's layers have.
+        InvalidInputError: With the names that can be left out.
     """
+    known: set[str] = set()
+    for layer in layers:
+        _, core, into = layer.chain.split("scan" if attention == "scan" else None)
+        known.update(core.terms, (term for term in into.terms if term == "bias"))
     unknown = [term for term in without if term not in known]
     if unknown:
         raise InvalidInputError(
-            f"No layer has a factor named {unknown[0]!r}; this model has {', '.join(sorted(known))}."
+            f"The {attention} attention of no layer has a factor named {unknown[0]!r}; what can be left out of this "
+            f"model's: {', '.join(sorted(known))}."
         )
 
 

@@ -20,6 +20,16 @@ Fusion = Literal["absolute", "mean", "positive", "norm"]
 """
 
 
+def check_fusion(fusion: str) -> None:
+    """Raise if there is no such fusion.
+
+    Raises:
+        InvalidInputError: With the names of those that there are.
+    """
+    if fusion not in get_args(Fusion):
+        raise InvalidInputError(f"fusion must be one of {', '.join(get_args(Fusion))}, not {fusion!r}.")
+
+
 def fuse(layer: LayerView, fusion: Fusion) -> TokenMatrix:
     """Fuse the channels of a layer.
 
@@ -28,17 +38,12 @@ def fuse(layer: LayerView, fusion: Fusion) -> TokenMatrix:
 
     Cost: O(L·D·N) for each product with ``"mean"``; else O(L²·D·N) once and O(L²) memory.
     """
+    check_fusion(fusion)
     mean = layer.real.expand_as(layer.v) / layer.v.shape[-1]
     attention = ImplicitAttention(layer.core, u=mean, v=layer.real.expand_as(layer.v))
-    match fusion:
-        case "mean":
-            return attention
-        case "absolute":
-            return ExplicitAttention(attention.dense(torch.abs))
-        case "positive":
-            return ExplicitAttention(attention.dense(torch.relu))
-        case "norm":
-            lengths = ImplicitAttention(layer.core, u=mean, v=layer.v).lengths(layer.output)
-            return ExplicitAttention(lengths * layer.real)
-        case _:
-            raise InvalidInputError(f"fusion must be one of {', '.join(get_args(Fusion))}, not {fusion!r}.")
+    if fusion == "mean":
+        return attention
+    if fusion == "norm":
+        lengths = ImplicitAttention(layer.core, u=mean, v=layer.v).lengths(layer.output)
+        return ExplicitAttention(lengths * layer.real)
+    return ExplicitAttention(attention.dense(torch.abs if fusion == "absolute" else torch.relu))

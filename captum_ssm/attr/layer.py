@@ -8,9 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from captum_ssm._captum import LayerAttribution, format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_ssm._captum import LayerAttribution, format_additional_forward_args, log_usage
 from captum_ssm.attention import ExplicitAttention, ImplicitAttention, dense
-from captum_ssm.attr.base import Attention, refuse_bad_inputs, refuse_bad_state, refuse_unknown_terms, view
+from captum_ssm.attr.base import (
+    Attention,
+    check_attention,
+    refuse_bad_inputs,
+    refuse_bad_state,
+    refuse_unknown_terms,
+    single_tensor,
+    view,
+)
 from captum_ssm.attr.fusion import Fusion, fuse
 from captum_ssm.capture import record_mixers
 from captum_ssm.errors import InvalidInputError
@@ -46,6 +54,7 @@ class LayerImplicitAttention(LayerAttribution):
         without: Sequence[str] = (),
         tolerance: float | None = None,
     ) -> None:
+        check_attention(attention)
         if model is None and not isinstance(forward_func, nn.Module):
             raise InvalidInputError(
                 "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
@@ -85,7 +94,7 @@ class LayerImplicitAttention(LayerAttribution):
             ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
             FidelityError: If the layer's decomposition misses the layer's real output.
         """
-        (tokens,) = format_tensor_into_tuples(inputs)
+        tokens = single_tensor(inputs)
         refuse_bad_state(self.model)
         refuse_bad_inputs(self.model, tokens)
         args = format_additional_forward_args(additional_forward_args) or ()
@@ -97,7 +106,7 @@ class LayerImplicitAttention(LayerAttribution):
                 raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
             layer = decompose(call, self.tolerance)
             self.fidelity = {layer.name: layer.error}
-            refuse_unknown_terms(self.without, set(layer.chain.terms))
+            refuse_unknown_terms([layer], self.attention, self.without)
             cut = view(layer, self.attention, self.without)
             if fusion is None:
                 real = cut.real[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_ssm.aggregate import mean_row
 from captum_ssm.attention import TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
-from captum_ssm.attr.fusion import Fusion, fuse
+from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
 from captum_ssm.errors import InvalidInputError
 
 
@@ -47,6 +47,7 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         if layers < 1:
             raise InvalidInputError(f"layers must be at least 1, not {layers}.")
         self.layers = layers
+        check_fusion(fusion)
         self.fusion: Fusion = fusion
 
     def _matrix(self, layer: LayerView) -> TokenMatrix:

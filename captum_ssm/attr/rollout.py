@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_ssm.aggregate import rollout
 from captum_ssm.attention import TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
-from captum_ssm.attr.fusion import Fusion, fuse
+from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
 
 
 class ImplicitAttentionRollout(ImplicitAttentionMethod):
@@ -42,6 +42,7 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         **options: Any,
     ) -> None:
         super().__init__(forward_func, model, **options)
+        check_fusion(fusion)
         self.fusion: Fusion = fusion
 
     def _matrix(self, layer: LayerView) -> TokenMatrix:

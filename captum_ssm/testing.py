@@ -1,0 +1,149 @@
+"""The laws that every adapter must hold, for authors of layers that this package does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.attention import dense
+from captum_ssm.capture import MixerCall
+from captum_ssm.fidelity import decompose, relative_error
+from captum_ssm.operators import Chain
+from captum_ssm.registry import find_adapter
+
+__all__ = ["AdapterReport", "check_adapter"]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What :func:`check_adapter` measured.
+
+    Args:
+        fidelity: Largest difference between decomposition and layer, relative to the largest output.
+        adjoint: Largest relative difference between ``<u, A x>`` and ``<A^T u, x>``.
+        dense: Largest relative difference between the core's matrices times a vector and its product.
+        factors: Names of the chain's factors, in the order of the equation.
+        channels: D, the number of channels of the core.
+    """
+
+    fidelity: float
+    adjoint: float
+    dense: float
+    factors: tuple[str, ...]
+    channels: int
+
+
+def check_adapter(
+    mixer: nn.Module,
+    x: Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tolerance: float = 1e-5,
+    causal: bool = True,
+) -> AdapterReport:
+    """Check that the registered adapter of a layer decomposes it exactly and holds every law.
+
+    Args:
+        mixer: The layer, in evaluation mode. Perturb its parameters first, so that no symmetry of their
+            initial values (a bias of 0, a scale of 1) hides a mistake.
+        x: Input (B, L, E) with B and L of at least 2, random.
+        kwargs: Further arguments of the layer's forward, by name; an attention mask, for example.
+        tolerance: Allowed relative error of every comparison.
+        causal: Whether the layer must not read the future.
+
+    Returns:
+        The measured errors.
+
+    Raises:
+        AssertionError: If a law does not hold; the message says which, and by how much it is missed.
+        UnsupportedModelError, FidelityError, ModelStateError: As in an attribution.
+
+    Cost: O(L²·D·N) and B·D·L² numbers; use a small layer and a short sequence.
+    """
+    assert x.dim() == 3 and min(x.shape[:2]) >= 2, f"x must be (B, L, E) with B, L >= 2, not {tuple(x.shape)}"
+    assert not mixer.training, "put the layer in evaluation mode: mixer.eval()"
+    kwargs = dict(kwargs or {})
+    before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+    given = x.clone()
+    call = _call(mixer, x, kwargs)
+    layer = decompose(call, tolerance)
+    chain, x = layer.chain, layer.x
+
+    assert torch.equal(given.to(x), x), "the adapter changed the layer's input in place"
+    after = mixer.state_dict()
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert not changed, f"the adapter changed the layer's parameters {changed}"
+
+    _check_differentiable(call, x)
+    _check_batch(mixer, x, kwargs, chain, tolerance)
+    adjoint = _check_adjoint(chain, x, tolerance)
+    _, core, into = chain.split()
+    v = into.apply(x, bias=True)
+    matrices = _check_core(core, v, tolerance, causal)
+    _check_parts(chain, x, tolerance)
+    return AdapterReport(layer.error, adjoint, matrices, tuple(chain.factors), v.shape[-1])
+
+
+def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> MixerCall:
+    with torch.no_grad():
+        output = mixer(x, **kwargs)
+    y = output if isinstance(output, Tensor) else output[0]
+    return MixerCall(type(mixer).__name__, mixer, x, y, kwargs)
+
+
+def _check_differentiable(call: MixerCall, x: Tensor) -> None:
+    adapter = find_adapter(call.mixer)
+    assert adapter is not None
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        y = adapter(call.mixer, leaf, call.kwargs).apply(torch.zeros_like(x) + 1, bias=True)
+    assert y.requires_grad, "the chain's gates do not depend on x by autograd: the adapter must not detach"
+
+
+def _check_batch(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any], chain: Chain, tolerance: float) -> None:
+    """An example's operator does not depend on the others in its batch."""
+    size = len(x)
+    alone = {k: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in kwargs.items()}
+    adapter = find_adapter(mixer)
+    assert adapter is not None
+    with torch.no_grad():
+        error = relative_error(adapter(mixer, x[:1], alone).apply(x[:1], bias=True), chain.apply(x, bias=True)[:1])
+    assert error <= tolerance, f"an example decomposed alone differs from the same in a batch by {error:.1e}"
+
+
+def _check_adjoint(chain: Chain, x: Tensor, tolerance: float) -> float:
+    """``<u, A x> = <A^T u, x>``, for the whole chain and for every factor that fits."""
+    y = chain.apply(x)
+    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    left, right = (u * y).sum(), (chain.adjoint(u) * x).sum()
+    error = ((left - right).abs() / (u.norm() * y.norm())).item()
+    assert error <= tolerance, f"the chain's adjoint is not its transpose; they differ by {error:.1e}"
+    return error
+
+
+def _check_core(core: Chain, v: Tensor, tolerance: float, causal: bool) -> float:
+    """Matrices, products and single channels of the core agree, and do not read the future."""
+    y, matrices = core.apply(v), dense(core, v)
+    error = relative_error(torch.einsum("bdij,bjd->bid", matrices, v), y)
+    assert error <= tolerance, f"the core's matrices times its input differ from its product by {error:.1e}"
+    future = matrices.triu(1).abs().max().item()
+    assert not causal or future == 0, f"the core reads the future (entries up to {future:.1e} above the diagonal)"
+    some = slice(0, max(1, v.shape[-1] // 2))
+    error = relative_error(core.channels(some).apply(v[..., some]), y[..., some])
+    assert error <= tolerance, f"channels taken before and after the core differ by {error:.1e}"
+    return error
+
+
+def _check_parts(chain: Chain, x: Tensor, tolerance: float) -> None:
+    """The three parts multiply back to the chain, and every term can be left out."""
+    output, core, into = chain.split()
+    whole = chain.apply(x, bias=True)
+    parts = output.apply(core.apply(into.apply(x, bias=True), bias=True), bias=True)
+    error = relative_error(parts, whole)
+    assert error <= tolerance, f"the parts of the split chain do not multiply back to it; they miss it by {error:.1e}"
+    for term in chain.terms:
+        chain.without(term).apply(x, bias=True)

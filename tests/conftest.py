@@ -1,0 +1,130 @@
+"""Tiny random models of every family, and the seeds and switches of the whole suite."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+
+transformers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+VOCABULARY = 23
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+S6 = {**COMMON, "state_size": 3, "num_hidden_layers": 2, "time_step_rank": 2, "conv_kernel": 3}
+
+
+def perturbed(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
+    """Move every parameter off its initial value, so that no symmetry hides an error; return the model in eval mode."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=random).to(parameter)
+    return model.eval()
+
+
+def tiny_mamba(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return perturbed(MambaForCausalLM(MambaConfig(**{**S6, **options})))
+
+
+def tiny_falcon_mamba(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return perturbed(FalconMambaForCausalLM(FalconMambaConfig(**{**S6, **options})))
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "mamba": tiny_mamba,
+    "falcon_mamba": tiny_falcon_mamba,
+}
+"""A tiny model of each supported family, by name: every test that takes ``family`` runs on each."""
+
+_BUILT: dict[str, nn.Module] = {}
+
+
+def build(name: str) -> nn.Module:
+    """Return a fresh copy of a family's model, so that no test sees another's changes."""
+    if name not in _BUILT:
+        _BUILT[name] = FAMILIES[name]()
+    return copy.deepcopy(_BUILT[name])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mamba() -> nn.Module:
+    return build("mamba")
+
+
+@pytest.fixture
+def falcon_mamba() -> nn.Module:
+    return build("falcon_mamba")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Token ids of two examples, none of them the padding token."""
+    return torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+HOOKS = [
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+]  # fmt: skip
+
+
+def snapshot(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Return all that a call must leave as it was, in a form that ``==`` compares bit by bit."""
+
+    def bits(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return tensor.dtype, tuple(tensor.shape), tensor.requires_grad, raw
+
+    state: dict[str, Any] = {"grad mode": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled()}
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        state[f"parameter {name}"] = (id(parameter), bits(parameter), bits(parameter.grad))
+    for name, module in model.named_modules():
+        state[f"training {name}"] = module.training
+        state[f"hooks {name}"] = {kind: dict(getattr(module, kind)) for kind in HOOKS}
+        state[f"attributes {name}"] = set(vars(module))
+        state[f"forward {name}"] = vars(module).get("forward"), type(module)
+    for number, tensor in enumerate(tensors):
+        state[f"tensor {number}"] = (bits(tensor), bits(tensor.grad) if tensor.is_leaf else None)
+    return state
+
+
+@contextmanager
+def _unchanged(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
+    before = snapshot(model, tensors)
+    try:
+        yield
+    finally:
+        after = snapshot(model, tensors)
+        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+        assert not changed, f"changed: {changed}"
+
+
+@pytest.fixture
+def unchanged() -> Callable[..., AbstractContextManager[None]]:
+    """A context in which neither the model nor the tensors nor the grad mode may change, also on an error."""
+    return _unchanged

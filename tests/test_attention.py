@@ -1,0 +1,342 @@
+"""Implicit and explicit attention are the same matrices, however the work is cut, and however little is held."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from conftest import tiny_mamba
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from captum_ssm import (
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRollout,
+    LayerImplicitAttention,
+    RawImplicitAttention,
+    aggregate,
+    attention,
+)
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, dense
+from captum_ssm.operators import CausalConv, Chain, Diagonal, Product, Projection, Scan
+
+SEEDS = range(6)
+every_seed = pytest.mark.parametrize("seed", SEEDS)
+every_head_size = pytest.mark.parametrize("P", [1, 3])
+
+BLOCKS = [(1, 1), (7, 2), (40, 1), (100, 3), (2**21, 32)]
+"""(_BLOCK, _CHANNELS): one column and channel at a time, ragged blocks, everything at once."""
+
+
+def make(seed: int, P: int, dtype: torch.dtype = torch.float64) -> tuple[Chain, Tensor, Tensor, Tensor]:
+    """A core of gate, scan, act and conv; its matrices (B, D, L, L) by the oracles; weights u and v."""
+    torch.manual_seed(seed)
+    B, L, H, N = 2, 5 + seed % 3, 2, 2
+    D = H * P
+    a, b, c = torch.rand(3, B, L, H, N, dtype=dtype)
+    b, c, lag = b - 0.5, c - 0.5, seed % 2
+    act, gate, u, v = torch.randn(4, B, L, D, dtype=dtype)
+    taps, skip, bonus = torch.randn(D, 3, dtype=dtype), torch.randn(D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
+    scan = Scan(a, b, c, skip, bonus, head_size=P, lag=lag, chunk=4)
+    core = Chain({"gate": Diagonal(gate), "scan": scan, "act": Diagonal(act), "conv": CausalConv(taps, taps[:, 0])})
+    alpha = oracles.scan_alpha(a, b, c, lag, skip, bonus, P)
+    matrices = oracles.diagonal_matrix(gate) @ alpha @ oracles.diagonal_matrix(act) @ oracles.conv_matrix(taps, L)
+    return core, matrices, u, v
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)
+
+
+@every_head_size
+@every_seed
+def test_dense_is_the_product_of_the_written_out_factors(seed: int, P: int) -> None:
+    core, matrices, u, _ = make(seed, P)
+    assert_close(dense(core, u), matrices)
+    assert matrices.triu(1).abs().max() == 0 and dense(core, u).triu(1).abs().max() == 0
+
+
+@every_head_size
+@every_seed
+def test_implicit_products_are_those_of_the_explicit_matrix(seed: int, P: int) -> None:
+    core, matrices, u, v = make(seed, P)
+    explicit = oracles.weighted(matrices, u, v).sum(1)
+    implicit = ImplicitAttention(core, u, v)
+    s, r = torch.randn(2, *u.shape[:2], dtype=torch.float64)
+    assert_close(implicit.apply(s), torch.einsum("bij,bj->bi", explicit, s))
+    assert_close(implicit.adjoint(r), torch.einsum("bij,bi->bj", explicit, r))
+    assert_close(implicit.dense(), explicit)
+    assert_close(ExplicitAttention(explicit).apply(s), implicit.apply(s))
+    assert_close(ExplicitAttention(explicit).adjoint(r), implicit.adjoint(r))
+
+
+@every_head_size
+@every_seed
+def test_the_bias_of_a_factor_is_no_part_of_the_matrix(seed: int, P: int) -> None:
+    core, _, u, v = make(seed, P)
+    s = torch.randn(u.shape[:2], dtype=torch.float64)
+    assert core.terms.count("bias") == 1
+    assert_close(ImplicitAttention(core.without("bias"), u, v).apply(s), ImplicitAttention(core, u, v).apply(s))
+
+
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [torch.abs, torch.relu, torch.square, lambda t: (-t).clamp(min=0)]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@every_head_size
+@every_seed
+def test_a_function_of_the_entries_comes_before_the_sum_over_channels(
+    seed: int, P: int, function: Callable[[Tensor], Tensor]
+) -> None:
+    core, matrices, u, v = make(seed, P)
+    expected = function(oracles.weighted(matrices, u, v)).sum(1)
+    assert_close(ImplicitAttention(core, u, v).dense(function), expected)
+    assert not torch.allclose(expected, function(oracles.weighted(matrices, u, v).sum(1)))
+
+
+@every_head_size
+@every_seed
+def test_lengths_are_those_of_what_each_token_contributes(seed: int, P: int) -> None:
+    core, matrices, u, v = make(seed, P)
+    W = torch.randn(5, u.shape[-1], dtype=torch.float64)
+    output = Chain({"out": Projection(W, torch.randn(5, dtype=torch.float64))})
+    assert_close(ImplicitAttention(core, u, v).lengths(output), oracles.lengths(matrices, v, W))
+
+
+@pytest.mark.parametrize(("block", "channels"), BLOCKS)
+@every_head_size
+@every_seed
+def test_how_the_work_is_cut_never_changes_the_result(
+    seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, matrices, u, v = make(seed, P)
+    output = Chain({"out": Projection(torch.randn(3, u.shape[-1], dtype=torch.float64))})
+    weights = output.factors["out"]
+    assert isinstance(weights, Projection)
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    implicit = ImplicitAttention(core, u, v)
+    assert_close(dense(core, u), matrices)
+    assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
+    assert_close(implicit.lengths(output), oracles.lengths(matrices, v, weights.W))
+
+
+@pytest.mark.parametrize(("block", "channels"), BLOCKS)
+def test_the_blocks_cover_every_column_of_every_channel_once(
+    block: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
+        covered = torch.zeros(L, D)
+        for tokens, part in attention._blocks(torch.empty(B, L, D)):
+            covered[tokens, part] += 1
+            entries = B * L * (tokens.stop - tokens.start) * (part.stop - part.start)
+            one_column = B * L * min(channels, D)
+            assert entries <= max(block, one_column)
+        assert covered.eq(1).all()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@every_seed
+def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
+    layers, explicit = [], []
+    for number in range(3):  # the first layer first
+        core, matrices, u, v = make(seed + 6 * number, 1)  # the same length for each layer
+        if signed:
+            layers.append(ImplicitAttention(core, u, v))
+            explicit.append(oracles.weighted(matrices, u, v).sum(1))
+        else:
+            layers.append(ExplicitAttention(ImplicitAttention(core, u, v).dense(torch.relu)))
+            explicit.append(oracles.weighted(matrices, u, v).clamp(min=0).sum(1))
+    query = torch.rand(explicit[0].shape[:2], dtype=torch.float64)
+    scores = aggregate.rollout(reversed(layers), query)
+    assert_close(scores, oracles.rollout(explicit, query))
+    if signed:
+        assert any(C.sum(-1).lt(0).any() for C in explicit) and scores.lt(0).any()
+    else:
+        assert_close(scores.sum(1), query.sum(1))  # shares: relevance is handed on undiminished
+        assert scores.ge(0).all()
+
+
+@every_seed
+def test_the_order_of_layers_matters_and_rollout_of_none_is_the_query(seed: int) -> None:
+    made = [make(seed + 6 * number, 1) for number in range(2)]
+    layers = [ImplicitAttention(core, u, v) for core, _, u, v in made]
+    query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
+    assert torch.equal(aggregate.rollout([], query), query)
+    assert not torch.allclose(aggregate.rollout(layers, query), aggregate.rollout(reversed(layers), query))
+
+
+@every_seed
+def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
+    made = [make(seed + 6 * number, 1) for number in range(3)]
+    query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
+    explicit = sum(oracles.weighted(matrices, u, v).sum(1) for _, matrices, u, v in made) / 3
+    row = aggregate.mean_row([ImplicitAttention(core, u, v) for core, _, u, v in made], query)
+    assert_close(row, torch.einsum("bi,bij->bj", query, explicit))
+
+
+# --- Memory -------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Record the most numbers that any tensor made while the mode is on holds in memory (views hold none more)."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@contextmanager
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_BLOCK", 2**9)
+        patch.setattr(attention, "_CHANNELS", 1)
+        yield
+
+
+@pytest.mark.parametrize("function", [None, torch.relu])
+def test_fused_attention_never_holds_a_matrix_of_every_channel(
+    function: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, L, D, N = 2, 32, 24, 2
+    torch.manual_seed(0)
+    a, b, c = (torch.rand(B, L, D, N) for _ in range(3))
+    u, v = torch.randn(2, B, L, D)
+    implicit = ImplicitAttention(Chain({"gate": Diagonal(u), "scan": Scan(a, b, c)}), u, v)
+    with small_blocks(monkeypatch), Largest() as largest:
+        implicit.dense(function)
+    assert B * L * L <= largest.entries < B * D * L * L // 8
+    with Largest() as largest:
+        implicit.apply(u[..., 0])
+        implicit.adjoint(u[..., 0])
+        aggregate.rollout([implicit, implicit], u[..., 0].abs())
+    assert largest.entries <= 2 * B * L * D * N  # no (L, L) matrix of any channel
+
+
+def test_a_scan_of_factors_holds_the_states_of_one_chunk_only() -> None:
+    B, L, D, N = 1, 64, 8, 4
+    torch.manual_seed(0)
+    step, A, b, c = torch.rand(B, L, D, 1), -torch.rand(1, 1, D, N), torch.rand(B, L, 1, N), torch.rand(B, L, 1, N)
+    scan = Scan(Product((step, A), exponential=True), Product((step, b)), c, chunk=8)
+    with Largest() as largest:
+        scan.apply(torch.rand(B, L, D))
+        scan.adjoint(torch.rand(B, L, D))
+    assert largest.entries <= B * L * D < B * L * D * N
+
+
+METHODS: dict[str, Callable[[nn.Module], Any]] = {
+    "channel": ImplicitAttentionAttribution,
+    "token": lambda model: ImplicitAttentionAttribution(model, rectify="token"),
+    "signed": lambda model: ImplicitAttentionAttribution(model, rectify=None),
+    "rollout": ImplicitAttentionRollout,
+    "raw norm": lambda model: RawImplicitAttention(model, fusion="norm"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_ever_holds_a_matrix_of_every_channel(
+    method: str, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, L = 1, 64
+    ids = torch.randint(1, 20, (B, L))
+    with small_blocks(monkeypatch), Largest() as largest:
+        scores = METHODS[method](mamba).attribute(ids, target=3)
+    assert scores.shape == (B, L)
+    assert largest.entries < B * L * L if method == "signed" else largest.entries == B * L * L
+
+
+def test_a_layer_of_every_channel_is_the_matrix_of_every_channel(family: nn.Module, ids: Tensor) -> None:
+    """The one call that asks for (B, D, L, L) gets what the others only fuse."""
+    method = LayerImplicitAttention(family, 0)
+    every = method.attribute(ids, fusion=None)
+    assert every.shape[0] == 2 and every.shape[2:] == (7, 7)
+    for how in ("absolute", "positive", "mean"):
+        assert_close(method.attribute(ids, fusion=how), oracles.fused(every, how), 1e-6)
+
+
+# --- From model to scores, by matrices ----------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Module, ids: Tensor, target: int, mask: Tensor | None) -> list[dict[str, Tensor]]:
+    """Each layer's input ``x``, matrices ``A``, weights ``u`` and ``v``: plain hooks, autograd and the oracle."""
+    mixers = [module for module in model.modules() if type(module).__name__ in ("MambaMixer", "FalconMambaMixer")]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        seen.append((args[0] if args else kwargs["hidden_states"], output))
+
+    handles = [mixer.register_forward_hook(keep, with_kwargs=True) for mixer in mixers]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    last = [int(row.nonzero().max()) for row in (torch.ones_like(ids) if mask is None else mask)]
+    logits[torch.arange(len(ids)), last, target].sum().backward()
+    layers = []
+    for mixer, (x, y) in zip(mixers, seen, strict=True):
+        x, real = x.detach(), torch.ones_like(x[..., :1]) if mask is None else mask.to(x).unsqueeze(-1)
+        W = mixer.in_proj.weight.detach().chunk(2)[0]
+        layers.append({
+            "A": oracles.unified_s6(mixer, x, mask), "u": y.grad @ mixer.out_proj.weight.detach(),
+            "v": (x * real) @ W.T, "real": real, "y": y.grad,
+        })  # fmt: skip
+    return layers
+
+
+PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("mask", [None, PADDING, PADDING.flip(1)], ids=["whole", "left padding", "right padding"])
+def test_scores_are_those_of_the_written_out_matrices(mask: Tensor | None, family: nn.Module, ids: Tensor) -> None:
+    model = family.double()
+    layers = by_hand(model, ids, 3, mask)
+    weighted = [oracles.weighted(p["A"], p["u"], p["v"]) for p in layers]
+    query = layers[-1]["y"].norm(dim=-1)
+    query = query / query.sum(1, keepdim=True)
+    explicit = {
+        "channel": [oracles.fused(C, "positive") for C in weighted],
+        "token": [C.sum(1).clamp(min=0) for C in weighted],
+        "signed": [C.sum(1) for C in weighted],
+        "rollout": [oracles.fused(p["A"], "absolute") * p["real"] * p["real"].transpose(1, 2) for p in layers],
+    }
+    for name, matrices in explicit.items():
+        scores = METHODS[name](model).attribute(ids, target=3, additional_forward_args=mask)
+        assert_close(scores.double(), oracles.rollout(matrices, query), 1e-6)
+    raw = RawImplicitAttention(model, layers=2).attribute(ids, 3, additional_forward_args=mask)
+    assert_close(raw.double(), torch.einsum("bi,bij->bj", query, sum(explicit["rollout"]) / 2), 1e-6)
+    if mask is not None:
+        assert raw[0][mask[0] == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_score(side: str, method: str, family: nn.Module, ids: Tensor) -> None:
+    plain = METHODS[method](family).attribute(ids, target=3)
+    pad, ones = torch.zeros(2, 3, dtype=ids.dtype), torch.ones_like(ids)
+    parts = ([pad, ids], [pad, ones]) if side == "left" else ([ids, pad], [ones, pad])
+    padded, mask = (torch.cat(part, dim=1) for part in parts)
+    for kind in (torch.long, torch.bool, torch.float32):
+        scores = METHODS[method](family).attribute(padded, target=3, additional_forward_args=mask.to(kind))
+        assert_close(scores[mask.bool()].view(2, 7), plain, 1e-5)
+        assert scores[~mask.bool()].eq(0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask", [PADDING, PADDING.flip(1)], ids=["left padding", "right padding"])
+def test_padding_has_no_score_even_where_a_bias_leaks_from_it(method: str, mask: Tensor, ids: Tensor) -> None:
+    """A biased projection before the convolution writes at padding too, and the convolution carries it on."""
+    model = tiny_mamba(use_bias=True)
+    scores = METHODS[method](model).attribute(ids, target=3, additional_forward_args=mask)
+    assert scores[~mask.bool()].eq(0).all()
+    assert scores[mask.bool()].ne(0).any()

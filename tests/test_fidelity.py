@@ -1,0 +1,350 @@
+"""The decomposition of a layer is the layer: exactly the output that the model gave, or an error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_falcon_mamba, tiny_mamba
+from torch import Tensor, nn
+
+from captum_ssm import (
+    FidelityError,
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRollout,
+    LayerImplicitAttention,
+    ModelStateError,
+    RawImplicitAttention,
+    UnsupportedModelError,
+    register,
+    unregister,
+)
+from captum_ssm.attention import dense
+from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm.fidelity import Decomposition, decompose, relative_error
+from captum_ssm.operators import Chain, Diagonal, Scan
+
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+RIGHT = LEFT.flip(1)
+HOLES = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 0]])
+MASKS: dict[str, Tensor | None] = {
+    "no mask": None, "all real": torch.ones(2, 7), "left padding": LEFT, "right padding": RIGHT, "holes": HOLES,
+}  # fmt: skip
+every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+
+
+def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[MixerCall]:
+    with torch.no_grad(), record_mixers(model) as calls:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert calls
+    return calls
+
+
+def errors(model: nn.Module, ids: Tensor, mask: Tensor | None = None, tolerance: float = 1e-5) -> list[float]:
+    """The relative error of every layer, by decompose and once more by hand."""
+    found = []
+    for call in record(model, ids, mask):
+        layer = decompose(call, tolerance)
+        y = layer.chain.apply(layer.x, bias=True).detach()
+        real = call.y.detach()
+        by_hand = float((y - real).abs().max() / real.abs().max())
+        assert abs(layer.error - by_hand) <= 1e-8
+        found.append(by_hand)
+    return found
+
+
+# --- Every family -------------------------------------------------------------------------------------------------
+
+
+@every_mask
+def test_the_chain_reproduces_the_layers_output(family: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    assert max(errors(family, ids, mask)) <= 1e-5
+
+
+@every_mask
+def test_the_chain_reproduces_the_layers_output_in_float64(family: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    """transformers computes parts of its layers in float32, whatever the model's type."""
+    assert max(errors(family.double(), ids, mask)) <= 1e-5
+
+
+def test_the_chain_reproduces_the_layers_output_in_bfloat16(family: nn.Module, ids: Tensor) -> None:
+    model = family.bfloat16()
+    found = errors(model, ids, tolerance=None)
+    assert 1e-5 < max(found) <= 5e-2
+    for call in record(model, ids):
+        layer = decompose(call)
+        assert call.y.dtype == torch.bfloat16 and layer.x.dtype == layer.chain.apply(layer.x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 1), (1, 2), (4, 19)])
+def test_the_chain_reproduces_the_layers_output_of_any_size(family: nn.Module, B: int, L: int) -> None:
+    """One token, fewer tokens than taps, more tokens than a chunk."""
+    assert max(errors(family, torch.randint(1, VOCABULARY, (B, L)))) <= 1e-5
+
+
+def test_an_example_is_decomposed_alike_alone_and_in_a_batch(family: nn.Module, ids: Tensor) -> None:
+    together = [decompose(call) for call in record(family, ids)]
+    alone = [decompose(call) for call in record(family, ids[1:])]
+    for one, other in zip(together, alone, strict=True):
+        inside, single = one.chain.split()[1], other.chain.split()[1]
+        D = inside.sizes[0]
+        assert D is not None
+        matrices, matrix = dense(inside, torch.empty(2, 7, D)), dense(single, torch.empty(1, 7, D))
+        assert relative_error(matrices[1:], matrix) <= 1e-5
+
+
+def test_left_padding_moves_the_attention_and_changes_nothing_else(family: nn.Module, ids: Tensor) -> None:
+    padded = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 7)], dim=1)
+    for one, other in zip(record(family, padded, mask), record(family, ids), strict=True):
+        inside, plain = decompose(one).chain.split()[1], decompose(other).chain.split()[1]
+        D = plain.sizes[0]
+        assert D is not None
+        shifted = dense(inside, torch.empty(2, 10, D))[..., 3:, 3:]
+        assert relative_error(shifted, dense(plain, torch.empty(2, 7, D))) <= 1e-5
+
+
+def test_the_bias_is_needed(family: nn.Module, ids: Tensor) -> None:
+    """Without its constant term the product misses the output by far, so nothing above holds by accident."""
+    for call in record(family, ids):
+        layer = decompose(call)
+        if "bias" in layer.chain.terms:
+            assert relative_error(layer.chain.apply(layer.x), call.y) > 0.05
+
+
+def test_every_factor_is_needed(family: nn.Module, ids: Tensor) -> None:
+    for call in record(family, ids, LEFT):
+        layer = decompose(call)
+        for term in layer.chain.terms:
+            left_out = layer.chain.without(term).apply(layer.x, bias=True)
+            assert relative_error(left_out, call.y) > 1e-3, term
+
+
+def test_the_layers_come_in_the_order_of_the_forward_pass(family: nn.Module, ids: Tensor) -> None:
+    calls = record(family, ids)
+    mixers = [call.mixer for call in calls]
+    assert [call.name for call in calls] == [name for name, module in family.named_modules() if module in mixers]
+    assert all(call.x.shape == call.y.shape == (2, 7, family.config.hidden_size) for call in calls)
+    assert all(call.y.requires_grad and not call.x.requires_grad for call in calls)
+
+
+def test_recording_changes_neither_the_output_nor_the_model(family: nn.Module, ids: Tensor, unchanged: Any) -> None:
+    plain = family(input_ids=ids, use_cache=False).logits
+    with unchanged(family, ids), record_mixers(family):
+        watched = family(input_ids=ids, use_cache=False).logits
+    assert torch.equal(plain, watched)
+
+
+def test_fidelity_is_reported_for_every_layer(family: nn.Module, ids: Tensor) -> None:
+    method = ImplicitAttentionAttribution(family)
+    method.attribute(ids, target=1)
+    assert list(method.fidelity) == [call.name for call in record(family, ids)]
+    assert 0 <= max(method.fidelity.values()) <= 1e-5
+
+
+# --- Options of the configurations --------------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "biased projections": {"use_bias": True},
+    "no bias in the convolution": {"use_conv_bias": False},
+    "biased projections alone": {"use_bias": True, "use_conv_bias": False},
+    "gelu": {"hidden_act": "gelu"},
+    "relu": {"hidden_act": "relu"},
+    "two taps": {"conv_kernel": 2},
+    "more taps than tokens": {"conv_kernel": 9},
+    "one state": {"state_size": 1},
+    "rank one": {"time_step_rank": 1},
+    "one channel for each width": {"expand": 1},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_s6 = pytest.mark.parametrize("build", [tiny_mamba, tiny_falcon_mamba])
+
+
+@every_s6
+@every_option
+def test_s6_is_reproduced_with_every_option(build: Any, options: dict[str, Any], ids: Tensor) -> None:
+    model = build(**options)
+    assert max(errors(model, ids)) <= 1e-5
+    assert max(errors(model, ids, LEFT)) <= 1e-5
+
+
+@every_s6
+@every_option
+def test_the_alpha_of_s6_is_the_published_one(build: Any, options: dict[str, Any], ids: Tensor) -> None:
+    model = build(**options).double()
+    for mask in (None, LEFT):
+        for call in record(model, ids, mask):
+            expected = oracles.s6(call.mixer, call.x, mask)
+            assert relative_error(expected["y"], call.y) <= 1e-5  # the oracle is the layer
+            chain = decompose(call).chain
+            scan = chain.factors["scan"]
+            assert isinstance(scan, Scan)
+            alpha = dense(scan.without("skip"), expected["v"])
+            assert relative_error(alpha, expected["alpha"]) <= 1e-12
+            skip = oracles.diagonal_matrix(expected["skip"].expand_as(expected["v"]))
+            assert relative_error(dense(scan, expected["v"]) - alpha, skip) <= 1e-12
+            if mask is not None:
+                assert alpha[0, :, :, :3].eq(0).all()  # no attention to padding
+
+
+@every_s6
+@pytest.mark.parametrize("options", [{}, {"use_bias": True}, {"hidden_act": "gelu"}])
+def test_the_unified_attention_of_s6_is_the_product_of_its_published_factors(
+    build: Any, options: dict[str, Any], ids: Tensor
+) -> None:
+    model = build(**options).double()
+    method = LayerImplicitAttention(model, 1)
+    (call,) = [c for c in record(model, ids) if c.name == method.layer_name]
+    expected = oracles.unified_s6(call.mixer, call.x)
+    assert relative_error(method.attribute(ids, fusion=None), expected) <= 1e-12
+    assert list(decompose(call).chain.factors) == ["out", "gate", "scan", "act", "conv", "in"]
+
+
+@every_s6
+def test_the_scan_attention_of_s6_is_alpha_alone(build: Any, ids: Tensor) -> None:
+    model = build().double()
+    for without, of in (((), None), (("gate", "conv", "act", "skip"), "unified")):
+        method = LayerImplicitAttention(model, 0, attention=of or "scan", without=without)
+        (call,) = [c for c in record(model, ids) if c.name == method.layer_name]
+        assert relative_error(method.attribute(ids, fusion=None), oracles.s6(call.mixer, call.x)["alpha"]) <= 1e-12
+
+
+def test_falcon_mambas_norms_are_needed(ids: Tensor) -> None:
+    """The same weights as a Mamba give another attention: the norms of delta, B and C are no detail."""
+    falcon, plain = tiny_falcon_mamba().double(), tiny_mamba().double()
+    plain.load_state_dict(falcon.state_dict(), strict=False)
+    scans = [decompose(record(model, ids)[0]).chain.split("scan")[1] for model in (falcon, plain)]
+    one, other = (dense(scan, torch.empty(2, 7, 16, dtype=torch.float64)) for scan in scans)
+    assert relative_error(one, other) > 0.05
+
+
+def test_an_activation_without_gate_form_is_refused_by_name(ids: Tensor) -> None:
+    model = tiny_mamba(hidden_act="tanh")
+    with pytest.raises(UnsupportedModelError, match=r"activation 'tanh' has no gate form; known: .*silu.*register"):
+        ImplicitAttentionAttribution(model).attribute(ids, target=1)
+
+
+# --- A layer that is not what its adapter says --------------------------------------------------------------------
+
+METHODS = {
+    "attribution": ImplicitAttentionAttribution,
+    "rollout": ImplicitAttentionRollout,
+    "raw": RawImplicitAttention,
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+PATCHED = "backbone.layers.0.mixer"
+
+
+def patch_forward(mixer: nn.Module) -> None:
+    forward = mixer.forward
+    mixer.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)  # type: ignore[method-assign]
+
+
+def hook_output(mixer: nn.Module) -> None:
+    mixer.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def hook_one_entry(mixer: nn.Module) -> None:
+    def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[-1, -1, -1] += 0.1 * output.abs().max()
+        return changed
+
+    mixer.register_forward_hook(change)
+
+
+def hook_inside(mixer: nn.Module) -> None:
+    mixer.get_submodule("x_proj").register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def replace_inside(mixer: nn.Module) -> None:
+    mixer.out_proj = nn.Sequential(mixer.get_submodule("out_proj"), nn.Tanh())
+    mixer.out_proj.eval().register_parameter("weight", mixer.out_proj[0].weight)
+
+
+PATCHES = [patch_forward, hook_output, hook_one_entry, hook_inside, replace_inside]
+every_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+
+
+@every_method
+@every_patch
+def test_a_changed_layer_is_refused_by_name_and_error(
+    mamba: nn.Module, ids: Tensor, unchanged: Any, method: Any, patch: Any
+) -> None:
+    patch(mamba.get_submodule(PATCHED))
+    with unchanged(mamba, ids), pytest.raises(FidelityError) as caught:
+        method(mamba).attribute(ids, target=1)
+    assert caught.value.layer == PATCHED
+    assert caught.value.error > 1e-2
+    message = str(caught.value)
+    assert f"'{PATCHED}'" in message and f"{caught.value.error:.1e}" in message
+    assert "patched or hooked" in message and "register" in message and "tolerance" in message
+
+
+@every_patch
+def test_a_changed_layer_is_refused_when_it_alone_is_asked_for(
+    mamba: nn.Module, ids: Tensor, unchanged: Any, patch: Any
+) -> None:
+    patch(mamba.get_submodule(PATCHED))
+    with unchanged(mamba, ids), pytest.raises(FidelityError, match=PATCHED):
+        LayerImplicitAttention(mamba, PATCHED).attribute(ids)
+    assert LayerImplicitAttention(mamba, 1).attribute(ids).shape == (2, 7, 7)  # the other layer is as it was
+
+
+def test_a_hook_that_changes_the_input_is_no_error(mamba: nn.Module, ids: Tensor) -> None:
+    """The layer is decomposed at the input that it really got."""
+    mixer = mamba.get_submodule(PATCHED)
+    mixer.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]) if args else None)
+    mixer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {k: 2 * v if k == "hidden_states" else v for k, v in kwargs.items()}),
+        with_kwargs=True,
+    )
+    assert max(errors(mamba, ids)) <= 1e-5
+
+
+def test_the_tolerance_is_what_is_allowed(mamba: nn.Module, ids: Tensor) -> None:
+    hook_one_entry(mamba.get_submodule(PATCHED))
+    method = ImplicitAttentionAttribution(mamba, tolerance=0.5)
+    method.attribute(ids, target=1)
+    assert 0.05 < method.fidelity[PATCHED] < 0.2
+    with pytest.raises(FidelityError, match=r"allowed 1\.0e-02"):
+        ImplicitAttentionAttribution(mamba, tolerance=0.01).attribute(ids, target=1)
+
+
+def test_an_error_that_is_nan_is_above_every_tolerance(mamba: nn.Module, ids: Tensor) -> None:
+    @register("Renamed")
+    def nothing(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+        return Chain({"gate": Diagonal(torch.full_like(x, float("nan")))})
+
+    try:
+        call = record(mamba, ids)[0]
+        renamed = type("Renamed", (nn.Module,), {})()
+        with pytest.raises(FidelityError, match="nan"):
+            decompose(MixerCall(call.name, renamed, call.x, call.y, {}), tolerance=1e9)
+    finally:
+        unregister("Renamed")
+
+
+def test_what_is_not_finite_is_refused_by_layer(mamba: nn.Module, ids: Tensor) -> None:
+    call = record(mamba, ids)[0]
+    for value in (float("nan"), float("inf")):
+        x, y = call.x.clone(), call.y.detach().clone()
+        x[0, 0, 0] = y[0, 0, 0] = value
+        with pytest.raises(ModelStateError, match=f"input of layer '{PATCHED}' has NaN or infinite"):
+            decompose(MixerCall(call.name, call.mixer, x, call.y, call.kwargs))
+        with pytest.raises(ModelStateError, match=f"output of layer '{PATCHED}' has NaN or infinite"):
+            decompose(MixerCall(call.name, call.mixer, call.x, y, call.kwargs))
+
+
+def test_a_layer_without_adapter_is_refused_by_name(ids: Tensor) -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(UnsupportedModelError, match=r"No adapter is registered for layer 'lstm' \(LSTM\)"):
+        decompose(MixerCall("lstm", nn.LSTM(4, 4), x, x, {}))
+
+
+def test_the_relative_error_is_the_largest_difference_over_the_largest_value() -> None:
+    assert relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.5, -4.0])) == 0.25
+    assert relative_error(torch.tensor([0.5, 0.0]), torch.zeros(2)) == 0.5
+    assert isinstance(Decomposition("n", Chain({}), torch.ones(1), 0.0).error, float)

@@ -1,0 +1,635 @@
+"""The laws of the linear operators, on random shapes, in float32 and float64."""
+
+import random
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from torch import Tensor
+
+from captum_ssm import operators
+from captum_ssm.attention import dense
+from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
+
+SEEDS = range(20)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = [torch.float64, torch.float32]
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Largest difference at most the type's tolerance, relative to the largest value (at least 1)."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if expected.numel():
+        error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
+        assert error <= TOLERANCE[expected.dtype], f"relative error {error:.1e}"
+
+
+def coefficient(draw: random.Random, shape: tuple[int, ...], fixed: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normal numbers of ``shape``, each axis not in ``fixed`` shared (size 1) once in four times."""
+    sizes = [1 if axis not in fixed and draw.random() < 0.25 else size for axis, size in enumerate(shape)]
+    return torch.randn(sizes, dtype=dtype)
+
+
+def random_decay(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | Product, Tensor]:
+    """A decay in a random form, and its values."""
+    full = coefficient(draw, shape, (), dtype)
+    kind = draw.choice(["positive", "signed", "some zero", "product", "exponential", "strong exponential"])
+    if kind == "positive":
+        return full.sigmoid(), full.sigmoid()
+    if kind == "signed":
+        return full.tanh(), full.tanh()
+    if kind == "some zero":
+        full = full.tanh() * (torch.rand_like(full) > 0.3)
+        return full, full
+    other = coefficient(draw, shape, (), dtype).sigmoid()
+    if kind == "product":
+        return Product((full.tanh(), other)), full.tanh() * other
+    step = -full.abs() * (100 if kind == "strong exponential" else 1)
+    return Product((step, other), exponential=True), (step * other).exp()
+
+
+def random_scan(
+    seed: int, dtype: torch.dtype, B: int | None = None, L: int | None = None, **options: Any
+) -> tuple[Scan, dict[str, Any], tuple[int, int, int]]:
+    """A scan of random shape and kind; its values for the oracles; (B, L, D)."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    B = B or draw.choice([1, 2, 3])
+    L = L or draw.choice([1, 2, 3, 5, 8, 13])
+    H, P, N = draw.choice([1, 2, 3]), draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 4])
+    P = options.pop("P", P)
+    a, decay = random_decay(draw, (B, L, H, N), dtype)
+    # b and c keep their states: weights shared by all states have a test of their own
+    b = coefficient(draw, (B, L, H, N), (2, 3), dtype)
+    c = coefficient(draw, (B, L, H, N), (3,), dtype)
+    weight: Tensor | Product = b
+    if draw.random() < 0.5:
+        scale = coefficient(draw, (B, L, H, 1), (), dtype)
+        weight, b = Product((scale, b)), scale * b
+    D = H * P
+    skip = draw.choice([None, torch.randn(D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)])
+    bonus = draw.choice([None, torch.randn(1, dtype=dtype), torch.randn(L, D, dtype=dtype)])
+    rest = {"lag": draw.choice([0, 1]), "skip": skip, "bonus": bonus, "head_size": P}
+    scan = Scan(a, weight, c, **rest, chunk=options.pop("chunk", draw.choice([None, 1, 3, 4, 16])))
+    return scan, {"a": decay.expand(B, L, H, N), "b": b, "c": c, **rest}, (B, L, D)
+
+
+def diagonal(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    draw = random.Random(seed)
+    B, L, D = draw.choice([1, 2]), draw.choice([1, 4, 6]), draw.choice([1, 5])
+    return Diagonal(coefficient(draw, (B, L, D), (), dtype)), (B, L, D)
+
+
+def convolution(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    draw = random.Random(seed)
+    B, L, D, K = draw.choice([1, 2]), draw.choice([1, 2, 6]), draw.choice([1, 5]), draw.choice([1, 2, 4])
+    bias = torch.randn(D, dtype=dtype) if draw.random() < 0.5 else None
+    return CausalConv(torch.randn(D, K, dtype=dtype), bias), (B, L, D)
+
+
+def scan(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    made, _, shape = random_scan(seed, dtype)
+    return made, shape
+
+
+def core(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    made, _, (B, L, D) = random_scan(seed, dtype)
+    act, gate = torch.randn(B, L, D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
+    conv = CausalConv(torch.randn(D, 3, dtype=dtype), torch.randn(D, dtype=dtype))
+    return Chain({"gate": Diagonal(gate), "scan": made, "act": Diagonal(act), "conv": conv}), (B, L, D)
+
+
+def projection(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    draw = random.Random(seed)
+    out, into = draw.choice([1, 3, 5]), draw.choice([1, 4])
+    return Projection(torch.randn(out, into, dtype=dtype), torch.randn(out, dtype=dtype)), (2, 3, into)
+
+
+def layer(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    inner, (B, L, D) = core(seed, dtype)
+    assert isinstance(inner, Chain)
+    out, into = torch.randn(6, D, dtype=dtype), torch.randn(D, 4, dtype=dtype)
+    bias = torch.randn(D, dtype=dtype)
+    mask = Diagonal((torch.rand(B, L, 1) > 0.3).to(dtype))
+    return Chain({"out": Projection(out), **inner.factors, "in": Projection(into, bias), "mask": mask}), (B, L, 4)
+
+
+Build = Callable[[int, torch.dtype], tuple[Operator, tuple[int, int, int]]]
+CHANNELWISE: list[Build] = [diagonal, convolution, scan, core]
+ALL: list[Build] = [*CHANNELWISE, projection, layer]
+
+every_operator = pytest.mark.parametrize("build", ALL, ids=lambda build: build.__name__)
+every_channelwise = pytest.mark.parametrize("build", CHANNELWISE, ids=lambda build: build.__name__)
+every_seed = pytest.mark.parametrize("seed", SEEDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+
+
+# --- Laws of every operator ---------------------------------------------------------------------------------------
+
+
+@every_operator
+@every_seed
+@every_dtype
+def test_the_adjoint_is_the_transpose(build: Build, seed: int, dtype: torch.dtype) -> None:
+    operator, shape = build(seed, dtype)
+    x = torch.randn(shape, dtype=dtype)
+    y = operator.apply(x)
+    u = torch.randn_like(y)
+    assert operator.adjoint(u).shape == x.shape
+    scale = max(1.0, float((u.abs() * y.abs()).sum()))
+    assert abs((u * y).sum() - (operator.adjoint(u) * x).sum()) <= TOLERANCE[dtype] * scale
+
+
+@every_operator
+@every_seed
+def test_the_adjoint_is_the_transpose_entry_by_entry(build: Build, seed: int) -> None:
+    operator, (B, L, C) = build(seed, torch.float64)
+    inputs = torch.eye(L * C, dtype=torch.float64).view(L * C, 1, L, C).expand(-1, B, -1, -1)
+    columns = operator.apply(inputs)  # (L·C, B, L, outputs)
+    outputs = columns.shape[-1]
+    units = torch.eye(L * outputs, dtype=torch.float64).view(L * outputs, 1, L, outputs).expand(-1, B, -1, -1)
+    rows = operator.adjoint(units)  # (L·outputs, B, L, C)
+    assert_close(rows.permute(1, 2, 3, 0).flatten(1, 2), columns.permute(1, 0, 2, 3).flatten(2))
+
+
+@every_channelwise
+@every_seed
+@every_dtype
+def test_dense_times_vector_is_apply(build: Build, seed: int, dtype: torch.dtype) -> None:
+    operator, shape = build(seed, dtype)
+    x = torch.randn(shape, dtype=dtype)
+    matrices = dense(operator, x)
+    assert_close(oracles.times(matrices, x), operator.apply(x))
+    assert_close(oracles.times(matrices.transpose(-1, -2), x), operator.adjoint(x))
+
+
+@every_operator
+@every_seed
+def test_the_operator_is_linear_and_its_bias_a_constant(build: Build, seed: int) -> None:
+    operator, shape = build(seed, torch.float64)
+    x, other = torch.randn(2, *shape, dtype=torch.float64)
+    assert_close(operator.apply(2 * x - other), 2 * operator.apply(x) - operator.apply(other))
+    constant = operator.apply(torch.zeros_like(x), bias=True)
+    assert_close(operator.apply(x, bias=True), operator.apply(x) + constant)
+
+
+@every_operator
+@every_seed
+def test_the_future_never_matters(build: Build, seed: int) -> None:
+    """Outputs up to token t do not change, not by one bit, with anything after t; the adjoint reads only the future."""
+    operator, shape = build(seed, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    y = operator.apply(x, bias=True)
+    u = torch.randn_like(y)
+    for t in range(shape[1]):
+        changed = x.clone()
+        changed[:, t + 1 :] = torch.randn_like(x[:, t + 1 :])
+        assert torch.equal(operator.apply(changed, bias=True)[:, : t + 1], y[:, : t + 1])
+        changed = u.clone()
+        changed[:, :t] = torch.randn_like(u[:, :t])
+        assert torch.equal(operator.adjoint(changed)[:, t:], operator.adjoint(u)[:, t:])
+
+
+@every_operator
+@every_seed
+def test_leading_dimensions_share_the_coefficients(build: Build, seed: int) -> None:
+    operator, shape = build(seed, torch.float64)
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    y = operator.apply(x, bias=True)
+    u = torch.randn_like(y)
+    for j in range(2):
+        for k in range(3):
+            assert_close(y[j, k], operator.apply(x[j, k], bias=True))
+            assert_close(operator.adjoint(u)[j, k], operator.adjoint(u[j, k]))
+
+
+@every_operator
+@every_seed
+def test_no_method_changes_its_input_or_the_coefficients(build: Build, seed: int) -> None:
+    def tensors(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value]
+        if isinstance(value, Chain):
+            return [t for factor in value.factors.values() for t in tensors(factor)]
+        if isinstance(value, Product):
+            return list(value.factors)
+        return (
+            [t for field in fields(value) for t in tensors(getattr(value, field.name))]
+            if value is not None and (isinstance(value, Operator))
+            else []
+        )
+
+    operator, shape = build(seed, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    u = torch.randn_like(operator.apply(x))
+    watched = [x, u, *tensors(operator)]
+    before = [t.clone() for t in watched]
+    operator.apply(x, bias=True)
+    operator.adjoint(u)
+    if not operator.mixes_channels:
+        operator.channels(slice(0, 1)).apply(x[..., :1])
+        dense(operator, x)
+    assert len(watched) > 2
+    assert all(torch.equal(now, then) for now, then in zip(watched, before, strict=True))
+
+
+@every_operator
+@every_seed
+def test_sizes_are_those_of_the_output_and_the_input(build: Build, seed: int) -> None:
+    operator, shape = build(seed, torch.float64)
+    out, into = operator.sizes
+    assert into in (None, shape[-1])
+    assert out in (None, operator.apply(torch.zeros(shape, dtype=torch.float64)).shape[-1])
+
+
+# --- Channels before or after -------------------------------------------------------------------------------------
+
+
+def indices(D: int, P: int, draw: random.Random) -> list[slice | Tensor]:
+    """Slices and index tensors: whole heads, parts of heads, single channels, permuted, repeated."""
+    start = draw.randrange(D)
+    heads = [slice(h * P, (h + 1) * P) for h in range(D // P)]
+    found: list[slice | Tensor] = [
+        slice(None), slice(start, start + 1), slice(0, start + 1), slice(start, None), slice(None, None, 2), *heads,
+        torch.randperm(D), torch.randint(D, (4,)), torch.tensor([D - 1]), torch.arange(D).view(-1, P).flip(0).flatten(),
+        torch.arange(D).view(-1, P).flip(1).flatten(), torch.tensor([-1, 0]),
+    ]  # fmt: skip
+    return found
+
+
+@every_channelwise
+@every_seed
+def test_channels_may_be_taken_before_or_after(build: Build, seed: int) -> None:
+    operator, shape = build(seed, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    inner = operator.factors["scan"] if isinstance(operator, Chain) else operator
+    P = inner.head_size if isinstance(inner, Scan) else 1
+    for index in indices(shape[-1], P, random.Random(seed)):
+        taken = operator.channels(index)
+        assert_close(taken.apply(x[..., index], bias=True), operator.apply(x, bias=True)[..., index])
+        assert_close(taken.adjoint(x[..., index]), operator.adjoint(x)[..., index])
+
+
+@every_seed
+def test_whole_heads_stay_shared(seed: int) -> None:
+    """Taking whole heads copies no coefficient to channels; taking parts of heads does."""
+    draw = random.Random(seed)
+    B, L, H, P, N = 2, 3, 3, draw.choice([2, 3]), 2
+    a, b, c = torch.rand(3, B, L, H, N, dtype=torch.float64)
+    scan = Scan(a, b, c, head_size=P)
+    first = draw.randrange(H)
+    whole = scan.channels(slice(first * P, H * P))
+    assert (whole.heads, whole.head_size) == (H - first, P)
+    part = scan.channels(slice(1, 1 + P))
+    assert (part.heads, part.head_size) == (P, 1)
+
+
+def test_a_scan_with_one_head_shares_its_coefficients_with_any_channels() -> None:
+    a, b, c = torch.rand(3, 1, 4, 1, 2)
+    assert Scan(a, b, c, head_size=6).channels(torch.tensor([5, 1])).sizes == (2, 2)
+
+
+def test_a_scale_shared_by_all_channels_stays_shared() -> None:
+    assert Diagonal(torch.randn(2, 3, 1)).channels(slice(4, 9)).s.shape == (2, 3, 1)
+
+
+def test_a_scalar_diagonal_has_channels() -> None:
+    taken = Diagonal(torch.tensor(2.0)).channels(slice(0, 2))
+    assert_close(taken.apply(torch.ones(1, 3, 2)), torch.full((1, 3, 2), 2.0))
+
+
+def test_a_projection_has_no_channels_of_its_own() -> None:
+    with pytest.raises(ValueError, match="Projection mixes channels"):
+        Projection(torch.randn(3, 3)).channels(slice(0, 1))
+    with pytest.raises(ValueError, match="mixes channels"):
+        Chain({"out": Projection(torch.randn(3, 3))}).channels(slice(0, 1))
+
+
+# --- What each operator is ----------------------------------------------------------------------------------------
+
+
+@every_seed
+@every_dtype
+@pytest.mark.parametrize("P", [1, 2])
+def test_the_scan_is_the_written_out_sum(seed: int, dtype: torch.dtype, P: int) -> None:
+    """P = 1 runs through the states, P = 2 through chunks of the matrix; dense sends both through many columns."""
+    scan, values, shape = random_scan(seed, dtype, P=P)
+    x = torch.randn(shape, dtype=dtype)
+    alpha = oracles.scan_alpha(**values)
+    assert_close(scan.apply(x), oracles.times(alpha, x))
+    assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
+    assert_close(scan.adjoint(x), oracles.times(alpha.transpose(-1, -2), x))
+    assert_close(dense(scan, x), alpha)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("L", [1, 2, 7, 18, 67, 131])
+def test_the_scan_is_the_recurrence_beyond_one_chunk(L: int, P: int, lag: int) -> None:
+    """The default chunks have 64 tokens (one state decay a head), 16 (more) or as many as fit the cache."""
+    for N in (1, 2):
+        torch.manual_seed(L)
+        a, b, c = torch.randn(3, 1, L, 2, N, dtype=torch.float64)
+        x = torch.randn(1, L, 2 * P, dtype=torch.float64)
+        expected = oracles.recurrence(a.tanh(), b, c, x, lag, head_size=P)
+        assert_close(Scan(a.tanh(), b, c, head_size=P, lag=lag).apply(x), expected)
+
+
+def test_a_long_sequence_of_many_states_is_cut_by_the_cache_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, values, shape = random_scan(3, torch.float64, L=50, P=1, chunk=None)
+    x = torch.randn(shape, dtype=torch.float64)
+    monkeypatch.setattr(operators, "_STATES", 1)
+    assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
+
+
+@every_seed
+def test_chunk_size_never_changes_the_result(seed: int) -> None:
+    results = []
+    for chunk in (None, 1, 2, 3, 5, 12, 13, 14, 100):
+        scan, _, shape = random_scan(seed, torch.float64, L=13, chunk=chunk)
+        assert scan.chunk == chunk
+        x = torch.ones(shape, dtype=torch.float64)
+        results.append((scan.apply(x), scan.adjoint(x)))
+    for applied, adjoint in results[1:]:
+        assert_close(applied, results[0][0])
+        assert_close(adjoint, results[0][1])
+
+
+@every_seed
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("P", [1, 2])
+def test_both_ways_through_a_chunk_agree_also_in_the_state_they_hand_on(seed: int, lag: int, P: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    B, T, H, N = 2, draw.choice([1, 2, 5, 8]), 2, draw.choice([1, 3])
+    a = torch.randn(B, T, H, draw.choice([1, N]), dtype=torch.float64)
+    b, c = torch.randn(2, B, T, H, N, dtype=torch.float64)
+    x, h = torch.randn(B, T, H, P, dtype=torch.float64), torch.randn(B, H, N, P, dtype=torch.float64)
+    states = operators._by_states(a, b, c, x, h, lag)
+    matrix = operators._by_matrix(a, b, c, x, h, lag)
+    for one, other in zip(states, matrix, strict=True):
+        assert_close(one, other)
+    for t in range(T):
+        before = h
+        h = a[:, t, :, :, None] * h + b[:, t, :, :, None] * x[:, t, :, None]
+        assert_close(states[0][:, t], (c[:, t, :, :, None] * (before if lag else h)).sum(2))
+    assert_close(states[1], h)
+
+
+@pytest.mark.parametrize("T", range(1, 18))
+def test_the_prefix_is_the_recurrence(T: int) -> None:
+    torch.manual_seed(T)
+    a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
+    h = torch.zeros(2, 3, dtype=torch.float64)
+    for t, state in enumerate(operators.prefix(a, v).unbind(1)):
+        h = a[:, t] * h + v[:, t]
+        assert_close(state, h)
+
+
+@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("shared", ["b", "b and c", "a and b", "c"])
+def test_weights_may_be_shared_by_all_states(P: int, shared: str) -> None:
+    """Coefficients of (B, L, H, 1) beside others of N states, as the scan's shapes allow; the adjoint swaps b and c."""
+    torch.manual_seed(0)
+    sizes = [1 if name in shared.split(" and ") else 4 for name in "abc"]
+    a, b, c = (torch.rand(1, 5, 2, N, dtype=torch.float64) for N in sizes)
+    x = torch.randn(1, 5, 2 * P, dtype=torch.float64)
+    alpha = oracles.scan_alpha(a, b, c, head_size=P)
+    scan = Scan(a, b, c, head_size=P)
+    assert_close(scan.apply(x), oracles.times(alpha, x))
+    assert_close(scan.adjoint(x), oracles.times(alpha.transpose(-1, -2), x))
+
+
+@pytest.mark.parametrize("P", [1, 2])
+@every_dtype
+def test_very_strong_decays_give_neither_nan_nor_wrong_gradients(P: int, dtype: torch.dtype) -> None:
+    """exp(-100) in float32 underflows within two tokens; exponents of masked pairs must not overflow either."""
+    torch.manual_seed(0)
+    step = torch.full((1, 20, 2, 1), 100.0, dtype=dtype, requires_grad=True)
+    b, c = torch.randn(2, 1, 20, 2, 3, dtype=dtype)
+    A = -torch.tensor([0.5, 1.0, 8.0], dtype=dtype).view(1, 1, 1, 3)
+    x = torch.randn(1, 20, 2 * P, dtype=dtype, requires_grad=True)
+    y = Scan(Product((step, A), exponential=True), b, c, head_size=P).apply(x)
+    assert_close(y, oracles.recurrence((step * A).exp(), b, c, x, head_size=P))
+    for gradient in torch.autograd.grad(y.sum(), (step, x)):
+        assert gradient.isfinite().all()
+
+
+def test_weak_decays_over_many_tokens_keep_their_digits() -> None:
+    """A cumulative log-sum over 300 tokens would lose three digits."""
+    torch.manual_seed(0)
+    step = torch.rand(1, 300, 1, 1) * 3
+    a, b, c = Product((-step,), exponential=True), torch.randn(1, 300, 1, 2), torch.randn(1, 300, 1, 2)
+    x = torch.randn(1, 300, 4)
+    exact = oracles.recurrence((-step.double()).exp(), b.double(), c.double(), x.double(), head_size=4)
+    for scan in (Scan(a, b, c, head_size=4), Scan(a, b, c, head_size=4, chunk=300)):
+        assert (scan.apply(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@every_seed
+def test_a_product_is_the_coefficient_written_out(seed: int) -> None:
+    torch.manual_seed(seed)
+    one, two = torch.randn(2, 6, 1, 1, dtype=torch.float64), torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    for exponential in (False, True):
+        product = Product((one, two), exponential)
+        full = (one * two).exp() if exponential else one * two
+        assert product.shape == full.shape == (2, 6, 3, 4)
+        assert_close(product.tokens(2, 5), full[:, 2:5])
+    assert Product((two,)).tokens(1, 4).shape == (1, 3, 3, 4)
+    assert torch.equal(product.map(lambda f: f.flip(1), axis=1).tokens(0, 6), full.flip(1))
+
+
+def test_a_scan_refuses_what_is_not_one() -> None:
+    a = torch.rand(1, 4, 2, 3)
+    with pytest.raises(ValueError, match=r"\(B, L, H, N\) .* not \(4, 2\)"):
+        Scan(a[0, :, :, 0], a, a)
+    with pytest.raises(ValueError, match="lag must be 0 or 1, not 2"):
+        Scan(a, a, a, lag=2)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        Scan(a, a, a, chunk=0)
+    with pytest.raises(ValueError, match="2 heads of 3 channels, but the input has 5"):
+        Scan(a, a, a, head_size=3).apply(torch.randn(1, 4, 5))
+    with pytest.raises(RuntimeError, match=r"[Ss]hape|broadcast"):
+        Scan(a, a[:, :, :, :2], a)
+
+
+@every_seed
+def test_the_convolution_is_the_written_out_sum(seed: int) -> None:
+    operator, shape = convolution(seed, torch.float64)
+    assert isinstance(operator, CausalConv)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_close(operator.apply(x), oracles.conv(x, operator.w))
+    assert_close(operator.apply(x, bias=True), oracles.conv(x, operator.w, operator.bias))
+    assert_close(dense(operator, x), oracles.conv_matrix(operator.w, shape[1]).expand(shape[0], -1, -1, -1))
+
+
+@every_seed
+def test_a_projection_mixes_the_channels_of_each_token(seed: int) -> None:
+    operator, shape = projection(seed, torch.float64)
+    assert isinstance(operator, Projection) and operator.bias is not None
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_close(operator.apply(x), torch.einsum("oc,blc->blo", operator.W, x))
+    assert_close(operator.apply(x, bias=True), torch.einsum("oc,blc->blo", operator.W, x) + operator.bias)
+
+
+# --- Chains -------------------------------------------------------------------------------------------------------
+
+
+@every_seed
+def test_a_chain_is_the_product_in_order_with_every_bias_carried_through(seed: int) -> None:
+    chain, shape = layer(seed, torch.float64)
+    assert isinstance(chain, Chain)
+    x = torch.randn(shape, dtype=torch.float64)
+    out, gate, scan, act, conv, into, mask = chain.factors.values()
+    y = into.apply(mask.apply(x), bias=True)
+    y = out.apply(gate.apply(scan.apply(act.apply(conv.apply(y, bias=True)))))
+    assert_close(chain.apply(x, bias=True), y)
+    linear = out.apply(gate.apply(scan.apply(act.apply(conv.apply(into.apply(mask.apply(x)))))))
+    assert_close(chain.apply(x), linear)
+    assert list(chain.factors) == ["out", "gate", "scan", "act", "conv", "in", "mask"]
+    assert chain.sizes == (6, 4)
+    assert chain.mixes_tokens and chain.mixes_channels
+
+
+@every_seed
+def test_the_three_parts_of_a_split_multiply_back_to_the_chain(seed: int) -> None:
+    chain, shape = layer(seed, torch.float64)
+    assert isinstance(chain, Chain)
+    x = torch.randn(shape, dtype=torch.float64)
+    for name, expected in ((None, ["gate", "scan", "act", "conv"]), ("scan", ["scan"]), ("conv", ["conv"])):
+        parts = output, inner, into = chain.split(name)
+        assert list(inner.factors) == expected
+        assert [n for part in parts for n in part.factors] == list(chain.factors)
+        for bias in (False, True):
+            assert_close(output.apply(inner.apply(into.apply(x, bias), bias), bias), chain.apply(x, bias))
+        assert not inner.mixes_channels
+        if name is None:
+            assert not output.mixes_tokens and not into.mixes_tokens
+
+
+@every_seed
+def test_a_split_takes_everything_channelwise_around_the_token_mixers(seed: int) -> None:
+    inner, _ = core(seed, torch.float64)
+    assert isinstance(inner, Chain)
+    output, whole, into = inner.split()
+    assert (list(output.factors), list(whole.factors), list(into.factors)) == ([], list(inner.factors), [])
+    assert_close(output.apply(torch.ones(1, 1, 2)), torch.ones(1, 1, 2))
+
+
+def test_a_split_is_refused_where_there_is_no_attention_of_a_channel() -> None:
+    conv, mix = CausalConv(torch.randn(3, 2)), Projection(torch.randn(3, 3))
+    with pytest.raises(ValueError, match=r"No factor .* mixes tokens"):
+        Chain({"in": mix}).split()
+    with pytest.raises(ValueError, match="Channels are mixed between"):
+        Chain({"one": conv, "mix": mix, "two": conv}).split()
+    with pytest.raises(ValueError, match="no factor 'scan'"):
+        Chain({"one": conv}).split("scan")
+    with pytest.raises(ValueError, match="Channels are mixed"):
+        Chain({"one": conv, "mix": mix}).split("mix")
+
+
+def test_neighbours_of_wrong_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'out' takes 5 channels, but 'in' to its right gives 4"):
+        Chain({"out": Projection(torch.randn(2, 5)), "in": Projection(torch.randn(4, 3))})
+    shared = Diagonal(torch.randn(1, 1, 1))
+    with pytest.raises(ValueError, match="'out' takes 5 channels, but 'conv' to its right gives 4"):
+        Chain({"out": Projection(torch.randn(2, 5)), "shared": shared, "conv": CausalConv(torch.randn(4, 2))})
+    with pytest.raises(ValueError, match="'gate' takes 3 channels, but 'scan' to its right gives 4"):
+        a = torch.rand(1, 2, 2, 1)
+        Chain({"gate": Diagonal(torch.randn(1, 2, 3)), "scan": Scan(a, a, a, head_size=2)})
+    assert Chain({"shared": shared, "conv": CausalConv(torch.randn(4, 2)), "scale": shared}).sizes == (4, 4)
+
+
+def test_the_empty_chain_is_the_identity() -> None:
+    x = torch.randn(2, 3, 4)
+    empty = Chain({})
+    assert torch.equal(empty.apply(x, bias=True), x) and torch.equal(empty.adjoint(x), x)
+    assert empty.sizes == (None, None) and not empty.mixes_tokens
+
+
+def test_a_chain_keeps_its_own_factors() -> None:
+    factors: dict[str, Operator] = {"scale": Diagonal(torch.ones(1))}
+    chain = Chain(factors)
+    factors["more"] = Diagonal(torch.zeros(1))
+    assert list(chain.factors) == ["scale"]
+    with pytest.raises(TypeError):
+        chain.factors["scale"] = factors["more"]  # type: ignore[index]
+
+
+@every_seed
+def test_without_leaves_out_exactly_what_it_names(seed: int) -> None:
+    chain, shape = layer(seed, torch.float64)
+    assert isinstance(chain, Chain)
+    x = torch.randn(shape, dtype=torch.float64)
+    factors = dict(chain.factors)
+    for name in ("gate", "conv", "act", "scan", "mask"):
+        rest = Chain({key: value for key, value in factors.items() if key != name})
+        assert_close(chain.without(name).apply(x, bias=True), rest.apply(x, bias=True))
+    scan = factors["scan"]
+    assert isinstance(scan, Scan)
+    for term, index in (("skip", 0), ("bonus", 1)):
+        if getattr(scan, term) is None:
+            continue
+        kept = Scan(scan.a, scan.b, scan.c, None if index == 0 else scan.skip, None if index == 1 else scan.bonus,
+                    scan.head_size, scan.lag, scan.chunk)  # fmt: skip
+        assert_close(chain.without(term).apply(x, True), Chain({**factors, "scan": kept}).apply(x, True))
+        assert term not in chain.without(term).terms
+        assert_close(scan.without(term).apply(torch.ones(*shape[:2], scan.sizes[1] or 0, dtype=torch.float64)),
+                     kept.apply(torch.ones(*shape[:2], scan.sizes[1] or 0, dtype=torch.float64)))  # fmt: skip
+    assert_close(chain.without("bias").apply(x, bias=True), chain.apply(x))
+    assert_close(chain.without("conv", "bias").apply(x, bias=True), chain.without("conv").apply(x))
+    assert chain.without().terms == chain.terms
+    assert {"gate", "scan", "act", "conv", "mask", "bias"} <= set(chain.terms)
+
+
+def test_without_refuses_what_is_not_there() -> None:
+    chain = Chain({"out": Projection(torch.randn(2, 2)), "gate": Diagonal(torch.randn(1, 1, 2))})
+    with pytest.raises(ValueError, match=r"Nothing named 'conv' can be left out here; choose from .*gate"):
+        chain.without("conv")
+    with pytest.raises(ValueError, match="'out'"):
+        chain.without("out")
+    with pytest.raises(ValueError, match="CausalConv has no term 'bias'"):
+        CausalConv(torch.randn(2, 2)).without("bias")
+
+
+# --- Gradients ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("P", [1, 2], ids=["by states", "by matrix"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("states", [1, 2])
+def test_gradients_flow_through_the_scan(P: int, lag: int, states: int) -> None:
+    torch.manual_seed(0)
+    step, b, c = torch.rand(3, 1, 4, 2, 2, dtype=torch.float64)
+    A = -torch.rand(1, 1, 2, states, dtype=torch.float64)
+    skip, bonus = torch.randn(2, 2 * P, dtype=torch.float64)
+    x = torch.randn(1, 4, 2 * P, dtype=torch.float64)
+    values = [t.clone().requires_grad_() for t in (step[..., :1], A, b, c, skip, bonus, x)]
+
+    def run(step: Tensor, A: Tensor, b: Tensor, c: Tensor, skip: Tensor, bonus: Tensor, x: Tensor) -> Tensor:
+        scan = Scan(Product((step, A), True), Product((step, b)), c, skip, bonus, head_size=P, lag=lag, chunk=3)
+        return torch.cat([scan.apply(x), scan.adjoint(x)])
+
+    assert torch.autograd.gradcheck(run, values)
+
+
+def test_gradients_flow_where_a_decay_is_zero() -> None:
+    torch.manual_seed(0)
+    for P in (1, 2):
+        a = torch.tensor([0.5, 0.0, 0.7, 0.0], dtype=torch.float64).view(1, 4, 1, 1).requires_grad_()
+        b, c = torch.randn(2, 1, 4, 1, 2, dtype=torch.float64)
+        x = torch.randn(1, 4, P, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda a, x, b=b, c=c, P=P: Scan(a, b, c, head_size=P).apply(x), (a, x))
+
+
+def test_gradients_flow_through_a_whole_chain() -> None:
+    chain, shape = layer(2, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: chain.apply(x, bias=True), (x,))
+    u = torch.randn_like(chain.apply(x))
+    (gradient,) = torch.autograd.grad((chain.apply(x, bias=True) * u).sum(), x)
+    assert_close(gradient, chain.adjoint(u))
