@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import ModelStateError
@@ -43,11 +44,12 @@ def record_mixers(
 ) -> Iterator[list[MixerCall]]:
     """Record every call of every supported token mixer while the context is open.
 
-    Every recorded output requires a gradient, also in a model whose parameters do not.
+    Every recorded output requires a gradient, also in a model whose parameters do not. The first mixer runs without
+    a graph of its own: no gradient that is asked for passes through it.
 
     Args:
         model: The model to watch. Its hooks are removed when the context is left, whatever happens.
-        hold: Cut the graph at the mixers' outputs: what follows sees them as constants.
+        hold: Run all mixers without a graph: what follows a mixer sees its output as a constant.
         seen: Called after each call, for a progress bar.
 
     Yields:
@@ -58,31 +60,35 @@ def record_mixers(
         ModelStateError: If a mixer is called with a cache that already holds a state.
     """
     calls: list[MixerCall] = []
+    modes: list[bool] = []
 
-    def refuse_warm_cache(name: str, mixer: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def enter(name: str, mixer: nn.Module, args: Any, kwargs: Any) -> None:
+        _, arguments = _arguments(mixer, args, kwargs)
         if any(_holds_state(value, mixer) for value in arguments.values()):
             raise ModelStateError(
                 f"Layer '{name}' was called with a cache that already holds a state, so its output depends on "
                 "tokens that are not among the inputs. Pass the whole sequence, without a cache."
             )
+        modes.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(modes[-1] and not hold and len(calls) > 0)
 
-    def record(name: str, mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def leave(name: str, mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        torch.set_grad_enabled(modes.pop())
         x, rest = _arguments(mixer, args, kwargs)
         y = output if isinstance(output, Tensor) else output[0]
-        y = y.detach().requires_grad_() if hold or not y.requires_grad else y
+        y = y if y.requires_grad else y.detach().requires_grad_()
         calls.append(MixerCall(name, mixer, x.detach(), y, rest))
         seen()
         return y if isinstance(output, Tensor) else (y, *output[1:])
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
         for name, mixer in find_mixers(model).items():
             before = mixer.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: refuse_warm_cache(name, m, _arguments(m, args, kwargs)[1]),
-                with_kwargs=True,
+                lambda m, args, kwargs, name=name: enter(name, m, args, kwargs), with_kwargs=True
             )
             hooks.callback(before.remove)
             after = mixer.register_forward_hook(
-                lambda m, args, kwargs, out, name=name: record(name, m, args, kwargs, out), with_kwargs=True
+                lambda m, args, kwargs, out, name=name: leave(name, m, args, kwargs, out), with_kwargs=True
             )
             hooks.callback(after.remove)
         yield calls

@@ -79,6 +79,7 @@ class Recipe:
     language_weight: float = 0.3  # of the language-modelling loss, beside the sentiment loss
     language_share: float = 0.25  # of the positions, drawn anew for every batch
     smoothing: float = 0.05
+    opposition: float = 0.3  # weight of the variance of the two answers' mean logit
     embedding_dropout: float = 0.15
     word_dropout: float = 0.08
     heavy_word_dropout: float = 0.15
@@ -448,7 +449,9 @@ def batch_losses(
     logits = model.lm_head(hidden[torch.arange(len(examples)), batch.readout])
     labels = torch.tensor([example.label for example in examples])
     right, wrong = (F.cross_entropy(logits, label_ids[index]) for index in (labels, 1 - labels))
-    return language, (1 - recipe.smoothing) * right + recipe.smoothing * wrong
+    sentiment = (1 - recipe.smoothing) * right + recipe.smoothing * wrong
+    together = logits[:, label_ids].mean(1).var()  # what both answers rise or fall by decides nothing
+    return language, sentiment + recipe.opposition * together
 
 
 def make_optimizer(model: MambaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
@@ -641,7 +644,9 @@ removed from training: {sentences:,} sentences and {reviews:,} reviews remained.
 This took {minutes:.0f} minutes on {threads} CPU threads: {steps:,} steps of at most
 {batch_tokens:,} tokens. Two losses are added: next-token prediction on the texts
 (weight {language_weight}), and sentiment at `<sentiment>` (weight 1), where a piece of an IMDB
-review has the label of the whole review. Word vectors start from the words' pointwise mutual
+review has the label of the whole review. The variance of the mean of the logits of `positive` and
+`negative` is penalised (weight {opposition}): the two then oppose each other, so that an explanation
+of either logit explains the decision and not what both answers have in common. Word vectors start from the words' pointwise mutual
 information. {word_dropout:.0%} of the input words, and any share of them in
 {heavy_word_dropout:.0%} of the texts, are replaced by `<unk>`, so that texts with words removed are
 familiar to the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -223,15 +223,22 @@ class ImplicitAttentionMethod(GradientAttribution):
         refuse_bad_inputs(model, inputs)
         args = format_additional_forward_args(additional_forward_args) or ()
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
-            with torch.enable_grad(), record_mixers(model, seen=advance) as calls:
-                output = scores(self.forward_func, inputs, *args)
-                score = self._select(output, target)
-                gradients = self._gradients(score, calls)
+            calls, gradients = self._run(inputs, target, args, advance)
             refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args))
             positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
             self.fidelity = {}
             with torch.no_grad():
                 return self._aggregate(self._matrices(calls, gradients, advance), positions)
+
+    def _run(
+        self, inputs: Tensor, target: Target, args: tuple[Any, ...], advance: Callable[[], object]
+    ) -> tuple[list[MixerCall], list[Tensor | None]]:
+        """Run the model forward and back; return the mixers' calls, free of the graph, and their gradients."""
+        hold = self.gradient_at == "last layer"
+        with torch.enable_grad(), record_mixers(self.model, hold=hold, seen=advance) as calls:
+            score = self._select(scores(self.forward_func, inputs, *args), target)
+            gradients = self._gradients(score, calls)
+        return [replace(call, y=call.y.detach()) for call in calls], gradients
 
     def _matrices(
         self, calls: list[MixerCall], gradients: list[Tensor | None], advance: Callable[[], object]
@@ -305,8 +312,8 @@ def single_tensor(inputs: Any) -> Tensor:
     )
     if len(tensors) != 1:
         raise InvalidInputError(
-            f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else the "
-            "model needs as additional_forward_args."
+            f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
+            "the model needs as additional_forward_args."
         )
     tokens = tensors[0].detach()
     return tokens.clone() if tokens.is_inference() else tokens

@@ -1,0 +1,208 @@
+"""Speed and memory of captum_ssm as ratios, each measured side by side in one run.
+
+    python benchmarks/speed.py            everything, about ten minutes on two cores
+    python benchmarks/speed.py --quick    smaller sizes, for a look
+
+Only ratios are meant to be quoted: both sides of each are timed in turn in the same process, so a slow or busy
+machine slows both. Weights are random; speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from captum.attr import InputXGradient, IntegratedGradients
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+from transformers import MambaConfig, MambaForCausalLM
+
+from captum_ssm import ImplicitAttentionAttribution
+from captum_ssm.attention import ImplicitAttention, dense
+from captum_ssm.capture import record_mixers
+from captum_ssm.fidelity import decompose
+from captum_ssm.operators import Product, Scan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from oracles import published_alpha
+
+TARGET = 5
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], runs: int) -> tuple[float, float]:
+    """Time both in turn, after one call of each to warm up, and return the two medians."""
+    ours(), theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
+    return median(a for a, _ in pairs), median(b for _, b in pairs)
+
+
+def mamba(layers: int, width: int) -> MambaForCausalLM:
+    """Return a random Mamba with N = 16."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=1000, hidden_size=width, num_hidden_layers=layers, state_size=16)
+    return MambaForCausalLM(config).eval()
+
+
+def selective_scan(L: int, D: int, N: int = 16) -> tuple[Scan, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return a Mamba scan of one example and its delta (L, D), A (D, N), B (L, N), C (L, N)."""
+    torch.manual_seed(0)
+    delta, A = 0.1 * torch.rand(L, D), -torch.arange(1.0, N + 1).expand(D, N)
+    B, C = torch.randn(L, N), torch.randn(L, N)
+    step = delta[None, :, :, None]
+    scan = Scan(
+        a=Product((step, A[None, None]), exponential=True),
+        b=Product((step, B[None, :, None])),
+        c=C[None, :, None],
+    )
+    return scan, (delta, A, B, C)
+
+
+def dense_against_loop(L: int, D: int) -> str:
+    """Dense matrices of a core against the published loop over rows, columns and steps."""
+    scan, parameters = selective_scan(L, D)
+    like = torch.zeros(1, L, D)
+    dense(scan, like)
+    before = seconds(lambda: dense(scan, like))
+    loop = seconds(lambda: published_alpha(*parameters))
+    after = seconds(lambda: dense(scan, like))
+    ours = (before + after) / 2
+    return f"{loop / ours:.0f} x faster ({ours:.2f} s, {loop:.1f} s)"
+
+
+def attribution_against_captum(L: int, layers: int, width: int, steps: int, runs: int) -> tuple[str, str]:
+    """Signed attribution against Captum's gradient methods, on the same embeddings."""
+    model = mamba(layers, width)
+    embeddings = model.get_input_embeddings()(torch.randint(0, 1000, (1, L))).detach()
+
+    def forward(inputs: Tensor) -> Tensor:
+        return model(inputs_embeds=inputs, use_cache=False).logits[:, -1]
+
+    signed = ImplicitAttentionAttribution(model, rectify=None)
+    gradient, integrated = InputXGradient(forward), IntegratedGradients(forward)
+    leaf = embeddings.clone().requires_grad_()
+    ours, theirs = compare(
+        lambda: signed.attribute(embeddings, target=TARGET), lambda: gradient.attribute(leaf, target=TARGET), runs
+    )
+    path = seconds(
+        lambda: integrated.attribute(embeddings, target=TARGET, n_steps=steps, internal_batch_size=min(steps, 10))
+    )
+    again = seconds(lambda: signed.attribute(embeddings, target=TARGET))
+    return (
+        f"{ours / theirs:.2f} x its time ({ours:.2f} s, {theirs:.2f} s)",
+        f"{2 * path / (ours + again):.0f} x faster ({(ours + again) / 2:.2f} s, {path:.1f} s)",
+    )
+
+
+def growth_of_apply(lengths: list[int], D: int, runs: int) -> str:
+    """Exponent k of time ~ L^k of one product with a scan, by least squares over all lengths."""
+    scans = {L: (selective_scan(L, D)[0], torch.randn(1, L, D)) for L in lengths}
+    times: dict[int, list[float]] = {L: [] for L in lengths}
+    for _ in range(runs + 1):
+        for L, (scan, x) in scans.items():
+            times[L].append(seconds(lambda scan=scan, x=x: scan.apply(x)))
+    points = torch.tensor([[math.log(L), math.log(median(times[L][1:]))] for L in lengths])
+    x, y = (points - points.mean(0)).unbind(1)
+    shown = ", ".join(f"{L}: {1000 * median(t[1:]):.0f} ms" for L, t in times.items())
+    return f"{float((x * y).sum() / (x * x).sum()):.2f} ({shown})"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def peak_memory() -> float:
+    """Return the peak resident memory of this process so far, in GB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e6
+
+
+def rectified_memory(L: int, width: int) -> str:
+    """Peak memory of the channel-rectified matrix of one layer, beyond what the model's own run needed.
+
+    Runs in a process of its own: the peak of a process never falls.
+    """
+    model = mamba(1, width)
+    with torch.no_grad(), record_mixers(model) as calls:
+        model(torch.randint(0, 1000, (1, L)), use_cache=False)
+    layer = decompose(calls[0])
+    _, core, into = layer.chain.split()
+    v = into.apply(layer.x, bias=True)
+    u = torch.randn_like(v)
+    model_peak = peak_memory()
+    # raise resident memory to the peak again, so that what follows is counted in full
+    ballast = torch.ones(int((model_peak - resident_memory()) * 1e9 / 4))
+    before = peak_memory()
+    with LargestTensor() as largest:
+        took = seconds(lambda: ImplicitAttention(core, u, v).dense(torch.relu))
+    grown = peak_memory() - before
+    del ballast
+    share = largest.entries / (v.shape[-1] * L * L)
+    return f"{grown:.2f} GB; largest tensor {share:.1%} of (B, D, L, L) ({took:.0f} s)"
+
+
+def resident_memory() -> float:
+    """Return the resident memory of this process now, in GB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1e6
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("--memory", nargs=2, type=int, metavar=("L", "WIDTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print(rectified_memory(*options.memory))
+        return
+    L, layers, width, steps, runs = (64, 2, 64, 10, 2) if options.quick else (256, 12, 256, 50, 3)
+    memory = (256, 128) if options.quick else (2048, 768)
+    with tqdm(total=4, desc="measuring", leave=False) as bar:
+        rows = [("dense of one core against the published triple loop", "25 x faster", dense_against_loop(L, L))]
+        bar.update()
+        gradient, integrated = attribution_against_captum(L, layers, width, steps, runs)
+        rows += [
+            ("signed attribution against InputXGradient", "<= 2 x its time", gradient),
+            (f"the same against IntegratedGradients, {steps} steps", "15 x faster", integrated),
+        ]
+        bar.update()
+        lengths = [64, 128, 256] if options.quick else [512, 1024, 2048, 4096, 8192]
+        rows.append(("growth exponent of Scan.apply in L", "<= 1.1", growth_of_apply(lengths, 256, runs)))
+        bar.update()
+        command = [sys.executable, __file__, "--memory", *map(str, memory)]
+        grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        rows.append((f"memory of a rectified matrix, L {memory[0]}, D {2 * memory[1]}", "<= 1 GB", grown))
+        bar.update()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    for what, wanted, measured in rows:
+        print(f"{what:<58} {wanted:<16} {measured}")
+
+
+if __name__ == "__main__":
+    main()

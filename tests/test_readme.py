@@ -1,0 +1,43 @@
+"""The README's Python runs as it stands."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from captum_ssm import supported, unregister
+
+README = Path(__file__).parents[1] / "README.md"
+FIRST, CALLABLE, ADAPTER = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def restored_registry() -> Iterator[None]:
+    before = set(supported())
+    yield
+    for name in set(supported()) - before:
+        unregister(name)
+
+
+def test_the_examples_explain_the_shipped_model() -> None:
+    names: dict[str, Any] = {}
+    exec(FIRST, names)
+    assert names["scores"].shape == names["inputs"].input_ids.shape
+    exec(CALLABLE, names)
+    assert names["scores"].shape == names["inputs"].input_ids.shape
+
+
+def test_the_example_of_an_adapter_holds_every_law(
+    restored_registry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(ADAPTER, {})
+    assert "AdapterReport(fidelity=" in capsys.readouterr().out
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert len(local) > 5
+    assert [link for link in local if not (README.parent / link).exists()] == []

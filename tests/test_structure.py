@@ -1,0 +1,412 @@
+"""Whatever mixes tokens besides the supported mixers is found and named; what does not is let through."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import COMMON, VOCABULARY
+from torch import Tensor, nn
+from transformers import MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from captum_ssm import ImplicitAttentionAttribution, UnsupportedModelError
+from captum_ssm.structure import refuse_unknown_mixers
+
+CONFIG = MambaConfig(**COMMON, state_size=2, num_hidden_layers=2, time_step_rank=2)
+
+
+class Block(nn.Module):
+    """A MambaMixer with a residual path, and another layer hidden behind it, two modules deep."""
+
+    def __init__(self, extra: nn.Module, index: int = 0) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(8), MambaMixer(CONFIG, index)
+        self.extra = nn.Sequential(nn.Identity(), extra)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))
+        return x + self.extra(x)
+
+
+class Model(nn.Module):
+    """Two blocks, and what the model itself does with their output; (B, 3) scores of the last token."""
+
+    def __init__(self, extra: nn.Module | None = None, after: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.embed, self.after = nn.Embedding(VOCABULARY, 8), after
+        self.blocks = nn.ModuleList([Block(nn.Identity(), 0), Block(extra or nn.Identity(), 1)])
+        self.head = nn.Linear(8, 3)
+        random = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=random)
+        self.calls = 0
+        self.eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.embed(ids) if not ids.is_floating_point() else ids
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.after(x)[:, -1])
+
+
+class Function(nn.Module):
+    """A function of (B, L, 8), with no parameter and no telling name."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, batch_first: bool = True, bidirectional: bool = False) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.rnn = nn.LSTM(8, 4 if bidirectional else 8, batch_first=batch_first, bidirectional=bidirectional)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0] if self.batch_first else self.rnn(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class AttentionByName(SelfAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(query=x, key=x, value=x)[0]
+
+
+class Convolution(nn.Module):
+    """Over tokens, in the layout of torch, cut to be causal."""
+
+    def __init__(self, kernel: int, width: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, width, kernel, padding=kernel - 1)
+        self.back = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+
+
+def roll(x: Tensor) -> Tensor:
+    return x.roll(1, 1)
+
+
+def anti_causal(x: Tensor) -> Tensor:
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def both_ways(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def later(x: Tensor, by: int) -> Tensor:
+    return F.pad(x, (0, 0, by, 0))[:, : x.shape[1]]
+
+
+def check(model: nn.Module, ids: Tensor) -> None:
+    refuse_unknown_mixers(model, lambda: model(ids))
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------
+
+MIXING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "LSTM": (Recurrent, "blocks.1.extra.1.rnn' (LSTM)"),
+    "LSTM, bidirectional": (lambda: Recurrent(bidirectional=True), "blocks.1.extra.1.rnn' (LSTM)"),
+    "LSTM, tokens first": (lambda: Recurrent(batch_first=False), "blocks.1.extra.1' (Recurrent)"),
+    "attention": (SelfAttention, "blocks.1.extra.1.attention' (MultiheadAttention)"),
+    "attention by keyword": (AttentionByName, "blocks.1.extra.1.attention' (MultiheadAttention)"),
+    "transformer layer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, norm_first=True),
+        "blocks.1.extra.1.self_attn' (MultiheadAttention)",
+    ),
+    "convolution": (lambda: Convolution(3), "blocks.1.extra.1.conv' (Conv1d)"),
+    "convolution to another width": (lambda: Convolution(3, width=12), "blocks.1.extra.1' (Convolution)"),
+    "roll": (lambda: Function(roll), "blocks.1.extra.1' (Function)"),
+    "anti-causal": (lambda: Function(anti_causal), "blocks.1.extra.1' (Function)"),
+    "mean over tokens": (lambda: Function(both_ways), "blocks.1.extra.1' (Function)"),
+    "deep inside": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Tanh(), Recurrent())),
+        "blocks.1.extra.1.1.1.rnn' (LSTM)",
+    ),
+}
+every_mixing = pytest.mark.parametrize(("make", "named"), MIXING.values(), ids=MIXING)
+
+
+@every_mixing
+def test_a_hidden_layer_that_mixes_tokens_is_refused_by_its_innermost_name(
+    make: Callable[[], nn.Module], named: str, ids: Tensor, unchanged: Any
+) -> None:
+    model = Model(make())
+    for _ in range(2):  # a refusal is not remembered as a pass
+        with unchanged(model, ids), pytest.raises(UnsupportedModelError) as caught:
+            try:
+                check(model, ids)
+            finally:
+                del model.calls
+                model.calls = 0
+        assert f"'{named} mixes tokens" in str(caught.value)
+        assert "register" in str(caught.value) and "MambaMixer" in str(caught.value)
+
+
+@every_mixing
+def test_an_attribution_refuses_it_for_ids_and_for_embeddings(
+    make: Callable[[], nn.Module], named: str, ids: Tensor
+) -> None:
+    model = Model(make())
+    for inputs in (ids, model.embed(ids).detach()):
+        with pytest.raises(UnsupportedModelError) as caught:
+            ImplicitAttentionAttribution(model).attribute(inputs, target=1)
+        assert named in str(caught.value)
+
+
+@every_mixing
+def test_frozen_parameters_hide_nothing(make: Callable[[], nn.Module], named: str, ids: Tensor) -> None:
+    model = Model(make()).requires_grad_(False)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError) as caught:
+        check(model, ids)
+    assert named in str(caught.value)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [roll, anti_causal, both_ways, lambda x: x.cumsum(1)])
+def test_what_the_model_itself_does_to_embeddings_is_seen(
+    function: Callable[[Tensor], Tensor], ids: Tensor
+) -> None:
+    """Between its modules; the last token's row of what it does is all that the scores depend on."""
+    if function is anti_causal:
+        function = lambda x: x + anti_causal(x)[:, :1]  # noqa: E731
+    model = Model(after=lambda x: x + function(x))
+    sequence = Function(lambda x: model.after(x))
+    model.after = sequence
+    with pytest.raises(UnsupportedModelError, match=r"'after' \(Function\)"):
+        check(model, ids)
+
+
+@pytest.mark.xfail(strict=True, reason="a module that takes ids has no flow, so what its own forward does is not seen")
+def test_what_the_model_itself_does_to_the_tokens_is_seen(ids: Tensor) -> None:
+    model = Model(after=lambda x: x + x.roll(1, 1))
+    with pytest.raises(UnsupportedModelError):
+        check(model, ids)
+
+
+@pytest.mark.xfail(strict=True, reason="channels are taken for tokens, and a change of width drops the flow")
+def test_a_convolution_of_the_model_itself_is_seen(ids: Tensor) -> None:
+    """Where the model lays its channels out as torch's convolutions want them."""
+    conv, back = nn.Conv1d(8, 12, 3, padding=2).eval(), nn.Linear(12, 8).eval()
+    model = Model()
+    model.conv, model.back = conv, back
+    model.after = lambda x: back(conv(x.transpose(1, 2))[..., :7].transpose(1, 2))
+    with pytest.raises(UnsupportedModelError, match="Conv1d"):
+        check(model, ids)
+
+
+@pytest.mark.xfail(strict=True, reason="only the first and the last token are tried")
+def test_tokens_mixed_in_pieces_are_seen(ids: Tensor) -> None:
+    """As by causal attention within windows: the first token sees itself, and so does the last of 7."""
+    model = Model(Function(lambda x: torch.cat([part.cumsum(1) for part in x.split(3, 1)], 1)))
+    with pytest.raises(UnsupportedModelError, match="Function"):
+        check(model, ids)
+
+
+@pytest.mark.xfail(strict=True, reason="only the first and the last token are tried")
+def test_tokens_mixed_in_the_middle_are_seen(ids: Tensor) -> None:
+    model = Model(Function(lambda x: torch.cat([x[:, :1], x[:, 1:-1].cumsum(1), x[:, -1:]], 1)))
+    with pytest.raises(UnsupportedModelError, match="Function"):
+        check(model, ids)
+
+
+# --- What is let through ------------------------------------------------------------------------------------------
+
+POINTWISE: dict[str, Callable[[], nn.Module]] = {
+    "MLP": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
+    "LayerNorm": lambda: nn.LayerNorm(8),
+    "RMSNorm": lambda: nn.RMSNorm(8),
+    "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.9)),
+    "gate": lambda: nn.Sequential(nn.Linear(8, 16), nn.GLU()),
+    "1x1 convolution": lambda: Convolution(1),
+    "1x1 convolution to another width": lambda: Convolution(1, width=12),
+    "batch norm": lambda: nn.Sequential(Function(lambda x: x), BatchNorm()),
+    "a constant": lambda: Function(lambda x: torch.zeros_like(x)),
+    "position numbers": lambda: Function(lambda x: x * torch.arange(x.shape[1]).unsqueeze(-1)),
+}
+
+
+class BatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("make", POINTWISE.values(), ids=POINTWISE)
+def test_a_layer_that_acts_on_each_token_alone_is_let_through(
+    make: Callable[[], nn.Module], ids: Tensor, unchanged: Any
+) -> None:
+    model = Model(make())
+    check(model, ids)
+    x = model.embed(ids).detach()
+    model.calls = 0
+    scores = ImplicitAttentionAttribution(model).attribute(ids, target=1)
+    assert scores.shape == ids.shape and model.calls == 1  # it had passed
+    assert ImplicitAttentionAttribution(Model(make()).requires_grad_(False)).attribute(x, target=1).shape == x.shape
+
+
+def test_pooling_over_tokens_for_the_score_mixes_none(ids: Tensor) -> None:
+    check(Model(after=lambda x: x.mean(1, keepdim=True)), ids)
+
+
+@pytest.mark.xfail(strict=True, raises=UnsupportedModelError, reason="(B, channels, L) is taken for (B, L, channels)")
+def test_a_1x1_convolution_of_the_model_itself_is_let_through(ids: Tensor) -> None:
+    model = Model()
+    conv = nn.Conv1d(8, 8, 1).eval()
+    model.conv, model.after = conv, lambda x: conv(x.transpose(1, 2)).transpose(1, 2)
+    check(model, ids)
+
+
+def test_families_are_let_through(family: nn.Module, ids: Tensor) -> None:
+    refuse_unknown_mixers(family, lambda: family(input_ids=ids, use_cache=False))
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    refuse_unknown_mixers(family, lambda: family(input_ids=ids, attention_mask=padded, use_cache=False))
+
+
+# --- Once for each model ------------------------------------------------------------------------------------------
+
+
+def test_the_check_runs_once_for_each_model(ids: Tensor) -> None:
+    model = Model()
+    for _ in range(3):
+        check(model, ids)
+    assert model.calls == 1
+    check(Model(), ids)
+    assert model.calls == 1
+    for extra in (0, 1, 2):  # no more forward passes than the explanation's own
+        ImplicitAttentionAttribution(model).attribute(ids, target=1)
+        assert model.calls == 2 + extra
+
+
+def test_a_fresh_model_is_checked_at_its_first_explanation(ids: Tensor) -> None:
+    model = Model()
+    method = ImplicitAttentionAttribution(model)
+    method.attribute(ids, target=1)
+    assert model.calls == 2
+    method.attribute(ids, target=2)
+    assert model.calls == 3
+
+
+@pytest.mark.parametrize("at", ["blocks.1.extra", "blocks.1.extra.1", "head", "blocks.0.mixer"])
+def test_a_replaced_module_is_checked(at: str, ids: Tensor) -> None:
+    model = Model()
+    check(model, ids)
+    parent, name = at.rsplit(".", 1) if "." in at else ("", at)
+    old = getattr(model.get_submodule(parent), name)
+    new = {"blocks.0.mixer": MambaMixer(CONFIG, 0), "head": nn.Linear(8, 3)}.get(at, nn.Sequential(nn.Tanh()))
+    for parameter in new.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    setattr(model.get_submodule(parent), name, new.eval())
+    check(model, ids)
+    assert model.calls == 2 and old is not new
+    check(model, ids)
+    assert model.calls == 2
+
+
+def test_an_added_module_is_checked(ids: Tensor) -> None:
+    model = Model()
+    check(model, ids)
+    model.blocks[1].extra.append(Recurrent().eval())
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.1\.extra\.2\.rnn' \(LSTM\)"):
+        check(model, ids)
+
+
+@pytest.mark.xfail(strict=True, reason="modules are remembered by id, and ids of freed modules are used again")
+def test_a_module_at_the_address_of_a_freed_one_is_checked(ids: Tensor) -> None:
+    missed = 0
+    for _ in range(20):
+        model = Model(Function(lambda x: x))
+        check(model, ids)
+        model.blocks[1].extra[1] = nn.Identity()
+        gc.collect()
+        check(model, ids)
+        model.blocks[1].extra[1] = Function(roll).eval()  # may stand where the first Function stood
+        old = tuple(map(id, model.modules()))
+        del old
+        model = Model(Function(lambda x: x))
+        check(model, ids)
+        model.blocks[1].extra[1] = None
+        model.blocks[1].extra[1] = Function(roll).eval()
+        try:
+            check(model, ids)
+        except UnsupportedModelError:
+            continue
+        missed += 1
+    assert missed == 0
+
+
+@pytest.mark.parametrize(("short", "by"), [(1, 1), pytest.param(3, 3, marks=pytest.mark.xfail(
+    strict=True, reason="any input of two tokens or more is remembered as proof"
+))])  # fmt: skip
+def test_an_input_too_short_to_show_it_proves_nothing(short: int, by: int, ids: Tensor) -> None:
+    model = Model(Function(lambda x: later(x, by)))
+    check(model, ids[:, :short])
+    with pytest.raises(UnsupportedModelError, match="Function"):
+        check(model, ids)
+
+
+def test_a_single_token_is_checked_again_with_more(ids: Tensor) -> None:
+    model = Model()
+    for _ in range(2):
+        check(model, ids[:, :1])
+    assert model.calls == 2  # not remembered
+    for _ in range(2):
+        check(model, ids)
+    assert model.calls == 3
+    check(model, ids[:, :1])
+    assert model.calls == 3
+
+
+# --- Nothing is left ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["", "embed", "blocks.0.mixer", "blocks.1.extra.1", "head"])
+def test_a_module_that_raises_leaves_no_hook(at: str, ids: Tensor, unchanged: Any) -> None:
+    class BrokenError(RuntimeError):
+        pass
+
+    def fail(*args: Any) -> None:
+        raise BrokenError
+
+    model = Model()
+    handle = model.get_submodule(at).register_forward_hook(fail)
+    with unchanged(model, ids), pytest.raises(BrokenError):
+        check(model, ids)
+    handle.remove()
+    check(model, ids)
+
+
+def test_a_check_leaves_parameters_gradients_and_hooks_as_they_were(ids: Tensor, unchanged: Any) -> None:
+    model = Model(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.embed.weight.requires_grad_(False)
+    x = model.embed(ids).detach().requires_grad_()
+    for inputs in (ids, x):
+        fresh = Model(nn.Linear(8, 8))
+        with unchanged(fresh, ids, x):
+            check(fresh, inputs)
+        with unchanged(fresh, ids, x), torch.no_grad():
+            check(Model(), inputs)
+    with unchanged(model, ids):
+        check(model, ids)
