@@ -27,14 +27,16 @@ from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.readout import scores
 from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal
 
-METHODS: dict[str, Callable[[Any, argparse.Namespace], ImplicitAttentionMethod]] = {
-    "attribution": lambda model, o: ImplicitAttentionAttribution(
-        model, rectify=None if o.rectify == "none" else o.rectify, attention=o.attention, without=o.without
+METHODS: dict[str, Callable[..., ImplicitAttentionMethod]] = {
+    "attribution": lambda score, model, o: ImplicitAttentionAttribution(
+        score, model, rectify=None if o.rectify == "none" else o.rectify, attention=o.attention, without=o.without
     ),
-    "rollout": lambda model, o: ImplicitAttentionRollout(
-        model, fusion=o.fusion, attention=o.attention, without=o.without
+    "rollout": lambda score, model, o: ImplicitAttentionRollout(
+        score, model, fusion=o.fusion, attention=o.attention, without=o.without
     ),
-    "raw": lambda model, o: RawImplicitAttention(model, fusion=o.fusion, attention=o.attention, without=o.without),
+    "raw": lambda score, model, o: RawImplicitAttention(
+        score, model, fusion=o.fusion, attention=o.attention, without=o.without
+    ),
 }
 
 
@@ -68,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--target", default=None, help="token or class to explain, by name or number (default: the prediction)"
+    )
+    command.add_argument(
+        "--score",
+        choices=["log-probability", "logit"],
+        default="log-probability",
+        help="of the target; what all logits have in common decides nothing (default: %(default)s)",
     )
     command.add_argument("--method", choices=sorted(METHODS), default="attribution", help="default: %(default)s")
     command.add_argument(
@@ -121,13 +129,19 @@ def explain(options: argparse.Namespace) -> None:
         logits = scores(reader.model, encoding.ids, encoding.mask)[0].float()
     target = int(logits.argmax()) if options.target is None else reader.target(options.target, len(logits))
 
-    method = METHODS[options.method](reader.model, options)
+    def score(ids: Tensor, mask: Tensor) -> Tensor:
+        logits = scores(reader.model, ids, mask)
+        return logits.log_softmax(-1) if options.score == "log-probability" else logits
+
+    method = METHODS[options.method](score, reader.model, options)
     relevance = method.attribute(encoding.ids, target, encoding.mask, show_progress=True)[0]
 
     layer, error = max(method.fidelity.items(), key=lambda item: item[1])
     facts = {
         "prediction": reader.prediction(logits),
-        "explained": f"{reader.name(target)!r}, by {type(method).__name__} ({describe(options)})",
+        "explained": f"{options.score} of {reader.name(target)!r}",
+        "method": f"{type(method).__name__}: {describe(options)}",
+        **encoding.unseen(reader, relevance),
         "exactness": f"largest relative error over {len(method.fidelity)} layers {error:.1e} ({layer})",
         "model": reader.source,
     }
@@ -141,11 +155,11 @@ def explain(options: argparse.Namespace) -> None:
     console.print(text_terminal(Passage(passage.legend)))
     console.print()
     for name, value in facts.items():
-        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}")
+        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}", soft_wrap=True)
     for path, write in ((options.html, _write_html), (options.png, _write_png)):
         if path is not None:
             write(passage, path)
-            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}")
+            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}", soft_wrap=True)
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -162,6 +176,13 @@ class Encoding:
     ids: Tensor
     mask: Tensor
     offsets: list[tuple[int, int]]
+
+    def unseen(self, reader: Reader, scores: Tensor) -> dict[str, str]:
+        """Return the scores of the tokens that the tokenizer added: they stand nowhere in the text."""
+        added = [k for k, (start, end) in enumerate(self.offsets) if start == end]
+        words = reader.tokenizer.convert_ids_to_tokens(self.ids[0, added].tolist())
+        shares = ", ".join(f"{word} {float(scores[k]):+.2g}" for k, word in zip(added, words))
+        return {"not shown": f"tokens added by the tokenizer: {shares}"} if added else {}
 
 
 @dataclass(frozen=True)

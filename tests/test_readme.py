@@ -29,9 +29,7 @@ def test_the_examples_explain_the_shipped_model() -> None:
     assert names["scores"].shape == names["inputs"].input_ids.shape
 
 
-def test_the_example_of_an_adapter_holds_every_law(
-    restored_registry: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_of_an_adapter_holds_every_law(restored_registry: None, capsys: pytest.CaptureFixture[str]) -> None:
     exec(ADAPTER, {})
     assert "AdapterReport(fidelity=" in capsys.readouterr().out
 

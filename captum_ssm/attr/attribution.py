@@ -30,8 +30,10 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
         model: Likewise.
         rectify: ``"channel"``: ``C_ij = mean_d max(u A v, 0)``, as published; O(L²·D·N).
             ``"token"``: ``C_ij = max(sum_d u A v, 0)``; O(L²·D·N).
-            ``None``: ``C_ij = sum_d u A v``, signed, so that tokens against the score are negative; in linear
-            time, two passes of the layer's recurrence and no (L, L) matrix.
+            ``None``: ``C_ij = sum_d u A v``, signed: tokens that lower the score, to first order, are negative;
+            in linear time, two passes of the layer's recurrence and no (L, L) matrix. The score matters: what all
+            logits have in common decides nothing, so a difference of two logits or a log-probability explains a
+            decision better than a logit alone.
         **options: ``attention``, ``without`` and ``tolerance``, likewise.
 
     Source:

@@ -98,7 +98,7 @@ class ImplicitAttentionMethod(GradientAttribution):
             returns what Captum expects: one score for each example, or a tensor that ``target`` selects from.
         model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         attention: ``"unified"``: the whole layer between its projections (Zimerman et al. 2025). ``"scan"``:
-            the recurrence alone (Ali et al. 2024).
+            the recurrence alone, without its skip (Ali et al. 2024).
         without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``. A family
             that lacks one is left as it is; a name that no layer has is refused.
         tolerance: Allowed relative error of the decomposition; None chooses by the model's type

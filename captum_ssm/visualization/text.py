@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _COLORS = colormaps["RdBu"]
-_COLUMNS = 78
+_COLUMNS, _NOTE_COLUMNS = 78, 120  # characters of a line of text, and of the smaller notes below it
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,24 @@ def text_html(passage: Passage) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(passage.title or "Explanation")}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff;
-  max-width: 46rem; margin: 3rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.3rem; }}
-.text {{ font-size: 1.2rem; line-height: 2.1; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.text span, .legend span {{ padding: 0.15em 0.2em; border-radius: 0.25em; }}
-.legend {{ font-size: 0.85rem; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; font-size: 0.9rem; }}
-dt {{ color: #5a5a5a; }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
+.passage {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff;
+  max-width: 46rem; margin: 2rem auto; padding: 1rem; }}
+.passage h1 {{ font-size: 1.3rem; }}
+.passage .text {{ font-size: 1.2rem; line-height: 2.1; white-space: pre-wrap; overflow-wrap: anywhere; }}
+.passage .text span, .passage .legend span {{ padding: 0.15em 0.2em; border-radius: 0.25em; }}
+.passage .legend {{ font-size: 0.85rem; }}
+.passage dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; font-size: 0.9rem; }}
+.passage dt {{ color: #5a5a5a; }}
+.passage dd {{ margin: 0; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
+<main class="passage">
 <h1>{escape(passage.title)}</h1>
 <p class="text">{"".join(_span(passage, piece) for piece in passage.pieces)}</p>
 <p class="legend">{"".join(_span(passage, piece) for piece in passage.legend)}</p>
 <dl>{facts}</dl>
+</main>
 </body>
 </html>
 """
@@ -159,13 +161,17 @@ def _span(passage: Passage, piece: Piece) -> str:
 
 def text_figure(passage: Passage) -> Figure:
     """Return a matplotlib figure of the passage; save it with ``figure.savefig(path)``."""
-    lines = _wrap(passage.pieces)
-    facts = [f"{name}: {value}" for name, value in (passage.facts or {}).items()]
-    notes = [line for fact in facts for line in _wrap_words(fact)]
+    lines = _wrap(passage.pieces, _COLUMNS)
+    facts = [Piece(f"{name}: {value}") for name, value in (passage.facts or {}).items()]
+    notes = ["".join(piece.text for piece in line) for fact in facts for line in _wrap([fact], _NOTE_COLUMNS)]
+    note_width = _COLUMNS / _NOTE_COLUMNS  # of a character of the notes, in columns
+    columns = max(
+        30, *(sum(len(piece.text) for piece in line) for line in lines), *(note_width * len(n) for n in notes)
+    )
     height = 2 + 1.6 * len(lines) + 2.2 + 1.1 * len(notes)
-    figure = Figure(figsize=(9.5, 0.26 * height), dpi=150, facecolor="white")
+    figure = Figure(figsize=(9.5 / _COLUMNS * columns, 0.26 * height), dpi=150, facecolor="white")
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
-    axes.set(xlim=(0, _COLUMNS), ylim=(height, 0))
+    axes.set(xlim=(0, columns), ylim=(height, 0))
     axes.axis("off")
     axes.text(0, 0.8, passage.title, fontsize=13, weight="bold", va="center", parse_math=False)
     y = 2.4
@@ -182,7 +188,7 @@ def text_figure(passage: Passage) -> Figure:
                     y,
                     character,
                     family="monospace",
-                    fontsize=10.5,
+                    fontsize=12.5,
                     color=color,
                     ha="center",
                     va="center",
@@ -196,8 +202,8 @@ def text_figure(passage: Passage) -> Figure:
     return figure
 
 
-def _wrap(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Break pieces into lines of at most ``_COLUMNS`` characters, at white space where there is some."""
+def _wrap(pieces: Sequence[Piece], columns: int) -> list[list[Piece]]:
+    """Break pieces into lines of at most ``columns`` characters, at white space where there is some."""
     words: list[list[Piece]] = [[]]
     for piece in pieces:
         for blank, characters in groupby(piece.text, str.isspace):
@@ -209,22 +215,18 @@ def _wrap(pieces: Sequence[Piece]) -> list[list[Piece]]:
     width = 0
     for word in filter(None, words):
         length = sum(len(piece.text) for piece in word)
-        if width and width + 1 + length > _COLUMNS:
+        if width and width + 1 + length > columns:
             lines.append([])
             width = 0
         if width:
             lines[-1].append(Piece(" "))
             width += 1
         for piece in word:
-            for start in range(0, len(piece.text), _COLUMNS):
-                part = Piece(piece.text[start : start + _COLUMNS], piece.score)
-                if width + len(part.text) > _COLUMNS:
+            for start in range(0, len(piece.text), columns):
+                part = Piece(piece.text[start : start + columns], piece.score)
+                if width + len(part.text) > columns:
                     lines.append([])
                     width = 0
                 lines[-1].append(part)
                 width += len(part.text)
     return lines
-
-
-def _wrap_words(text: str) -> list[str]:
-    return ["".join(piece.text for piece in line) for line in _wrap([Piece(text)])]

@@ -1,0 +1,569 @@
+"""The methods are Captum methods: what Captum's tools and its users rely on holds for each of them."""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import captum.metrics
+import pytest
+import torch
+from captum.attr import Attribution, GradientAttribution, NoiseTunnel
+from conftest import VOCABULARY, build
+from torch import Tensor, nn
+
+from captum_ssm import (
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRollout,
+    InvalidInputError,
+    LayerImplicitAttention,
+    RawImplicitAttention,
+)
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "channel": ImplicitAttentionAttribution,
+    "token": functools.partial(ImplicitAttentionAttribution, rectify="token"),
+    "signed": functools.partial(ImplicitAttentionAttribution, rectify=None),
+    "rollout": ImplicitAttentionRollout,
+    "raw": RawImplicitAttention,
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+WITHOUT_GRADIENTS = [METHODS["rollout"], METHODS["raw"]]
+every_gradient_method = pytest.mark.parametrize("method", list(METHODS.values())[:3], ids=list(METHODS)[:3])
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert actual.shape == expected.shape
+    assert expected.abs().max() > 0
+    difference = (actual.double() - expected.double()).abs().max()
+    assert difference <= tolerance * expected.abs().max(), f"{difference:.1e}"
+
+
+def assert_differ(one: Tensor, other: Tensor) -> None:
+    """By far more than what :func:`assert_close` allows."""
+    assert (one - other).abs().max() > 1e-3 * one.abs().max()
+
+
+def every_position(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A callable that returns (B, L, V), as a user of Captum writes it."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
+def read_at(model: nn.Module, position: int) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model(input_ids=ids, use_cache=False).logits[:, position]
+
+
+def of_embeddings(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(inputs_embeds=x, use_cache=False).logits[:, -1]
+
+
+def embed(model: nn.Module, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids).detach()
+
+
+class Wrapper(nn.Module):
+    """A model of the user's own around one of transformers, which returns scores."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.inner(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
+
+
+# --- Inputs and outputs -------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_tuple_goes_in_and_a_tuple_comes_out(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    for inputs in (ids, embed(mamba, ids)):
+        alone = method(mamba).attribute(inputs, target=3)
+        inside = method(mamba).attribute((inputs,), target=3)
+        assert isinstance(alone, Tensor)
+        assert type(inside) is tuple and len(inside) == 1
+        assert torch.equal(inside[0], alone)
+
+
+@every_method
+def test_ids_get_one_score_each(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    scores = method(mamba).attribute(ids, target=3)
+    assert scores.shape == ids.shape and scores.dtype == torch.float32
+    assert scores.is_contiguous() and not scores.requires_grad and scores.grad_fn is None
+    assert scores.isfinite().all() and scores.ne(0).any()
+
+
+@every_method
+def test_ids_of_any_integer_type_are_the_same_tokens(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    assert_close(method(mamba).attribute(ids.int(), target=3), method(mamba).attribute(ids, target=3))
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_embeddings_share_the_score_of_their_token(
+    method: Any, dtype: torch.dtype, tolerance: float, mamba: nn.Module, ids: Tensor
+) -> None:
+    model = mamba.to(dtype)
+    x = embed(model, ids)
+    assert x.dtype == dtype and x.shape == (2, 7, 8)
+    scores = method(model).attribute(x, target=3)
+    assert scores.shape == x.shape and scores.dtype == dtype
+    assert scores.is_contiguous() and not scores.requires_grad
+    assert torch.equal(scores, scores[..., :1].expand_as(scores))  # the method knows tokens, not components
+    assert_close(scores.double().sum(-1), method(model).attribute(ids, target=3).double(), tolerance)
+
+
+@every_method
+def test_what_is_not_contiguous_is_read_as_it_stands(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    turned = ids.t().contiguous().t()
+    assert not turned.is_contiguous()
+    scores = method(mamba).attribute(turned, target=3)
+    assert scores.is_contiguous() and torch.equal(scores, method(mamba).attribute(ids, target=3))
+    x = embed(mamba, ids)
+    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    scores = method(mamba).attribute(swapped, target=3)
+    assert scores.is_contiguous() and torch.equal(scores, method(mamba).attribute(x, target=3))
+
+
+@every_method
+def test_a_float64_model_gives_the_same_scores(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    narrow = method(mamba).attribute(ids, target=3)
+    wide = method(build("mamba").double()).attribute(ids, target=3)
+    assert wide.is_floating_point()
+    assert_close(wide, narrow)
+
+
+# --- Targets ------------------------------------------------------------------------------------------------------
+
+SAME_TARGET: dict[str, Any] = {
+    "0-d tensor": torch.tensor(3),
+    "1-element tensor": torch.tensor([3]),
+    "1-D tensor": torch.tensor([3, 3]),
+    "list": [3, 3],
+    "tuple": (3,),
+    "list of tuples": [(3,), (3,)],
+    "negative": 3 - VOCABULARY,
+}
+
+
+@every_method
+@pytest.mark.parametrize("target", SAME_TARGET.values(), ids=SAME_TARGET)
+def test_every_form_of_a_target_is_the_same_target(method: Any, target: Any, mamba: nn.Module, ids: Tensor) -> None:
+    assert_close(method(mamba).attribute(ids, target=target), method(mamba).attribute(ids, target=3))
+
+
+@every_method
+@pytest.mark.parametrize("form", [list, torch.tensor], ids=["list", "tensor"])
+def test_targets_of_each_example_are_those_of_the_examples_alone(
+    method: Any, form: Any, mamba: nn.Module, ids: Tensor
+) -> None:
+    together = method(mamba).attribute(ids, target=form([3, 5]))
+    alone = [method(mamba).attribute(ids[k : k + 1], target=target) for k, target in enumerate((3, 5))]
+    assert_close(together, torch.cat(alone))
+
+
+@every_gradient_method
+def test_another_target_is_another_explanation(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    assert_differ(method(mamba).attribute(ids, target=3), method(mamba).attribute(ids, target=5))
+    assert_differ(method(mamba).attribute(ids, target=[3, 5])[1:], method(mamba).attribute(ids, target=3)[1:])
+
+
+@every_method
+def test_a_tuple_selects_position_and_class(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    full = method(every_position(mamba), model=mamba)
+    for position in (-1, 4):
+        expected = method(read_at(mamba, position), model=mamba).attribute(ids, target=3)
+        assert_close(full.attribute(ids, target=(position, 3)), expected)
+        assert_close(full.attribute(ids, target=[(position, 3)] * 2), expected)
+    assert_differ(full.attribute(ids, target=(4, 3)), full.attribute(ids, target=(-1, 3)))
+
+
+@every_method
+def test_tuples_of_each_example_are_those_of_the_examples_alone(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    full = method(every_position(mamba), model=mamba)
+    targets = [(4, 3), (6, 5)]
+    together = full.attribute(ids, target=targets)
+    alone = [full.attribute(ids[k : k + 1], target=target) for k, target in enumerate(targets)]
+    assert_close(together, torch.cat(alone))
+    assert together[0, 5:].eq(0).all()  # what comes after the explained position has no part in it
+
+
+@every_method
+def test_a_callable_of_one_score_each_needs_no_target(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    expected = method(mamba).attribute(ids, target=3)
+    one = method(lambda ids: read_at(mamba, -1)(ids)[:, 3], model=mamba)
+    assert_close(one.attribute(ids), expected)
+    column = method(lambda ids: read_at(mamba, -1)(ids)[:, 3:4], model=mamba)
+    assert_close(column.attribute(ids, target=0), expected)
+
+
+# --- Batches and padding ------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_the_order_of_examples_is_the_order_of_scores(method: Any, mamba: nn.Module) -> None:
+    ids = torch.randint(1, VOCABULARY, (4, 6))
+    order = torch.tensor([2, 0, 3, 1])
+    scores = method(mamba).attribute(ids, target=[3, 5, 7, 9])
+    shuffled = method(mamba).attribute(ids[order], target=torch.tensor([3, 5, 7, 9])[order])
+    assert_close(shuffled, scores[order])
+
+
+@every_method
+def test_an_example_does_not_see_the_others(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    other = ids.clone()
+    other[1] = (ids[1] + 5) % (VOCABULARY - 1) + 1
+    scores, changed = (method(mamba).attribute(i, target=3) for i in (ids, other))
+    assert_close(changed[:1], scores[:1])
+    assert_differ(changed[1:], scores[1:])
+    assert_close(method(mamba).attribute(ids[:1], target=3), scores[:1])
+
+
+@every_method
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sentences_of_every_length_are_explained_as_they_are_alone(method: Any, side: str, mamba: nn.Module) -> None:
+    sentences = [torch.randint(1, VOCABULARY, (n,)) for n in (3, 7, 1, 5)]
+    ids, mask = torch.zeros(2, 4, 7, dtype=torch.long)
+    for row, sentence in enumerate(sentences):
+        at = slice(7 - len(sentence), 7) if side == "left" else slice(0, len(sentence))
+        ids[row, at], mask[row, at] = sentence, 1
+    together = method(mamba).attribute(ids, target=3, additional_forward_args=mask)
+    assert together[mask == 0].eq(0).all()
+    alone = [method(mamba).attribute(sentence.unsqueeze(0), target=3)[0] for sentence in sentences]
+    for row, scores in enumerate(alone):
+        assert_close(together[row][mask[row] == 1], scores)
+    x = method(mamba).attribute(embed(mamba, ids), target=3, additional_forward_args=mask)
+    assert_close(x.sum(-1), together)
+    assert x[mask == 0].eq(0).all()
+
+
+# --- Additional arguments and the forward function ----------------------------------------------------------------
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+@every_method
+def test_additional_arguments_come_alone_or_as_a_tuple(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    plain = method(mamba).attribute(ids, target=3)
+    masked = method(mamba).attribute(ids, target=3, additional_forward_args=MASK)
+    assert torch.equal(masked, method(mamba).attribute(ids, 3, (MASK,)))
+    assert_differ(masked[:1], plain[:1])
+    for nothing in ((), (None,), torch.ones_like(MASK)):
+        assert_close(method(mamba).attribute(ids, target=3, additional_forward_args=nothing), plain)
+
+
+@every_method
+def test_a_callable_gets_its_additional_arguments_in_order(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def forward(ids: Tensor, mask: Tensor, position: int, factor: float, note: str) -> Tensor:
+        seen.append((mask, position, factor, note))
+        return factor * mamba(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, position]
+
+    def closed(ids: Tensor) -> Tensor:
+        return 2.0 * mamba(input_ids=ids, attention_mask=MASK, use_cache=False).logits[:, 4]
+
+    scores = method(forward, model=mamba).attribute(ids, 3, (MASK, 4, 2.0, "note"))
+    assert_close(scores, method(closed, model=mamba).attribute(ids, target=3))
+    assert seen and all(args[0] is MASK and args[1:] == (4, 2.0, "note") for args in seen)
+
+
+@every_method
+def test_a_transformers_model_as_it_is_equals_the_callable_written_by_hand(
+    method: Any, family: nn.Module, ids: Tensor
+) -> None:
+    expected = method(family).attribute(ids, target=3)
+    by_hand = lambda ids: family(input_ids=ids, use_cache=False).logits[:, -1]  # noqa: E731
+    assert_close(method(by_hand, model=family).attribute(ids, target=3), expected)
+
+
+@every_method
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_module_around_the_model_is_explained_alike(
+    method: Any, training: bool, mamba: nn.Module, ids: Tensor
+) -> None:
+    """A fresh wrapper is in training mode, which tells nothing about the model that it holds."""
+    wrapper = Wrapper(mamba)
+    wrapper.training = training
+    assert not mamba.training
+    expected = method(mamba).attribute(ids, target=3)
+    assert_close(method(wrapper).attribute(ids, target=3), expected)
+    assert_close(method(wrapper, model=mamba).attribute(ids, target=3), expected)
+    masked = method(mamba).attribute(ids, target=3, additional_forward_args=MASK)
+    assert_close(method(wrapper).attribute(ids, target=3, additional_forward_args=MASK), masked)
+
+
+@every_method
+def test_the_forward_function_of_a_copy_may_be_swapped(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    """Captum's language-model and data-loader wrappers do so."""
+    original = method(read_at(mamba, -1), model=mamba)
+    before = original.attribute(ids, target=3)
+    swapped = copy.copy(original)
+    swapped.forward_func = read_at(mamba, 4)
+    expected = method(read_at(mamba, 4), model=mamba).attribute(ids, target=3)
+    assert_close(swapped.attribute(ids, target=3), expected)
+    assert_differ(before, expected)
+    assert torch.equal(original.attribute(ids, target=3), before)
+
+
+@every_method
+def test_a_swapped_module_is_the_model_that_is_explained(
+    method: Any, mamba: nn.Module, falcon_mamba: nn.Module, ids: Tensor
+) -> None:
+    swapped = copy.copy(method(mamba))
+    swapped.forward_func = falcon_mamba
+    assert_close(swapped.attribute(ids, target=3), method(falcon_mamba).attribute(ids, target=3))
+    assert_differ(method(mamba).attribute(ids, target=3), method(falcon_mamba).attribute(ids, target=3))
+
+
+@every_method
+def test_the_undecorated_attribute_is_there_and_works(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    """NoiseTunnel and TCAV call it."""
+    made = method(mamba)
+    assert torch.equal(made.attribute.__wrapped__(made, ids, target=3), made.attribute(ids, target=3))
+    assert torch.equal(type(made).attribute.__wrapped__(made, (ids,), 3)[0], made.attribute(ids, target=3))
+
+
+def test_the_undecorated_attribute_of_a_layer_is_there_and_works(mamba: nn.Module, ids: Tensor) -> None:
+    layer = LayerImplicitAttention(mamba, 0)
+    assert torch.equal(layer.attribute.__wrapped__(layer, ids), layer.attribute(ids))
+
+
+# --- Grad modes and state -----------------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_grad_mode_around_the_call_changes_nothing(method: Any, mode: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    plain = [method(mamba).attribute(inputs, target=3, additional_forward_args=MASK) for inputs in (ids, x)]
+    with mode():
+        inside = [method(mamba).attribute(i, target=3, additional_forward_args=MASK) for i in (ids, x)]
+        created = [method(mamba).attribute(i.clone(), target=3, additional_forward_args=MASK) for i in (ids, x)]
+    for one, two, expected in zip(inside, created, plain, strict=True):
+        assert torch.equal(one, expected) and torch.equal(two, expected)
+
+
+@every_method
+@pytest.mark.parametrize("which", ["inputs", "query", "mask", "target"])
+def test_a_tensor_may_come_from_inference_mode(
+    request: pytest.FixtureRequest, method: Any, which: str, mamba: nn.Module, ids: Tensor
+) -> None:
+    """In evaluation loops all tensors do."""
+    if which == "target" or (which == "mask" and method not in WITHOUT_GRADIENTS):
+        reason = f"a {which} of inference mode is not cloned, and autograd cannot save it"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    target, query = torch.tensor([3, 5]), torch.tensor([6, 6])
+    for inputs in (ids, embed(mamba, ids)):
+        tensors = {"inputs": inputs, "target": target, "mask": MASK, "query": query}
+        scores = []
+        for inside in (False, True):
+            with torch.inference_mode(inside):
+                given = {**tensors, which: tensors[which].clone()}
+                mask = given.pop("mask")
+                scores.append(method(mamba).attribute(additional_forward_args=mask, **given))
+        assert_close(scores[1], scores[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_grad_mode_around_a_layers_call_changes_nothing(mode: Any, mamba: nn.Module, ids: Tensor) -> None:
+    expected = LayerImplicitAttention(mamba, 0).attribute(ids, MASK)
+    with mode():
+        assert torch.equal(LayerImplicitAttention(mamba, 0).attribute(ids.clone(), MASK.clone()), expected)
+    assert not expected.requires_grad
+
+
+@every_method
+def test_the_same_call_gives_the_same_bits(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    made = method(mamba)
+    first = made.attribute(ids, target=3)
+    torch.manual_seed(1)
+    assert torch.equal(made.attribute(ids, target=3), first)
+    assert torch.equal(method(mamba).attribute(ids, target=3), first)
+
+
+@every_method
+def test_a_call_draws_no_random_numbers(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    state = torch.get_rng_state()
+    method(mamba).attribute(ids, target=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_method
+def test_parameters_need_no_gradients(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    plain = [method(mamba).attribute(inputs, target=3) for inputs in (ids, x)]
+    mamba.requires_grad_(False)
+    for inputs, expected in zip((ids, x), plain, strict=True):
+        assert_close(method(mamba).attribute(inputs, target=3), expected)
+
+
+@every_method
+def test_hooks_of_every_kind_are_gone_after_a_call(method: Any, mamba: nn.Module, ids: Tensor, unchanged: Any) -> None:
+    x = embed(mamba, ids).requires_grad_()
+    with unchanged(mamba, ids, x, MASK):
+        for inputs in (ids, x, (ids,)):
+            method(mamba).attribute(inputs, target=3, additional_forward_args=MASK)
+
+
+@every_method
+def test_a_progress_bar_changes_nothing(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    shown = method(mamba).attribute(ids, target=3, show_progress=True)
+    assert torch.equal(shown, method(mamba).attribute(ids, target=3))
+
+
+# --- The explained position ---------------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_query_is_the_position_that_is_read(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    at = method(read_at(mamba, 4), model=mamba)
+    expected = at.attribute(ids, target=3)
+    weights = torch.zeros(2, 7)
+    weights[:, 4] = 1
+    for query in (4, -3, torch.tensor(4), torch.tensor([4, 4]), torch.tensor([-3, 4]), weights):
+        assert_close(at.attribute(ids, target=3, query=query), expected)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_query_may_have_another_type_than_the_model(
+    request: pytest.FixtureRequest, method: Any, dtype: torch.dtype, mamba: nn.Module, ids: Tensor
+) -> None:
+    if dtype == torch.float64 and method is not METHODS["signed"]:
+        reason = "as_weights makes float32 weights, and an explicit float64 matrix refuses them (and the reverse)"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    model = mamba.to(dtype)
+    at = method(read_at(model, 4), model=model)
+    expected = at.attribute(ids, target=3)
+    weights = torch.zeros(2, 7)
+    weights[:, 4] = 1
+    for query in (4, weights, weights.to(dtype)):
+        assert_close(at.attribute(ids, target=3, query=query), expected)
+
+
+@every_method
+def test_weights_of_double_precision_are_weights(
+    request: pytest.FixtureRequest, method: Any, mamba: nn.Module, ids: Tensor
+) -> None:
+    if method is not METHODS["signed"]:
+        reason = "float64 weights meet an explicit float32 matrix"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    made, weights = method(mamba), torch.rand(2, 7)
+    expected = made.attribute(ids, target=3, query=weights)
+    assert_close(made.attribute(ids, target=3, query=weights.double()), expected)
+
+
+@every_method
+def test_a_query_of_each_example_is_that_of_the_example_alone(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    together = method(mamba).attribute(ids, target=3, query=torch.tensor([2, 5]))
+    alone = [method(mamba).attribute(ids[k : k + 1], target=3, query=query) for k, query in enumerate((2, 5))]
+    assert_close(together, torch.cat(alone))
+    assert together[0, 3:].eq(0).all() and together[1, 6:].eq(0).all()
+
+
+@every_method
+def test_scores_are_linear_in_the_query(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    made = method(mamba)
+    one, other, both = (made.attribute(ids, target=3, query=q) for q in (6, 2, torch.zeros(2, 7)))
+    assert both.eq(0).all()
+    weights = torch.zeros(2, 7)
+    weights[:, 6], weights[:, 2] = 0.25, 2.0
+    assert_close(made.attribute(ids, target=3, query=weights), 0.25 * one + 2 * other)
+
+
+@pytest.mark.parametrize("method", list(METHODS.values())[3:], ids=list(METHODS)[3:])
+def test_without_gradients_in_the_matrices_the_target_counts_by_its_position_alone(
+    method: Any, mamba: nn.Module, ids: Tensor
+) -> None:
+    expected = method(read_at(mamba, 4), model=mamba).attribute(ids, target=3)
+    for target in (3, 5, None):
+        assert_close(method(mamba).attribute(ids, target=target, query=4), expected)
+
+
+# --- What Captum asks of a method ---------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_method_answers_what_captum_asks(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    made = method(mamba)
+    assert isinstance(made, Attribution) and isinstance(made, GradientAttribution)
+    assert made.forward_func is mamba
+    assert made.has_convergence_delta() is False
+    assert isinstance(made.multiplies_by_inputs, bool)
+    assert made.get_name().replace(" ", "") == type(made).__name__
+    with pytest.raises(NotImplementedError, match="call attribute"):
+        made.attribute_future(ids, target=3)
+
+
+@every_method
+def test_a_noise_tunnel_without_noise_changes_nothing(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    made = method(mamba)
+    tunnel = NoiseTunnel(made)
+    options: dict[str, Any] = {"nt_samples": 3, "stdevs": 0.0}
+    assert_close(tunnel.attribute(x, target=3, **options), made.attribute(x, target=3))
+    # arguments for each example are repeated for each sample
+    masked = tunnel.attribute(x, target=[3, 5], additional_forward_args=MASK, **options)
+    assert_close(masked, made.attribute(x, target=[3, 5], additional_forward_args=MASK))
+    (inside,) = tunnel.attribute((x,), target=3, nt_samples_batch_size=2, **options)
+    assert_close(inside, made.attribute(x, target=3))
+    squared = tunnel.attribute(x, target=3, nt_type="smoothgrad_sq", **options)
+    assert_close(squared, made.attribute(x, target=3).square())
+
+
+@every_method
+def test_a_noise_tunnel_averages_over_noise(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    scores = NoiseTunnel(method(mamba)).attribute(x, target=3, nt_samples=4, stdevs=0.3)
+    assert scores.shape == x.shape and scores.isfinite().all()
+    assert_differ(scores, method(mamba).attribute(x, target=3))
+
+
+@every_method
+def test_infidelity_measures_the_scores_of_embeddings(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    scores = method(of_embeddings(mamba), model=mamba).attribute(x, target=3)
+
+    def remove(inputs: Any) -> tuple[Tensor, Tensor]:
+        noise = 0.1 * torch.randn_like(inputs)
+        return noise, inputs - noise
+
+    def still(inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(inputs), inputs
+
+    measure = functools.partial(captum.metrics.infidelity, of_embeddings(mamba), inputs=x, target=3)
+    value = measure(perturb_func=remove, attributions=scores, n_perturb_samples=4)
+    assert value.shape == (2,) and value.isfinite().all() and value.gt(0).all()
+    assert measure(perturb_func=still, attributions=scores).abs().max() <= 1e-10
+
+
+@every_method
+def test_sensitivity_measures_the_method(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    x = embed(mamba, ids)
+    attribute = method(mamba).attribute
+    value = captum.metrics.sensitivity_max(attribute, x, target=3, perturb_radius=0.05, n_perturb_samples=3)
+    assert value.shape == (2,) and value.isfinite().all() and value.gt(0).all()
+    still = captum.metrics.sensitivity_max(attribute, x, perturb_func=lambda x: x, target=3, n_perturb_samples=2)
+    assert still.shape == (2,) and still.abs().max() <= 1e-5
+    with_mask = captum.metrics.sensitivity_max(
+        attribute, x, target=torch.tensor([3, 5]), additional_forward_args=MASK, n_perturb_samples=2
+    )
+    assert with_mask.shape == (2,) and with_mask.isfinite().all()
+
+
+@every_method
+def test_no_warning_is_given_for_an_ordinary_call(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(mamba).attribute(ids, target=3)
+        method(mamba).attribute(embed(mamba, ids), target=3)
+
+
+@every_method
+def test_a_method_needs_the_model_of_a_callable_at_once(method: Any, mamba: nn.Module) -> None:
+    with pytest.raises(InvalidInputError, match="model="):
+        method(read_at(mamba, -1))

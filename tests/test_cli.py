@@ -1,0 +1,389 @@
+"""The command line explains a text with the shipped model, and says what to do when it cannot."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import S6, perturbed
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+import captum_ssm
+from captum_ssm import cli
+from captum_ssm.models import REVIEWS
+
+GOOD, BAD = "A gorgeous, witty, seductive movie.", "A complete waste of time."
+
+
+class Shown:
+    """What one call of the command line printed, with the lines' breaks undone."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+        self.flat = " ".join(out.split())
+
+    def fact(self, name: str) -> str:
+        """The value printed beside a name."""
+        names = "prediction|explained|method|not shown|exactness|model|written"
+        found = re.search(rf"\b{name} +(.*?)(?= (?:{names}) |$)", self.flat[self.flat.index("prediction ") :])
+        assert found, f"{name} not in: {self.out}"
+        return found.group(1)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> Shown:
+        capsys.readouterr()
+        try:
+            status = cli.main(["explain", *map(str, arguments)])
+        except SystemExit as stop:  # argparse's own errors
+            status = int(stop.code or 0)
+        done = capsys.readouterr()
+        return Shown(status, done.out, done.err)
+
+    return call
+
+
+class Text(HTMLParser):
+    """The text of the page's coloured paragraph, and the names of all tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.inside = "", set[str](), False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        self.inside = self.inside or (tag == "p" and ("class", "text") in attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "p"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self.inside else ""
+
+
+# --- The shipped model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "word"), [(GOOD, "positive"), (BAD, "negative")])
+def test_a_text_is_explained_by_what_the_model_predicts(run: Any, text: str, word: str) -> None:
+    shown = run(text)
+    assert shown.status == 0 and not shown.err
+    assert text in shown.out and f"Why '{word}'?" in shown.out
+    assert shown.fact("prediction").startswith(f"'{word}' ")
+    assert f"'{word}'" in shown.fact("explained")
+    assert "ImplicitAttentionAttribution" in shown.flat and "rectify none, unified attention" in shown.flat
+    assert "MambaForCausalLM" in shown.fact("model")
+
+
+def test_the_exactness_is_printed_and_is_that_of_every_layer(run: Any) -> None:
+    found = re.fullmatch(
+        r"largest relative error over 3 layers (\d\.\de-\d\d) \(backbone\.layers\.\d\.mixer\)",
+        run(GOOD).fact("exactness"),
+    )
+    assert found and float(found.group(1)) <= 1e-5
+
+
+def test_the_predictions_are_the_most_probable_words_in_order(run: Any) -> None:
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", run(GOOD).fact("prediction"))]
+    assert shares == sorted(shares, reverse=True) and 50 < shares[0] <= sum(shares) <= 100.1
+
+
+@pytest.mark.parametrize("method", ["attribution", "rollout", "raw"])
+def test_every_method_is_at_hand(run: Any, method: str) -> None:
+    names = {"attribution": "ImplicitAttentionAttribution", "rollout": "ImplicitAttentionRollout"}
+    shown = run(GOOD, "--method", method)
+    assert shown.status == 0
+    assert names.get(method, "RawImplicitAttention") in shown.flat
+
+
+OPTIONS = [
+    (["--rectify", "channel"], "rectify channel, unified attention"),
+    (["--rectify", "token"], "rectify token, unified attention"),
+    (["--rectify", "none"], "rectify none, unified attention"),
+    (["--attention", "scan"], "rectify none, scan attention"),
+    (["--without", "conv", "skip", "bias"], "rectify none, unified attention, without conv, skip, bias"),
+    *[
+        (["--method", method, "--fusion", fusion], f"{fusion} fusion, unified attention")
+        for method in ("rollout", "raw")
+        for fusion in ("absolute", "mean", "positive", "norm")
+    ],
+    (["--method", "raw", "--attention", "scan", "--fusion", "mean"], "mean fusion, scan attention"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=lambda value: value if isinstance(value, str) else None)
+def test_every_option_is_taken_and_told(
+    run: Any, options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+    for name, make in list(cli.METHODS.items()):
+        monkeypatch.setitem(cli.METHODS, name, lambda *args, make=make: used.append(make(*args)) or used[-1])
+    shown = run(GOOD, *options)
+    assert shown.status == 0 and words in shown.flat
+    (method,) = used
+    said = f"{method.attention} attention" + (f", without {', '.join(method.without)}" if method.without else "")
+    choice = f"{method.fusion} fusion" if hasattr(method, "fusion") else f"rectify {method.rectify or 'none'}"
+    assert f"{choice}, {said}" == words
+
+
+def test_only_a_signed_method_shows_words_against_the_target(run: Any) -> None:
+    """The legend has a negative end if, and only if, some score is negative."""
+    negative = re.compile(r"^ *-[\d.e-]+ +0 +\+[\d.e-]+ *$", re.MULTILINE)
+    positive = re.compile(r"^ *0 +\+[\d.e-]+ *$", re.MULTILINE)
+    assert negative.search(run(f"{GOOD} {BAD}").out)
+    for options in (["--rectify", "channel"], ["--rectify", "token"], ["--method", "rollout"], ["--method", "raw"]):
+        assert positive.search(run(f"{GOOD} {BAD}", *options).out)
+
+
+def test_a_probability_or_a_logit_may_be_explained(run: Any, tmp_path: Path) -> None:
+    """They differ for methods with gradients; a rollout depends on the position alone."""
+    pages = {}
+    for score in ("log-probability", "logit"):
+        for method in ("attribution", "rollout"):
+            page = tmp_path / f"{score} {method}.html"
+            shown = run(GOOD, "--score", score, "--method", method, "--html", page)
+            assert shown.status == 0 and shown.fact("explained") == f"{score} of 'positive'"
+            pages[score, method] = re.findall(r'class="text">.*', page.read_text(encoding="utf-8"))
+    assert pages["logit", "attribution"] != pages["log-probability", "attribution"]
+    assert pages["logit", "rollout"] == pages["log-probability", "rollout"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_the_model_may_run_in_another_type(run: Any, dtype: str) -> None:
+    shown = run(GOOD, "--dtype", dtype)
+    assert shown.status == 0 and shown.fact("prediction").startswith("'positive' ")
+
+
+# --- Targets ------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_a_word_or_its_number(run: Any) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(REVIEWS)
+    number = tokenizer.convert_tokens_to_ids("negative")
+    word, same = run(GOOD, "--target", "negative"), run(GOOD, "--target", number)
+    assert word.status == same.status == 0 and word.out == same.out
+    assert "'negative'" in word.fact("explained") and "Why 'negative'?" in word.out
+    assert word.fact("prediction").startswith("'positive' ")  # what is explained need not be what is predicted
+
+
+BAD_TARGETS = {
+    "several tokens": ("incomprehensibilities", ["is not one token of this model, but", "choose one of them"]),
+    "several words": ("very positive", ["'very positive' is not one token", "'positive'", "choose one of them"]),
+    "unknown": ("文", ["is not one token", "choose"]),
+    "nothing": ("", ["is not one token"]),
+    "too large": ("1000000", ["target 1000000 is out of range", r"\(0 to \d+\)"]),
+    "negative": ("-1", ["target -1 is out of range", r"\(0 to \d+\)"]),
+    "a fraction": ("1.5", ["is not one token"]),
+}
+
+
+def assert_refused(shown: Shown, *parts: str) -> None:
+    assert shown.status == 2
+    assert shown.err.startswith("captum-ssm: error: ") and "Traceback" not in shown.err
+    for part in parts:
+        assert re.search(part, shown.err), f"{part} not in: {shown.err}"
+    assert not shown.out
+
+
+@pytest.mark.parametrize(("target", "parts"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_a_target_that_is_none_is_refused(run: Any, target: str, parts: list[str]) -> None:
+    assert_refused(run(GOOD, "--target", target), *parts)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="str.isdigit takes more than int does")
+@pytest.mark.parametrize("target", ["²", "-³", "①"])
+def test_a_target_that_only_looks_like_a_number_is_refused(run: Any, target: str) -> None:
+    assert_refused(run(GOOD, f"--target={target}"), "is not one token")
+
+
+# --- Wrong calls --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t "])
+def test_a_text_without_words_is_refused(run: Any, text: str) -> None:
+    assert_refused(run(text), "no token to explain", "pass at least one word")
+
+
+def test_a_model_that_is_nowhere_is_refused(run: Any, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path, "no-such-user/no-such-model"):
+        assert_refused(run(GOOD, "--model", path), f"cannot load a model from '{re.escape(str(path))}'")
+
+
+@pytest.mark.parametrize(("options", "parts"), [
+    (["--without", "norm"], ["no layer has a factor named 'norm'", "act, bias, conv, gate, scan, skip"]),
+    (["--attention", "scan", "--without", "conv"], ["'conv'", "bias, scan, skip"]),
+])  # fmt: skip
+def test_a_factor_that_no_layer_has_is_refused(run: Any, options: list[str], parts: list[str]) -> None:
+    assert_refused(run(GOOD, *options), *parts)
+
+
+@pytest.mark.parametrize("options", [["--method", "magic"], ["--rectify", "never"], ["--fusion", "max"], ["--nothing"]])
+def test_an_option_that_is_none_is_refused_with_those_that_are(run: Any, options: list[str]) -> None:
+    shown = run(GOOD, *options)
+    assert shown.status == 2 and not shown.out and "Traceback" not in shown.err
+    assert re.search(r"choose from|unrecognized arguments: --nothing", shown.err)
+
+
+@pytest.mark.xfail(strict=True, raises=(RuntimeError, AssertionError), reason="only OSError and ValueError are named")
+def test_a_device_that_is_none_is_refused(run: Any) -> None:
+    assert_refused(run(GOOD, "--device", "nowhere"), "device")
+
+
+@pytest.mark.xfail(strict=True, reason="errors of writing are not caught")
+@pytest.mark.parametrize(
+    "options", [["--html", "{}"], ["--png", "{}"], ["--png", "{}/picture.nothing"], ["--html", "{}/file/page.html"]]
+)
+def test_a_file_that_cannot_be_written_is_named(run: Any, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown = run(GOOD, *(option.format(tmp_path) for option in options))
+    assert shown.status == 2 and str(tmp_path) in shown.err
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="bytes that are no text reach the tokenizer as surrogates")
+def test_a_text_that_is_no_unicode_is_refused(run: Any) -> None:
+    """As Python reads an argument of bytes that are not UTF-8."""
+    assert_refused(run("caf\udce9"), "text")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.strip() == f"captum-ssm {captum_ssm.__version__}"
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["explain"], ["describe", "text"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2 and "usage: captum-ssm" in capsys.readouterr().err
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_and_a_picture_are_written_where_asked(run: Any, tmp_path: Path) -> None:
+    html, png = tmp_path / "new" / "folder" / "page.html", tmp_path / "other" / "picture.png"
+    shown = run(GOOD, "--html", html, "--png", png)
+    assert shown.status == 0 and str(html) in shown.flat and str(png) in shown.flat
+    assert shown.flat.count("written") == 2
+    page = html.read_text(encoding="utf-8")
+    assert Text(page).text == GOOD
+    for part in ("Why &#x27;positive&#x27;?", "ImplicitAttentionAttribution", "largest relative error"):
+        assert part in page
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+    before = page
+    assert run(GOOD, "--html", html).status == 0 and html.read_text(encoding="utf-8") == before  # written over
+
+
+def test_no_file_is_written_unasked(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(GOOD).status == 0 and not list(tmp_path.iterdir())
+    run("", "--html", tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [
+    "<script>alert('good')</script> film & <b>more</b>", "[bold]good[/bold] [/] [red]film", "good $x_1$ film {0} %s \\",
+    "Ça été génial, 中文 😀 film",
+])  # fmt: skip
+def test_a_text_is_never_taken_for_markup(run: Any, text: str, tmp_path: Path) -> None:
+    shown = run(text, "--html", tmp_path / "page.html")
+    assert shown.status == 0 and text in shown.out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert Text(page).text == text and not {"script", "b"} & Text(page).tags
+
+
+# --- Models of one's own ------------------------------------------------------------------------------------------
+
+WORDS = ["[PAD]", "[UNK]", "a", "good", "bad", "film", "[red]", "<b>", "was", "seen"]
+
+
+def save(folder: Path, **special: str) -> Path:
+    """A tiny checkpoint with one word for each entry of its vocabulary."""
+    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = perturbed(MambaForCausalLM(MambaConfig(**{**S6, "vocab_size": len(WORDS)})))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save(tmp_path / "checkpoint", pad_token="[PAD]")
+
+
+def test_a_checkpoint_in_a_folder_is_explained(run: Any, checkpoint: Path) -> None:
+    shown = run("a good film", "--model", checkpoint)
+    assert shown.status == 0 and "a good film" in shown.out
+    assert shown.fact("model") == f"{checkpoint}, MambaForCausalLM"
+    assert "over 2 layers" in shown.fact("exactness")
+    model = MambaForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[2, 3, 5]])).logits[0, -1]
+    best = WORDS[int(logits.argmax())]
+    assert f"Why '{best}'?" in shown.out
+    assert shown.fact("prediction").startswith(f"'{best}' {logits.softmax(-1).max():.1%}")
+
+
+def test_a_tokenizer_without_padding_is_explained_alike(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    plain = save(tmp_path / "plain")
+    assert PreTrainedTokenizerFast.from_pretrained(plain).pad_token is None
+    with_padding, without = (run("a good film", "--model", path) for path in (checkpoint, plain))
+    assert without.status == 0
+    assert without.flat.replace(str(plain), "") == with_padding.flat.replace(str(checkpoint), "")
+
+
+def test_words_that_look_like_markup_are_named_as_they_are(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    for word in ("[red]", "<b>"):
+        shown = run(f"a {word} film", "--model", checkpoint, "--target", word, "--html", tmp_path / "page.html")
+        assert shown.status == 0 and f"Why '{word}'?" in shown.out
+        assert f"'{word}'" in shown.fact("explained")
+        assert Text((tmp_path / "page.html").read_text(encoding="utf-8")).text == f"a {word} film"
+
+
+def test_an_unknown_word_is_no_target_but_may_stand_in_the_text(run: Any, checkpoint: Path) -> None:
+    assert run("a marvellous film", "--model", checkpoint).status == 0
+    assert_refused(run("a film", "--model", checkpoint, "--target", "marvellous"), "is not one token")
+
+
+def test_every_single_word_is_explained(run: Any, checkpoint: Path) -> None:
+    for word in ("a", "marvellous"):
+        assert run(word, "--model", checkpoint).status == 0
+
+
+def test_a_model_without_supported_layers_is_refused(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    PreTrainedTokenizerFast.from_pretrained(checkpoint).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16)).save_pretrained(folder)
+    assert_refused(run("a film", "--model", folder), "GPT2Attention", "Supported: .*MambaMixer", "register")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(run: Any, checkpoint: Path) -> None:
+    for path in checkpoint.glob("token*"):
+        path.unlink()
+    assert_refused(run("a film", "--model", checkpoint))  # transformers may make up one that knows no word
+
+
+# --- As a program -------------------------------------------------------------------------------------------------
+
+
+def test_the_module_is_a_program(run: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "captum_ssm.cli", "explain", GOOD, "--html", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert GOOD in done.stdout and "Why 'positive'?" in done.stdout and not done.stderr
+    assert (tmp_path / "page.html").is_file()
+    assert " ".join(done.stdout.split()).split(" model ")[0] == run(GOOD).flat.split(" model ")[0]
