@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ METHODS: dict[str, Callable[..., ImplicitAttentionMethod]] = {
         score, model, fusion=o.fusion, attention=o.attention, without=o.without
     ),
 }
+
+
+_INSTALL = "this needs transformers and rich: pip install 'captum-ssm[cli]'"
 
 
 class CommandError(Exception):
@@ -119,9 +123,13 @@ def explain(options: argparse.Namespace) -> None:
     """Explain one text and show it.
 
     Raises:
-        CommandError: If the model cannot be loaded, the text has no token or the target is unknown.
+        CommandError: If the model cannot be loaded, the text has no token, the target is unknown, or a file cannot be
+            written.
     """
-    from rich.console import Console
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise CommandError(_INSTALL) from error
 
     reader = Reader.load(options.model or str(models.REVIEWS), options.dtype, options.device)
     encoding = reader.encode(options.text)
@@ -136,13 +144,13 @@ def explain(options: argparse.Namespace) -> None:
     method = METHODS[options.method](score, reader.model, options)
     relevance = method.attribute(encoding.ids, target, encoding.mask, show_progress=True)[0]
 
-    layer, error = max(method.fidelity.items(), key=lambda item: item[1])
+    layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
     facts = {
         "prediction": reader.prediction(logits),
         "explained": f"{options.score} of {reader.name(target)!r}",
         "method": f"{type(method).__name__}: {describe(options)}",
         **encoding.unseen(reader, relevance),
-        "exactness": f"largest relative error over {len(method.fidelity)} layers {error:.1e} ({layer})",
+        "exactness": f"largest relative error over {len(method.fidelity)} layers {largest:.1e} ({layer})",
         "model": reader.source,
     }
     title = f"Why {reader.name(target)!r}?"
@@ -158,7 +166,11 @@ def explain(options: argparse.Namespace) -> None:
         console.print(f"[dim]{name:<11}[/dim]{_plain(value)}", soft_wrap=True)
     for path, write in ((options.html, _write_html), (options.png, _write_png)):
         if path is not None:
-            write(passage, path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(passage, path)
+            except (OSError, ValueError) as error:
+                raise CommandError(f"cannot write {str(path)!r}: {error}") from error
             console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}", soft_wrap=True)
 
 
@@ -210,7 +222,7 @@ class Reader:
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
             from transformers.utils import logging
         except ImportError as error:
-            raise CommandError("this needs transformers: pip install 'captum-ssm[cli]'") from error
+            raise CommandError(_INSTALL) from error
         logging.set_verbosity_error()
         if source == str(models.REVIEWS):
             logging.disable_progress_bar()
@@ -220,8 +232,8 @@ class Reader:
             auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
             model = auto.from_pretrained(source, dtype=getattr(torch, dtype)).eval().to(device)
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"cannot load a model from {source!r}: {error}") from error
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            raise CommandError(f"cannot load a model from {source!r} to device {device!r}: {error}") from error
         if not tokenizer.is_fast:
             raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
         shown = "the shipped movie-review Mamba" if source == str(models.REVIEWS) else source
@@ -231,8 +243,12 @@ class Reader:
         """Cut the text into tokens.
 
         Raises:
-            CommandError: If there is none.
+            CommandError: If there is none, or the text is not Unicode.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CommandError(f"the text is not valid Unicode: {error}; pass it encoded as UTF-8.") from error
         encoding = self.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
         offsets = [(int(start), int(end)) for start, end in encoding["offset_mapping"][0]]
         if not any(end > start for start, end in offsets):
@@ -257,7 +273,7 @@ class Reader:
         Raises:
             CommandError: If there is none of that name, or the number is out of range.
         """
-        if wanted.lstrip("-").isdigit():
+        if re.fullmatch(r"-?[0-9]+", wanted):
             if not 0 <= int(wanted) < count:
                 raise CommandError(f"target {wanted} is out of range; the model has {count} (0 to {count - 1}).")
             return int(wanted)
@@ -287,13 +303,13 @@ def _plain(text: str) -> str:
 
 
 def _write_html(passage: Passage, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text_html(passage), encoding="utf-8")
 
 
 def _write_png(passage: Passage, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text_figure(passage).savefig(path)
+    figure = text_figure(passage)
+    with path.open("wb") as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
 
 
 if __name__ == "__main__":

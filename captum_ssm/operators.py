@@ -81,7 +81,7 @@ class Operator(ABC):
         for term in terms:
             if term not in self.terms:
                 raise ValueError(f"{type(self).__name__} has no term {term!r}; it has {list(self.terms)}.")
-        return replace(self, **dict.fromkeys(terms))  # type: ignore[type-var]
+        return replace(self, **dict.fromkeys(terms)) if terms else self  # type: ignore[type-var]
 
     def channels(self: Self, index: Index) -> Self:
         """Return the operator on these channels alone; taking channels before or after is the same.

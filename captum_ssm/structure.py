@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from captum_ssm.capture import record_mixers
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.registry import find_mixers, supported
 
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
-"""Models that passed, each with the identity of its modules at that time."""
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
+"""Models that passed, each with the number of tokens that it passed on and its modules at that time."""
 
 
 @dataclass(frozen=True)
 class _Flow:
-    """What entered and left one module, both (B, L, channels)."""
+    """What entered and left one module, both (B, L, channels) or (B, channels, L)."""
 
     name: str
     module: nn.Module
@@ -35,54 +35,70 @@ class _Flow:
     y: Tensor
 
 
-def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], object]) -> None:
+def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], object], length: int) -> None:
     """Raise if any module besides the supported mixers mixes tokens.
 
     Args:
         model: The model that holds the mixers.
-        forward: Runs the model once on the input at hand. Not called if the model passed before.
+        forward: Runs the model once on the input at hand. Not called if the model passed before on as many tokens.
+        length: L, the number of tokens of that input.
 
     Raises:
         UnsupportedModelError: If tokens are mixed elsewhere; the message names the innermost such module.
 
-    Cost: one forward pass and the backward pass of what is not a mixer, once for each model.
+    Cost: one forward pass and 2 log2(L) backward passes of what is not a mixer, once for each model, and again
+    where its modules changed or the input is longer than any before.
     """
-    identity = tuple(id(module) for module in model.modules())
-    if _CHECKED.get(model) == identity:
+    modules = list(model.modules())
+    passed, known = _CHECKED.get(model, (0, []))
+    unchanged = len(known) == len(modules) and all(old() is module for old, module in zip(known, modules))
+    if unchanged and passed >= length:
         return
-    flows = _record_flows(model, forward)
+    flows = _record_flows(model, forward, length)
     outermost = [f for f in flows if not any(_is_inside(f.name, g.name) for g in flows)]
     for flow in outermost:
-        if not _mixes_tokens(flow):
+        if not _mixes_tokens(flow, length):
             continue
-        inner = [f for f in flows if _is_inside(f.name, flow.name) and _mixes_tokens(f)]
+        inner = [f for f in flows if _is_inside(f.name, flow.name) and _mixes_tokens(f, length)]
         culprit = max([flow, *inner], key=lambda f: f.name.count(".") + bool(f.name))
         raise UnsupportedModelError(
             f"Layer '{culprit.name}' ({type(culprit.module).__name__}) mixes tokens, and no adapter knows it, so an "
             f"explanation would silently leave it out. Supported: {', '.join(supported())}. Register an adapter for "
             f"{type(culprit.module).__name__} with captum_ssm.register."
         )
-    if any(flow.x.shape[1] > 1 for flow in flows):  # a single token proves nothing
-        _CHECKED[model] = identity
+    if length > 1:  # a single token proves nothing
+        _CHECKED[model] = length, [ref(module) for module in modules]
 
 
-def _record_flows(model: nn.Module, forward: Callable[[], object]) -> list[_Flow]:
-    """Run the model with its mixers' outputs held fixed, and record all other modules."""
+def _record_flows(model: nn.Module, forward: Callable[[], object], length: int) -> list[_Flow]:
+    """Run the model with its mixers' outputs held fixed, and record all other modules.
+
+    What the code between the modules does is recorded as the model's own flow: from the first sequence of vectors
+    that there is, such as the embeddings, to the last.
+    """
     mixers = find_mixers(model)
     flows: list[_Flow] = []
     entered: list[Tensor | None] = []
+    seen: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        x = next((a for a in (*args, *kwargs.values()) if _is_sequence(a)), None)
+        x = next((a for a in (*args, *kwargs.values()) if _is_sequence(a, length)), None)
         watched = x if x is None or x.requires_grad else x.detach().requires_grad_()
         entered.append(watched)
+        seen.extend([] if watched is None else [watched])
         args = tuple(watched if a is x else a for a in args)
         return args, {key: watched if a is x else a for key, a in kwargs.items()}
 
-    def leave(name: str, module: nn.Module, output: Any) -> None:
+    def leave(name: str, module: nn.Module, output: Any) -> Any:
         x, y = entered.pop(), output[0] if isinstance(output, tuple) and output else output
-        if x is not None and _is_sequence(y) and y.requires_grad and x.shape[:2] == y.shape[:2]:
+        if not _is_sequence(y, length):
+            return output
+        if x is None and not seen and y is output:  # the embedding of token ids
+            y = output = y.detach().requires_grad_()
+        if x is not None and y.requires_grad:
             flows.append(_Flow(name, module, x, y))
+        seen.append(y)
+        return output
 
     with torch.enable_grad(), ExitStack() as hooks:
         hooks.enter_context(record_mixers(model, hold=True))
@@ -94,26 +110,39 @@ def _record_flows(model: nn.Module, forward: Callable[[], object]) -> list[_Flow
             after = module.register_forward_hook(lambda m, args, output, name=name: leave(name, m, output))
             hooks.callback(after.remove)
         forward()
-    return flows
+    between = _Flow("", model, seen[0], seen[-1]) if seen and seen[-1].requires_grad else None
+    return flows if between is None or any(not flow.name for flow in flows) else [*flows, between]
 
 
-def _mixes_tokens(flow: _Flow) -> bool:
-    """Whether the output at the first or the last token depends on the input at any other."""
-    weights = torch.randn(flow.y.shape[-1], generator=torch.Generator().manual_seed(0)).to(flow.y)
-    for token in (0, flow.y.shape[1] - 1):
-        score = (flow.y[:, token] * weights).sum()
-        (gradient,) = torch.autograd.grad(score, flow.x, retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            others = gradient.ne(0).any(-1).any(0)
-            others[token] = False
-            if bool(others.any()):
+def _mixes_tokens(flow: _Flow, length: int) -> bool:
+    """Whether the output at any token depends on the input at any other.
+
+    Any two tokens differ in some bit of their numbers. So for each bit, the outputs of the tokens that have it must
+    not depend on the inputs of those that have it not, and the other way round.
+    """
+    number = torch.arange(length, device=flow.y.device)
+    with torch.enable_grad():
+        y = _tokens_first(flow.y, length)
+    weights = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0)).to(y)
+    for bit in range((length - 1).bit_length()):
+        for side in (number >> bit & 1 == 1, number >> bit & 1 == 0):
+            with torch.enable_grad():
+                score = (y[:, side] * weights).sum()
+            (gradient,) = torch.autograd.grad(score, flow.x, retain_graph=True, allow_unused=True)
+            if gradient is not None and bool(_tokens_first(gradient, length)[:, ~side].ne(0).any()):
                 return True
     return False
 
 
-def _is_sequence(value: Any) -> bool:
-    """Whether ``value`` looks like (B, L, channels)."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+def _is_sequence(value: Any, length: int) -> bool:
+    """Whether ``value`` looks like (B, L, channels), or (B, channels, L) as convolutions want it."""
+    vectors = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+    return bool(vectors and length in value.shape[1:])
+
+
+def _tokens_first(sequence: Tensor, length: int) -> Tensor:
+    """Return a sequence as (B, L, channels)."""
+    return sequence if sequence.shape[1] == length else sequence.transpose(1, 2)
 
 
 def _is_inside(name: str, outer: str) -> bool:

@@ -100,8 +100,9 @@ def _check_differentiable(call: MixerCall, x: Tensor) -> None:
     assert adapter is not None
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
-        y = adapter(call.mixer, leaf, call.kwargs).apply(torch.zeros_like(x) + 1, bias=True)
-    assert y.requires_grad, "the chain's gates do not depend on x by autograd: the adapter must not detach"
+        y = adapter(call.mixer, leaf, call.kwargs).apply(torch.ones_like(x), bias=True)
+        gradient = torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] if y.requires_grad else None
+    assert gradient is not None, "the chain's gates do not depend on x by autograd: the adapter must not detach"
 
 
 def _check_batch(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any], chain: Chain, tolerance: float) -> None:

@@ -646,8 +646,9 @@ This took {minutes:.0f} minutes on {threads} CPU threads: {steps:,} steps of at 
 (weight {language_weight}), and sentiment at `<sentiment>` (weight 1), where a piece of an IMDB
 review has the label of the whole review. The variance of the mean of the logits of `positive` and
 `negative` is penalised (weight {opposition}): the two then oppose each other, so that an explanation
-of either logit explains the decision and not what both answers have in common. Word vectors start from the words' pointwise mutual
-information. {word_dropout:.0%} of the input words, and any share of them in
+of either logit explains the decision and not what both answers have in common. Word
+vectors start from the words' pointwise mutual information.
+{word_dropout:.0%} of the input words, and any share of them in
 {heavy_word_dropout:.0%} of the texts, are replaced by `<unk>`, so that texts with words removed are
 familiar to the model.
 

@@ -349,13 +349,8 @@ def test_the_grad_mode_around_the_call_changes_nothing(method: Any, mode: Any, m
 
 @every_method
 @pytest.mark.parametrize("which", ["inputs", "query", "mask", "target"])
-def test_a_tensor_may_come_from_inference_mode(
-    request: pytest.FixtureRequest, method: Any, which: str, mamba: nn.Module, ids: Tensor
-) -> None:
+def test_a_tensor_may_come_from_inference_mode(method: Any, which: str, mamba: nn.Module, ids: Tensor) -> None:
     """In evaluation loops all tensors do."""
-    if which == "target" or (which == "mask" and method not in WITHOUT_GRADIENTS):
-        reason = f"a {which} of inference mode is not cloned, and autograd cannot save it"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     target, query = torch.tensor([3, 5]), torch.tensor([6, 6])
     for inputs in (ids, embed(mamba, ids)):
         tensors = {"inputs": inputs, "target": target, "mask": MASK, "query": query}
@@ -431,11 +426,8 @@ def test_a_query_is_the_position_that_is_read(method: Any, mamba: nn.Module, ids
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_query_may_have_another_type_than_the_model(
-    request: pytest.FixtureRequest, method: Any, dtype: torch.dtype, mamba: nn.Module, ids: Tensor
+    method: Any, dtype: torch.dtype, mamba: nn.Module, ids: Tensor
 ) -> None:
-    if dtype == torch.float64 and method is not METHODS["signed"]:
-        reason = "as_weights makes float32 weights, and an explicit float64 matrix refuses them (and the reverse)"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     model = mamba.to(dtype)
     at = method(read_at(model, 4), model=model)
     expected = at.attribute(ids, target=3)
@@ -446,12 +438,7 @@ def test_a_query_may_have_another_type_than_the_model(
 
 
 @every_method
-def test_weights_of_double_precision_are_weights(
-    request: pytest.FixtureRequest, method: Any, mamba: nn.Module, ids: Tensor
-) -> None:
-    if method is not METHODS["signed"]:
-        reason = "float64 weights meet an explicit float32 matrix"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+def test_weights_of_double_precision_are_weights(method: Any, mamba: nn.Module, ids: Tensor) -> None:
     made, weights = method(mamba), torch.rand(2, 7)
     expected = made.attribute(ids, target=3, query=weights)
     assert_close(made.attribute(ids, target=3, query=weights.double()), expected)

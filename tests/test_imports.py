@@ -181,9 +181,7 @@ print("done")
     "missing",
     [
         {"transformers"},
-        pytest.param({"transformers", "rich"}, marks=pytest.mark.xfail(
-            strict=True, reason="cli.explain imports rich before Reader.load names the remedy"
-        )),
+        {"transformers", "rich"},
     ],
     ids=["transformers", "the whole extra"],
 )  # fmt: skip

@@ -246,7 +246,6 @@ def test_a_wrong_adapter_is_told_what_is_wrong(
         check_adapter(layer, x)
 
 
-@pytest.mark.xfail(strict=True, reason="requires_grad of the product is asked, which the parameters give as well")
 def test_an_adapter_that_detaches_the_input_alone_is_told_so(layer: nn.Module, x: Tensor) -> None:
     with registered(detached_input), pytest.raises(AssertionError, match="must not detach"):
         check_adapter(layer, x)
@@ -318,7 +317,6 @@ class PlainFuture(Operator):
     apply, adjoint, channels = Future.apply, Future.adjoint, Future.channels
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="Operator.without calls dataclasses.replace without any term")
 def test_an_operator_of_ones_own_need_be_no_dataclass(x: Tensor) -> None:
     layer = perturbed(ReadsTheFuture())
     with registered(lambda m, x, kwargs: Chain({**factors(m, x), "conv": PlainFuture()}), "ReadsTheFuture"):

@@ -221,13 +221,15 @@ class ImplicitAttentionMethod(GradientAttribution):
         model = self.model
         refuse_bad_state(model)
         refuse_bad_inputs(model, inputs)
-        args = format_additional_forward_args(additional_forward_args) or ()
+        target = free_of_inference_mode(target)
+        args = tuple(map(free_of_inference_mode, format_additional_forward_args(additional_forward_args) or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._run(inputs, target, args, advance)
-            refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args))
+            refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args), inputs.shape[1])
             positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
             self.fidelity = {}
             with torch.no_grad():
+                positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
                 return self._aggregate(self._matrices(calls, gradients, advance), positions)
 
     def _run(
@@ -315,8 +317,12 @@ def single_tensor(inputs: Any) -> Tensor:
             f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
             "the model needs as additional_forward_args."
         )
-    tokens = tensors[0].detach()
-    return tokens.clone() if tokens.is_inference() else tokens
+    return free_of_inference_mode(tensors[0].detach())
+
+
+def free_of_inference_mode(value: Any) -> Any:
+    """Return a copy of a tensor that was made in inference mode, which autograd refuses; all else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def refuse_bad_state(model: nn.Module) -> None:

@@ -92,7 +92,9 @@ class Passage:
         """Return background and text colour (hexadecimal): blue speaks for the target, red against it."""
         share = 0.0 if piece.score is None or self.scale == 0 else piece.score / self.scale
         red, green, blue, _ = _COLORS(0.5 + 0.45 * share)
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        dark = 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05  # white has the larger contrast (WCAG 2)
         return to_hex((red, green, blue)), "#ffffff" if dark else "#000000"
 
     @property
