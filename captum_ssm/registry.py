@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,14 +13,28 @@ from captum_ssm.operators import Chain
 Adapter = Callable[[nn.Module, Tensor, Mapping[str, Any]], Chain]
 """``decompose(mixer, x, kwargs)``: the layer, its input (B, L, E), and its other arguments by name."""
 
-_ADAPTERS: dict[str, Adapter] = {}
+
+class Support(NamedTuple):
+    """One class of layers that can be decomposed."""
+
+    layer: str
+    """Name of the class."""
+    kernel: str
+    """What mixes the tokens, such as ``"S6"`` or ``"softmax attention"``; empty if the adapter does not say."""
+    family: str
+    """The model type in transformers' configurations; empty if the adapter does not say."""
 
 
-def register(*class_names: str) -> Callable[[Adapter], Adapter]:
+_ADAPTERS: dict[str, tuple[Adapter, Support]] = {}
+
+
+def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[[Adapter], Adapter]:
     """Register an adapter for layers of these class names, and of classes derived from them.
 
     Args:
         class_names: Names of the layer's class (no module path: libraries move classes about).
+        kernel: What mixes the tokens, for :func:`supported`.
+        family: The model type that has such layers, likewise.
 
     Returns:
         A decorator for ``decompose(mixer, x, kwargs) -> Chain``. The function gets the layer, its input
@@ -36,7 +50,7 @@ def register(*class_names: str) -> Callable[[Adapter], Adapter]:
         >>> @register("MyGatedLayer")
         ... def my_gated_layer(mixer, x, kwargs):
         ...     return Chain({"gate": Diagonal(x.sigmoid())})
-        >>> "MyGatedLayer" in supported()
+        >>> "MyGatedLayer" in [support.layer for support in supported()]
         True
         >>> unregister("MyGatedLayer")
     """
@@ -44,13 +58,13 @@ def register(*class_names: str) -> Callable[[Adapter], Adapter]:
     def decorate(adapter: Adapter) -> Adapter:
         for name in class_names:
             if name in _ADAPTERS:
-                owner = _ADAPTERS[name]
+                owner, _ = _ADAPTERS[name]
                 raise ValueError(
                     f"An adapter for {name!r} is already registered: {owner.__module__}.{owner.__qualname__}. "
                     f"To replace it, call captum_ssm.unregister({name!r}) first."
                 )
         for name in class_names:
-            _ADAPTERS[name] = adapter
+            _ADAPTERS[name] = adapter, Support(name, kernel, family)
         return adapter
 
     return decorate
@@ -65,14 +79,24 @@ def unregister(class_name: str) -> None:
     del _ADAPTERS[class_name]
 
 
-def supported() -> dict[str, str]:
-    """Return the class names of all layers that can be decomposed, each with its adapter's first line."""
-    return {name: (adapter.__doc__ or "").strip().split("\n")[0] for name, adapter in sorted(_ADAPTERS.items())}
+def supported() -> list[Support]:
+    """Return all classes of layers that can be decomposed, by family and name.
+
+    Example:
+        >>> supported()[0]
+        Support(layer='BailingHybridDeltaAttention', kernel='KDA', family='bailing_hybrid')
+    """
+    return sorted((support for _, support in _ADAPTERS.values()), key=lambda s: (not s.family, s.family, s.layer))
+
+
+def supported_families() -> str:
+    """Return the supported families, and the layers of none, as the messages name them."""
+    return ", ".join(dict.fromkeys(support.family or support.layer for support in supported()))
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter of the module's class or of the nearest class that it derives from, or None."""
-    return next((_ADAPTERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _ADAPTERS), None)
+    return next((_ADAPTERS[c.__name__][0] for c in type(module).__mro__ if c.__name__ in _ADAPTERS), None)
 
 
 def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +114,7 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
         alike = sorted({type(m).__name__ for m in model.modules() if _looks_like_mixer(type(m).__name__)})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that captum_ssm can decompose. Layers that look like token "
-            f"mixers: {', '.join(alike) or 'none'}. Supported: {', '.join(supported())}. For a layer of your own, "
+            f"mixers: {', '.join(alike) or 'none'}. Supported: {supported_families()}. For a layer of your own, "
             "write an adapter (captum_ssm.register) and check it (captum_ssm.testing.check_adapter)."
         )
     return mixers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from captum_ssm.capture import record_mixers
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.registry import find_mixers, supported
+from captum_ssm.registry import find_mixers, supported_families
 
 _CHECKED: WeakKeyDictionary[nn.Module, tuple[int, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
 """Models that passed, each with the number of tokens that it passed on and its modules at that time."""
@@ -63,7 +63,7 @@ def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], object], lengt
         culprit = max([flow, *inner], key=lambda f: f.name.count(".") + bool(f.name))
         raise UnsupportedModelError(
             f"Layer '{culprit.name}' ({type(culprit.module).__name__}) mixes tokens, and no adapter knows it, so an "
-            f"explanation would silently leave it out. Supported: {', '.join(supported())}. Register an adapter for "
+            f"explanation would silently leave it out. Supported: {supported_families()}. Register an adapter for "
             f"{type(culprit.module).__name__} with captum_ssm.register."
         )
     if length > 1:  # a single token proves nothing

@@ -12,41 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
-
-VOCABULARY = 23
-COMMON = {"vocab_size": VOCABULARY, "hidden_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-S6 = {**COMMON, "state_size": 3, "num_hidden_layers": 2, "time_step_rank": 2, "conv_kernel": 3}
-
-
-def perturbed(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
-    """Move every parameter off its initial value, so that no symmetry hides an error; return the model in eval mode."""
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=random).to(parameter)
-    return model.eval()
-
-
-def tiny_mamba(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return perturbed(MambaForCausalLM(MambaConfig(**{**S6, **options})))
-
-
-def tiny_falcon_mamba(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return perturbed(FalconMambaForCausalLM(FalconMambaConfig(**{**S6, **options})))
-
-
-FAMILIES: dict[str, Callable[..., nn.Module]] = {
-    "mamba": tiny_mamba,
-    "falcon_mamba": tiny_falcon_mamba,
-}
-"""A tiny model of each supported family, by name: every test that takes ``family`` runs on each."""
 
 _BUILT: dict[str, nn.Module] = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from conftest import tiny_mamba
+from families import tiny_mamba
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, VOCABULARY, build, perturbed
+from conftest import build
+from families import COMMON, FAMILIES, VOCABULARY, perturbed
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, JambaConfig, JambaForCausalLM
 from transformers import MambaConfig as MambaConfiguration

@@ -10,7 +10,8 @@ import captum.metrics
 import pytest
 import torch
 from captum.attr import Attribution, GradientAttribution, NoiseTunnel
-from conftest import VOCABULARY, build
+from conftest import build
+from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import S6, perturbed
+from families import S6, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 

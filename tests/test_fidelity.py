@@ -6,7 +6,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_falcon_mamba, tiny_mamba
+from families import VOCABULARY, tiny_falcon_mamba, tiny_mamba
 from torch import Tensor, nn
 
 from captum_ssm import (

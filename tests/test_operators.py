@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from captum_ssm import operators
 from captum_ssm.attention import dense
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
+from captum_ssm.operators import scan as scans
 
 SEEDS = range(20)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -342,7 +342,7 @@ def test_the_scan_is_the_recurrence_beyond_one_chunk(L: int, P: int, lag: int) -
 def test_a_long_sequence_of_many_states_is_cut_by_the_cache_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     scan, values, shape = random_scan(3, torch.float64, L=50, P=1, chunk=None)
     x = torch.randn(shape, dtype=torch.float64)
-    monkeypatch.setattr(operators, "_STATES", 1)
+    monkeypatch.setattr(scans, "_STATES", 1)
     assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
 
 
@@ -369,8 +369,8 @@ def test_both_ways_through_a_chunk_agree_also_in_the_state_they_hand_on(seed: in
     a = torch.randn(B, T, H, draw.choice([1, N]), dtype=torch.float64)
     b, c = torch.randn(2, B, T, H, N, dtype=torch.float64)
     x, h = torch.randn(B, T, H, P, dtype=torch.float64), torch.randn(B, H, N, P, dtype=torch.float64)
-    states = operators._by_states(a, b, c, x, h, lag)
-    matrix = operators._by_matrix(a, b, c, x, h, lag)
+    states = scans._by_states(a, b, c, x, h, lag)
+    matrix = scans._by_matrix(a, b, c, x, h, lag)
     for one, other in zip(states, matrix, strict=True):
         assert_close(one, other)
     for t in range(T):
@@ -385,7 +385,7 @@ def test_the_prefix_is_the_recurrence(T: int) -> None:
     torch.manual_seed(T)
     a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
     h = torch.zeros(2, 3, dtype=torch.float64)
-    for t, state in enumerate(operators.prefix(a, v).unbind(1)):
+    for t, state in enumerate(scans.prefix(a, v).unbind(1)):
         h = a[:, t] * h + v[:, t]
         assert_close(state, h)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, build, perturbed
+from conftest import build
+from families import FAMILIES, perturbed
 from torch import Tensor, nn
 
 from captum_ssm import (

@@ -1,4 +1,4 @@
-"""Mamba and Falcon-Mamba: the selective scan S6, one state for each channel."""
+"""S6, the selective scan of Mamba: one state for each channel."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_ssm.adapters.reading import padding, parameters
 from captum_ssm.gates import inverse_rms, secant
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
 from captum_ssm.registry import register
 
 
-@register("MambaMixer", "FalconMambaMixer")
-def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+@register("MambaMixer", kernel="S6", family="mamba")
+@register("FalconMambaMixer", kernel="S6", family="falcon_mamba")
+def s6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """S6: selective scan, one state of N for each channel.
 
     ``y = W_out diag(silu(z)) [S + diag(skip)] diag(act) M_conv W_in diag(mask) x + bias`` with
@@ -32,10 +34,10 @@ def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_mamba.py``, ``modeling_falcon_mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
     """
-    weights = {name: tensor.to(x) for name, tensor in [*mixer.named_parameters(), *mixer.named_buffers()]}
+    weights = parameters(mixer, x)
+    mask = padding(kwargs, x)
+    real = mask["mask"].s if mask else x.new_ones(())  # (B, L, 1)
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
-    mask = kwargs.get("attention_mask")
-    real = x.new_ones(()) if mask is None else mask.to(x).unsqueeze(-1)  # (B, L, 1)
 
     in_w, gate_w = weights["in_proj.weight"].chunk(2)
     in_b, gate_b = weights["in_proj.bias"].chunk(2) if "in_proj.bias" in weights else (None, None)
@@ -64,4 +66,4 @@ def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         "conv": conv,
         "in": into,
     }
-    return Chain(factors if mask is None else {**factors, "mask": Diagonal(real)})
+    return Chain({**factors, **mask})

@@ -1,0 +1,27 @@
+"""What every adapter reads from a mixer and its call, in the type and on the device of the mixer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_ssm.operators import Diagonal
+
+
+def parameters(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the mixer's parameters and floating-point buffers by dotted name, as ``x`` in type and device."""
+    tensors = [*mixer.named_parameters(), *mixer.named_buffers()]
+    return {name: tensor.to(x) for name, tensor in tensors if tensor.is_floating_point()}
+
+
+def padding(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
+    """Return the factor that sets padding to 0, ``{"mask": ...}``, or nothing if the call had no mask.
+
+    Args:
+        kwargs: The call's arguments; ``attention_mask`` (B, L) is 0 at padding.
+        x: Input of the mixer (B, L, E).
+    """
+    mask = kwargs.get("attention_mask")
+    return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}

@@ -1,0 +1,114 @@
+"""What an operator on token sequences is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+Index = slice | Tensor
+"""Which channels: a slice, or a 1-D tensor of channel numbers."""
+
+Self = TypeVar("Self", bound="Operator")
+
+
+class Operator(ABC):
+    """An affine map of token sequences, ``x -> A x + bias``.
+
+    Subclasses say which axes they mix. A factor that mixes neither, or tokens only, is *channelwise*: it
+    is one (L, L) matrix for each channel. A factor that mixes channels only is *tokenwise*.
+    """
+
+    mixes_tokens: ClassVar[bool] = False
+    mixes_channels: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    """Whether no output depends on a later input, and :meth:`after` is there to make use of it."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that may be None: the terms that :meth:`without` can leave out."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return ``A x``, or ``A x + bias``.
+
+        Args:
+            x: (..., B, L, input channels).
+            bias: Whether to add the constant term.
+
+        Returns:
+            (..., B, L, output channels).
+        """
+
+    @abstractmethod
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return ``A^T u`` for ``u`` (..., B, L, output channels), shape (..., B, L, input channels)."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the optional terms that this operator has."""
+        return tuple(name for name in self.optional if getattr(self, name) is not None)
+
+    def without(self: Self, *terms: str) -> Self:
+        """Return the operator with these optional terms left out.
+
+        Raises:
+            ValueError: If the operator has no such term.
+        """
+        for term in terms:
+            if term not in self.terms:
+                raise ValueError(f"{type(self).__name__} has no term {term!r}; it has {list(self.terms)}.")
+        return replace(self, **dict.fromkeys(terms)) if terms else self  # type: ignore[type-var]
+
+    def channels(self: Self, index: Index) -> Self:
+        """Return the operator on these channels alone; taking channels before or after is the same.
+
+        Raises:
+            ValueError: If the operator mixes channels.
+        """
+        raise ValueError(f"{type(self).__name__} mixes channels, so none can be taken alone.")
+
+    def after(self: Self, start: int) -> Self:
+        """Return the operator on the tokens from ``start`` on, for inputs that are 0 before.
+
+        Raises:
+            NotImplementedError: If the operator reads the future, so that outputs before ``start`` exist.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not known to be causal.")
+
+    def columns(self, v: Tensor, tokens: slice) -> Tensor:
+        """Return what each of these tokens contributes: column j of the operator, times ``v_j``.
+
+        Args:
+            v: Values (B, L, input channels).
+            tokens: Which columns j, a slice with a start and a stop.
+
+        Returns:
+            (J, B, L, output channels), J tokens.
+        """
+        return self.apply(one_hot(v, tokens))
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels; None where any number fits."""
+        return None, None
+
+
+def one_hot(v: Tensor, tokens: slice) -> Tensor:
+    """Return (J, B, L, channels): ``v`` at one of the tokens in each of J copies, and 0 elsewhere."""
+    keys = v[:, tokens]
+    number = torch.arange(keys.shape[1], device=v.device)
+    columns = v.new_zeros(len(number), *v.shape)
+    columns[number, :, tokens.start + number] = keys.transpose(0, 1)
+    return columns
+
+
+def since(tensor: Tensor, start: int) -> Tensor:
+    """Cut the token axis, the last but one, unless it is shared (size 1 or absent)."""
+    return tensor if tensor.dim() < 2 or tensor.shape[-2] == 1 else tensor[..., start:, :]
+
+
+def take(tensor: Tensor, index: Index) -> Tensor:
+    """Index the last axis, unless it is shared (size 1)."""
+    return tensor if tensor.dim() == 0 or tensor.shape[-1] == 1 else tensor[..., index]

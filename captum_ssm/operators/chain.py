@@ -1,0 +1,155 @@
+"""The product of named operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from captum_ssm.operators.base import Index, Operator, one_hot
+
+
+@dataclass(frozen=True)
+class Chain(Operator):
+    """The product of named factors, in the order of the equation: the first named is applied last.
+
+    Args:
+        factors: Name to operator, such as ``{"out": ..., "gate": ..., "scan": ..., "in": ...}``. May be
+            empty: the identity.
+
+    Raises:
+        ValueError: If two neighbours disagree on the number of channels between them.
+    """
+
+    factors: Mapping[str, Operator]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
+        name, size = "", None
+        for left, operator in self.factors.items():
+            out, into = operator.sizes
+            if None not in (size, out) and size != out:
+                raise ValueError(f"Factor '{name}' takes {size} channels, but '{left}' to its right gives {out}.")
+            name, size = (left, into) if into is not None else (name, size)
+
+    @property
+    def mixes_tokens(self) -> bool:  # type: ignore[override]
+        """Whether any factor does."""
+        return any(operator.mixes_tokens for operator in self.factors.values())
+
+    @property
+    def mixes_channels(self) -> bool:  # type: ignore[override]
+        """Whether any factor does."""
+        return any(operator.mixes_channels for operator in self.factors.values())
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Names of the factors that mix tokens; the first is the recurrence or attention, and is applied last.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        names = tuple(name for name, operator in self.factors.items() if operator.mixes_tokens)
+        if not names:
+            raise ValueError(f"No factor of {list(self.factors)} mixes tokens, so there is no attention to speak of.")
+        return names
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether all factors are."""
+        return all(operator.causal for operator in self.factors.values())
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output channels of the first factor and input channels of the last that have a number."""
+        outs = [operator.sizes[0] for operator in self.factors.values() if operator.sizes[0] is not None]
+        ins = [operator.sizes[1] for operator in self.factors.values() if operator.sizes[1] is not None]
+        return (outs[0] if outs else None), (ins[-1] if ins else None)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Everything that :meth:`without` can leave out: channelwise factors and terms of any factor."""
+        names = [name for name, operator in self.factors.items() if not operator.mixes_channels]
+        parts = [term for operator in self.factors.values() for term in operator.terms]
+        return tuple(dict.fromkeys([*names, *parts]))
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return the product's output for ``x``; with ``bias`` all constant terms are carried through."""
+        for operator in reversed(list(self.factors.values())):
+            x = operator.apply(x, bias)
+        return x
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return the transposed product's output: the transposed factors from left to right."""
+        for operator in self.factors.values():
+            u = operator.adjoint(u)
+        return u
+
+    def without(self, *terms: str) -> Chain:
+        """Return the chain with these factors, or these terms of any factor, left out.
+
+        ``chain.without("conv", "skip", "bias")`` drops the convolution, the scan's skip and every bias.
+
+        Raises:
+            ValueError: If nothing in the chain has that name, or it is a projection.
+        """
+        for term in terms:
+            if term not in self.terms:
+                raise ValueError(f"Nothing named {term!r} can be left out here; choose from {list(self.terms)}.")
+        return Chain(
+            {
+                name: operator.without(*(term for term in terms if term in operator.terms))
+                for name, operator in self.factors.items()
+                if name not in terms
+            }
+        )
+
+    def columns(self, v: Tensor, tokens: slice) -> Tensor:
+        """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`.
+
+        Up to the first factor that mixes tokens a column stays within its token, so it is that factor's column
+        of the values that reach it.
+        """
+        remaining = list(self.factors.values())
+        while remaining and not remaining[-1].mixes_tokens:
+            v = remaining.pop().apply(v)
+        columns = remaining.pop().columns(v, tokens) if remaining else one_hot(v, tokens)
+        for operator in reversed(remaining):
+            columns = operator.apply(columns)
+        return columns
+
+    def channels(self, index: Index) -> Chain:
+        """Return the chain on these channels alone."""
+        return Chain({name: operator.channels(index) for name, operator in self.factors.items()})
+
+    def after(self, start: int) -> Chain:
+        """Return the chain on the tokens from ``start`` on, for inputs that are 0 before."""
+        return Chain({name: operator.after(start) for name, operator in self.factors.items()})
+
+    def split(self, core: str | None = None) -> tuple[Chain, Chain, Chain]:
+        """Cut the chain into output side, core and input side; their product is the chain.
+
+        Args:
+            core: Name of the one factor to take as the core. None takes the factors that mix tokens with all
+                that is channelwise around them: the unified implicit attention. It mixes channels too if two
+                factors that mix tokens have a projection between them, as RWKV's token shift and recurrence.
+
+        Raises:
+            ValueError: If no factor mixes tokens, or none has the given name.
+        """
+        names, operators = list(self.factors), list(self.factors.values())
+        if core is not None:
+            if core not in self.factors:
+                raise ValueError(f"The chain has no factor {core!r}; it has {names}.")
+            start = stop = names.index(core)
+        else:
+            start, stop = names.index(self.mixers[0]), names.index(self.mixers[-1])
+            while start > 0 and not operators[start - 1].mixes_channels:
+                start -= 1
+            while stop + 1 < len(operators) and not operators[stop + 1].mixes_channels:
+                stop += 1
+        cuts = (names[:start], names[start : stop + 1], names[stop + 1 :])
+        output, inner, into = (Chain({name: self.factors[name] for name in cut}) for cut in cuts)
+        return output, inner, into

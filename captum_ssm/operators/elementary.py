@@ -1,0 +1,150 @@
+"""Operators without a recurrence: diagonals, convolutions, projections and centring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_ssm.operators.base import Index, Operator, since, take
+
+
+@dataclass(frozen=True)
+class Diagonal(Operator):
+    """Scale every token and channel: ``y = s * x``. A gate, an activation, the scale of a norm, a mask.
+
+    Args:
+        s: Broadcastable to (B, L, D).
+    """
+
+    s: Tensor
+
+    causal = True
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return ``s * x``. Cost: O(L·D)."""
+        return self.s * x
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return ``s * u``: a diagonal is its own transpose. Cost: O(L·D)."""
+        return self.s * u
+
+    def channels(self, index: Index) -> Diagonal:
+        """Return the diagonal of these channels; a scale shared by all channels stays shared."""
+        return Diagonal(take(self.s, index))
+
+    def after(self, start: int) -> Diagonal:
+        """Return the diagonal on the tokens from ``start`` on."""
+        return Diagonal(since(self.s, start))
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels, or None for a scale shared by all channels."""
+        size = self.s.shape[-1] if self.s.dim() and self.s.shape[-1] > 1 else None
+        return size, size
+
+
+@dataclass(frozen=True)
+class CausalConv(Operator):
+    """Depthwise causal convolution: ``y_t = sum_k w_k x_{t - (K-1) + k} + bias``.
+
+    Args:
+        w: (D, K), taps in torch's order: ``w[:, K-1]`` weighs the current token.
+        bias: (D,) or None.
+    """
+
+    w: Tensor
+    bias: Tensor | None = None
+
+    mixes_tokens = True
+    causal = True
+    optional = ("bias",)
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return the convolution of ``x``. Cost: O(L·D·K)."""
+        y = self.w[:, -1] * x
+        for lag in range(1, min(self.w.shape[1], x.shape[-2])):
+            y[..., lag:, :] += self.w[:, -1 - lag] * x[..., :-lag, :]
+        return y + self.bias if bias and self.bias is not None else y
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return the correlation of ``u`` with the taps, which reads the future. Cost: O(L·D·K)."""
+        x = self.w[:, -1] * u
+        for lag in range(1, min(self.w.shape[1], u.shape[-2])):
+            x[..., :-lag, :] += self.w[:, -1 - lag] * u[..., lag:, :]
+        return x
+
+    def channels(self, index: Index) -> CausalConv:
+        """Return the convolution of these channels."""
+        return CausalConv(self.w[index], None if self.bias is None else self.bias[index])
+
+    def after(self, start: int) -> CausalConv:
+        """Return the convolution itself: its taps are the same everywhere."""
+        return self
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels."""
+        return self.w.shape[0], self.w.shape[0]
+
+
+@dataclass(frozen=True)
+class Projection(Operator):
+    """Mix the channels of every token: ``y = W x + bias``.
+
+    Args:
+        W: (output channels, input channels).
+        bias: (output channels,) or None.
+    """
+
+    W: Tensor
+    bias: Tensor | None = None
+
+    mixes_channels = True
+    causal = True
+    optional = ("bias",)
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return ``W x`` for every token. Cost: O(L·D·E)."""
+        return F.linear(x, self.W, self.bias if bias else None)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return ``W^T u`` for every token. Cost: O(L·D·E)."""
+        return u @ self.W
+
+    def after(self, start: int) -> Projection:
+        """Return the projection itself: it is the same for every token."""
+        return self
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels."""
+        return self.W.shape[0], self.W.shape[1]
+
+
+@dataclass(frozen=True)
+class Centre(Operator):
+    """Subtract the mean over the channels of each group: the part of a layer norm that is not a diagonal.
+
+    Args:
+        size: Channels of a group.
+    """
+
+    size: int
+
+    mixes_channels = True
+    causal = True
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return ``x`` less its mean over each group. Cost: O(L·D)."""
+        groups = x.unflatten(-1, (-1, self.size))
+        return (groups - groups.mean(-1, keepdim=True)).flatten(-2)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return the same of ``u``: a projection onto a subspace is its own transpose. Cost: O(L·D)."""
+        return self.apply(u)
+
+    def after(self, start: int) -> Centre:
+        """Return the operator itself: it is the same for every token."""
+        return self
