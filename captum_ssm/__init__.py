@@ -9,7 +9,9 @@ from captum_ssm.attr import (
     RawImplicitAttention,
 )
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
+from captum_ssm.kernels import reference_kernels
 from captum_ssm.registry import register, supported, unregister
+from captum_ssm.wiring import Wire, register_wire
 
 __version__ = "0.1.0"
 
@@ -22,8 +24,11 @@ __all__ = [
     "ModelStateError",
     "RawImplicitAttention",
     "UnsupportedModelError",
+    "Wire",
     "models",
+    "reference_kernels",
     "register",
+    "register_wire",
     "supported",
     "unregister",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -35,6 +36,9 @@ class TokenMatrix(Protocol):
     def adjoint(self, r: Tensor) -> Tensor:
         """Return ``C^T r`` for ``r`` (B, L)."""
 
+    def dense(self) -> Tensor:
+        """Return the entries (B, L, L); row i is the query, column j the key."""
+
 
 @dataclass(frozen=True)
 class ExplicitAttention:
@@ -54,15 +58,73 @@ class ExplicitAttention:
         """Return ``C^T r``. Cost: O(L²)."""
         return torch.einsum("bij,bi->bj", self.matrix, r)
 
+    def dense(self) -> Tensor:
+        """Return the entries."""
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class ProductAttention:
+    """The product of token matrices, the first applied last.
+
+    Args:
+        matrices: At least one.
+    """
+
+    matrices: tuple[TokenMatrix, ...]
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C_1 C_2 ... s``."""
+        for matrix in reversed(self.matrices):
+            s = matrix.apply(s)
+        return s
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``... C_2^T C_1^T r``."""
+        for matrix in self.matrices:
+            r = matrix.adjoint(r)
+        return r
+
+    def dense(self) -> Tensor:
+        """Return the product's entries. Cost: O(L³) a factor."""
+        return reduce(torch.matmul, (matrix.dense() for matrix in self.matrices))
+
+
+@dataclass(frozen=True)
+class ScaledAttention:
+    """A token matrix whose rows are scaled.
+
+    Args:
+        matrix: The matrix.
+        factor: Of each row, a number or (B, L).
+    """
+
+    matrix: TokenMatrix
+    factor: float | Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``diag(factor) C s``."""
+        return self.factor * self.matrix.apply(s)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T diag(factor) r``."""
+        return self.matrix.adjoint(self.factor * r)
+
+    def dense(self) -> Tensor:
+        """Return the entries of the scaled matrix."""
+        matrix = self.matrix.dense()
+        return torch.as_tensor(self.factor).to(matrix).expand(matrix.shape[:2]).unsqueeze(-1) * matrix
+
 
 @dataclass(frozen=True)
 class ImplicitAttention:
     """The token matrix ``C_ij = sum_d u_id A^d_ij v_jd``, known by its products.
 
     Args:
-        core: Channelwise operator, ``A^d`` for each channel d.
+        core: Channelwise operator, ``A^d`` for each channel d. If it mixes channels, ``A^d_ij v_jd`` stands for
+            channel d of what token j adds to token i.
         u: Output-side weights (B, L, D).
-        v: Input-side weights (B, L, D).
+        v: Input-side weights (B, L, D), or (B, L, input channels) of a core that mixes channels.
     """
 
     core: Operator
@@ -88,8 +150,8 @@ class ImplicitAttention:
         """
         B, L, _ = self.u.shape
         fused = self.u.new_zeros(B, L, L)
-        for tokens, channels in _blocks(self.u):
-            rows, columns = _columns(self.core.channels(channels), self.v, tokens, channels)
+        for tokens, channels in _blocks(self.u, whole=self.core.mixes_channels):
+            rows, columns = _columns(self.core, self.v, tokens, channels)
             entries = columns.mul_(self.u[:, rows, channels])
             entries = entries if entrywise is None else entrywise(entries)
             fused[:, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
@@ -107,9 +169,9 @@ class ImplicitAttention:
         Source:
             Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, there for softmax attention.
         """
-        B, L, D = self.v.shape
+        B, L, _ = self.v.shape
         fused = self.v.new_zeros(B, L, L)
-        for tokens, channels in _blocks(self.v, channels=D):
+        for tokens, channels in _blocks(self.v, whole=True):
             rows, columns = _columns(self.core, self.v, tokens, channels)
             after = output.after(rows.start) if output.causal else output
             fused[:, rows, tokens] = after.apply(columns).norm(dim=-1).permute(1, 2, 0)
@@ -131,15 +193,15 @@ def dense(core: Operator, like: Tensor) -> Tensor:
     matrices = like.new_zeros(B, D, L, L)
     one = like.new_ones(1, 1, 1).expand(B, L, D)
     for tokens, channels in _blocks(like):
-        rows, columns = _columns(core.channels(channels), one, tokens, channels)
+        rows, columns = _columns(core, one, tokens, channels)
         matrices[:, channels, rows, tokens] = columns.permute(1, 3, 2, 0)
     return matrices
 
 
-def _blocks(like: Tensor, channels: int | None = None) -> Iterator[tuple[slice, slice]]:
-    """Cut (tokens, channels) into blocks of columns that fit the memory bound."""
+def _blocks(like: Tensor, whole: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Cut (tokens, channels) into blocks of columns that fit the memory bound; ``whole`` keeps channels together."""
     B, L, D = like.shape
-    width = channels or min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
+    width = D if whole else min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
     count = min(L, max(1, _BLOCK // (B * L * width)))
     for d in range(0, D, width):
         for j in range(0, L, count):
@@ -151,10 +213,9 @@ def _columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> tuple
 
     Of a causal core these are the rows from the first of the tokens on: all others are 0.
     """
-    rows = slice(tokens.start if core.causal else 0, v.shape[1])
-    keys = v[:, tokens, channels]
-    count = keys.shape[1]
-    number = torch.arange(count, device=v.device)
-    one_hot = v.new_zeros(count, v.shape[0], rows.stop - rows.start, keys.shape[2])
-    one_hot[number, :, tokens.start - rows.start + number] = keys.transpose(0, 1)
-    return rows, (core.after(rows.start) if core.causal else core).apply(one_hot)
+    if not core.mixes_channels:
+        core, v = core.channels(channels), v[..., channels]
+    if not core.causal:
+        return slice(0, v.shape[1]), core.columns(v, tokens)
+    start = tokens.start
+    return slice(start, v.shape[1]), core.after(start).columns(v[:, start:], slice(0, tokens.stop - start))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import ModelStateError
 from captum_ssm.registry import find_mixers
+from captum_ssm.wiring import block_name
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class MixerCall:
     """One call of a token mixer.
 
     Args:
-        name: Dotted name of the mixer in the model.
+        name: Dotted name of the mixer in the model. The calls of a module that several layers share have the names
+            that it has in these layers.
         mixer: The module.
-        x: Its input (B, L, E).
+        x: Its input (B, L, E), part of the graph that leads to it.
         y: Its output (B, L, E), part of the graph that leads to the model's output.
         kwargs: The call's other arguments by parameter name.
+        state: Input of the block around the mixer, for a block that a wire is registered for
+            (:func:`captum_ssm.wiring.register_wire`).
     """
 
     name: str
@@ -36,6 +40,12 @@ class MixerCall:
     x: Tensor
     y: Tensor
     kwargs: Mapping[str, Any]
+    state: Tensor | None = None
+
+    def detach(self) -> MixerCall:
+        """Return the call free of the graph."""
+        state = None if self.state is None else self.state.detach()
+        return replace(self, x=self.x.detach(), y=self.y.detach(), state=state)
 
 
 @contextmanager
@@ -61,9 +71,19 @@ def record_mixers(
     """
     calls: list[MixerCall] = []
     modes: list[bool] = []
+    states: dict[str, Tensor] = {}
+    names: dict[nn.Module, list[str]] = {}
+    for path, mixer in find_mixers(model).items():
+        names.setdefault(mixer, []).append(path)
 
-    def enter(name: str, mixer: nn.Module, args: Any, kwargs: Any) -> None:
+    def name_of(mixer: nn.Module) -> str:
+        earlier = sum(call.mixer is mixer for call in calls)
+        paths = names[mixer]
+        return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
+
+    def enter(mixer: nn.Module, args: Any, kwargs: Any) -> None:
         _, arguments = _arguments(mixer, args, kwargs)
+        name = name_of(mixer)
         if any(_holds_state(value, mixer) for value in arguments.values()):
             raise ModelStateError(
                 f"Layer '{name}' was called with a cache that already holds a state, so its output depends on "
@@ -72,25 +92,26 @@ def record_mixers(
         modes.append(torch.is_grad_enabled())
         torch.set_grad_enabled(modes[-1] and not hold and len(calls) > 0)
 
-    def leave(name: str, mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def leave(mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         torch.set_grad_enabled(modes.pop())
         x, rest = _arguments(mixer, args, kwargs)
         y = output if isinstance(output, Tensor) else output[0]
         y = y if y.requires_grad else y.detach().requires_grad_()
-        calls.append(MixerCall(name, mixer, x.detach(), y, rest))
+        name = name_of(mixer)
+        calls.append(MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name))))
         seen()
         return y if isinstance(output, Tensor) else (y, *output[1:])
 
     with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
-        for name, mixer in find_mixers(model).items():
-            before = mixer.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: enter(name, m, args, kwargs), with_kwargs=True
-            )
-            hooks.callback(before.remove)
-            after = mixer.register_forward_hook(
-                lambda m, args, kwargs, out, name=name: leave(name, m, args, kwargs, out), with_kwargs=True
-            )
-            hooks.callback(after.remove)
+        for mixer in names:
+            hooks.callback(mixer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(mixer.register_forward_hook(leave, with_kwargs=True).remove)
+        for name in {block_name(model, path) for paths in names.values() for path in paths} - {""}:
+
+            def note(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                states[name] = _arguments(block, args, kwargs)[0]
+
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
         yield calls
 
 

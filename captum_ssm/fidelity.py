@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.capture import MixerCall
-from captum_ssm.errors import FidelityError, ModelStateError, UnsupportedModelError
+from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.operators import Chain
 from captum_ssm.registry import find_adapter
 
@@ -36,18 +36,21 @@ class Decomposition:
     error: float
 
 
-def decompose(call: MixerCall, tolerance: float | None = None) -> Decomposition:
+def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | None = None) -> Decomposition:
     """Decompose one recorded call, and check that the decomposition reproduces the layer's output.
 
     Args:
         call: What :func:`~captum_ssm.capture.record_mixers` recorded.
         tolerance: Allowed relative error; None takes :data:`TOLERANCE` of the layer's type.
+        real: 1 at real tokens and 0 at padding, (B, L): what a layer gives at padding is not compared. None if all
+            tokens are real.
 
     Raises:
         FidelityError: If the decomposition misses the real output by more than the tolerance.
         ModelStateError: If the layer's input or output is not finite.
+        InvalidInputError: If padding before a sequence changes the layer's output.
 
-    Cost: one pass of the chain, O(L·D·(E + N)).
+    Cost: one pass of the chain, O(L·D·(E + N)), and one more for each length of padding before a sequence.
     """
     for what, tensor in (("input", call.x), ("output", call.y)):
         if not bool(tensor.isfinite().all()):
@@ -61,11 +64,34 @@ def decompose(call: MixerCall, tolerance: float | None = None) -> Decomposition:
     x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
     with torch.no_grad():
         chain = adapter(call.mixer, x, call.kwargs)
-        error = relative_error(chain.apply(x, bias=True), call.y)
-    tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
-    if not error <= tolerance:
-        raise FidelityError(call.name, error, tolerance, _CAUSES)
+        shown = x.new_ones(x.shape[:2]) if real is None else real.to(x)
+        y, exact = (shown.unsqueeze(-1) * output for output in (chain.apply(x, bias=True), call.y.to(x)))
+        error = relative_error(y, exact)
+        tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
+        if not error <= tolerance:
+            raise FidelityError(call.name, error, tolerance, _CAUSES)
+        if chain.causal:
+            _refuse_leaking_padding(call, chain, x, y, shown, tolerance)
     return Decomposition(call.name, chain, x, error)
+
+
+def _refuse_leaking_padding(
+    call: MixerCall, chain: Chain, x: Tensor, y: Tensor, real: Tensor, tolerance: float
+) -> None:
+    """Raise if a layer that starts at a sequence's first real token gives another output than the layer gave."""
+    padding = real.argmax(1)
+    for start in padding.unique().tolist():
+        if start == 0:
+            continue
+        rows = padding == start
+        alone = real[rows, start:].unsqueeze(-1) * chain.after(start).apply(x[:, start:], bias=True)[rows]
+        error = relative_error(alone, y[rows, start:])
+        if not error <= tolerance:
+            raise InvalidInputError(
+                f"Padding on the left changes what layer '{call.name}' ({type(call.mixer).__name__}) gives for the "
+                f"real tokens, by {error:.1e} (relative): the model itself ignores the mask there, or adds a bias to "
+                "the padding. Pad on the right, or explain sequences of other lengths one by one."
+            )
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:

@@ -6,18 +6,27 @@ gate on its own input; the forms below have no division, so none is undefined at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+
+
+def _gelu_tanh_secant(u: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (u + 0.044715 * u**3)))
+
 
 _SECANTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.sigmoid,
     "swish": torch.sigmoid,
     "gelu": torch.special.ndtr,
+    "gelu_pytorch_tanh": _gelu_tanh_secant,
+    "gelutanh": _gelu_tanh_secant,  # what activation_name calls it
     "relu": lambda u: (u > 0).to(u),
+    "relu2": torch.relu,
     "identity": torch.ones_like,
     "linear": torch.ones_like,
 }
@@ -41,6 +50,55 @@ def secant(activation: str, u: Tensor) -> Tensor:
     return _SECANTS[activation](u)
 
 
+def activation(name: str, u: Tensor) -> Tensor:
+    """Return ``act(u)`` as an output gate: any activation that has a gate form, and the sigmoid, which has none.
+
+    Args:
+        name: The activation's name in transformers' configurations.
+        u: Pre-activation, any shape.
+
+    Raises:
+        UnsupportedModelError: If the activation is neither the sigmoid nor one that :func:`secant` knows.
+    """
+    return u.sigmoid() if name == "sigmoid" else secant(name, u) * u
+
+
+def activation_name(module: nn.Module) -> str:
+    """Return the name that :func:`secant` knows an activation by, for layers that keep the module alone.
+
+    Example:
+        >>> activation_name(nn.SiLU())
+        'silu'
+    """
+    return type(module).__name__.removesuffix("Activation").lower()
+
+
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """Return the scale of a root-mean-square norm, ``1 / sqrt(mean(x²) + eps)``, shape (..., 1)."""
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def inverse_length(x: Tensor, eps: float) -> Tensor:
+    """Return the scale of a Euclidean norm, ``1 / sqrt(sum(x²) + eps)``, shape (..., 1)."""
+    return torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def running_max(step: Tensor, values: Tensor) -> Tensor:
+    """Return ``m_t = max(m_{t-1} + step_t, values_t)`` along axis 1, from ``m_0 = values_0``.
+
+    The logarithm of a state's size that exponential gates are kept relative to. The reach of the maximum is doubled
+    until it spans the sequence, so steps are summed over what is in reach of a maximum, never over all tokens.
+
+    Args:
+        step: Logarithms of the decays (B, L, ...), not positive.
+        values: Logarithms of what is written, likewise.
+
+    Cost: O(L·log L) for each channel.
+    """
+    reach = 1
+    while reach < values.shape[1]:
+        reached = torch.maximum(values[:, reach:], values[:, :-reach] + step[:, reach:])
+        values = torch.cat([values[:, :reach], reached], dim=1)
+        step = torch.cat([step[:, :reach], step[:, reach:] + step[:, :-reach]], dim=1)
+        reach *= 2
+    return values

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.errors import InvalidInputError
+from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.kernels import is_kernel_failure
 
 
 def is_language_model(forward_func: object) -> bool:
@@ -38,7 +39,20 @@ def scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tens
 
     Raises:
         InvalidInputError: If the mask does not fit the inputs or leaves a sequence empty.
+        ModelStateError: If an installed kernel cannot take the model's tensors.
     """
+    try:
+        return _scores(forward_func, inputs, *args)
+    except (RuntimeError, ValueError) as error:
+        if not is_kernel_failure(error):
+            raise
+        raise ModelStateError(
+            f"An installed kernel cannot run this model here ({error}). Run it on its reference implementation in "
+            "torch: with captum_ssm.reference_kernels(model): ..."
+        ) from error
+
+
+def _scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
     if not is_language_model(forward_func):
         return forward_func(inputs, *args)
     if len(args) > 1:

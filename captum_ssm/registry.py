@@ -102,11 +102,13 @@ def find_adapter(module: nn.Module) -> Adapter | None:
 def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's supported token mixers by dotted name, outermost only, in order of definition.
 
+    A module that is shared by several layers has a name in each of them.
+
     Raises:
         UnsupportedModelError: If there is none; the message lists what looks like one and what is supported.
     """
     mixers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}.") or not outer for outer in mixers)
         if not inside and find_adapter(module) is not None:
             mixers[name] = module

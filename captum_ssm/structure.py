@@ -1,9 +1,10 @@
-"""The check that a model's supported mixers are all that mixes its tokens.
+"""What a model does around its mixers: nothing that mixes tokens, and how it wires them.
 
 A rollout multiplies the attention of the layers. It is wrong, with nothing to show for it, if a layer that it
-does not know moves information between tokens. So once for each model the mixers' outputs are held fixed, and
-every other module must then act on each token by itself: the gradient of its output at one token with respect
-to its input at any other must be zero.
+does not know moves information between tokens, or if the layers feed each other otherwise than it thinks. So once
+for each model the mixers' outputs are held fixed. Every other module must then act on each token by itself: the
+gradient of its output at one token with respect to its input at any other must be zero. And the graph from one
+mixer's input back to the outputs of the others tells what it reads.
 """
 
 from __future__ import annotations
@@ -17,12 +18,28 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.capture import record_mixers
+from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.registry import find_mixers, supported_families
+from captum_ssm.wiring import EMBEDDINGS, Stream, Wiring
 
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
-"""Models that passed, each with the number of tokens that it passed on and its modules at that time."""
+
+@dataclass(frozen=True)
+class _Examined:
+    """What was found out about a model: on how many tokens, with which modules and calls."""
+
+    length: int
+    modules: list[ReferenceType[nn.Module]]
+    names: list[str]
+    wiring: Wiring
+
+    def holds(self, length: int, modules: list[nn.Module], names: list[str]) -> bool:
+        """Whether it holds for an input of this length, with these modules and calls."""
+        same = len(modules) == len(self.modules) and all(old() is new for old, new in zip(self.modules, modules))
+        return same and names == self.names and length <= self.length
+
+
+_EXAMINED: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,26 +52,27 @@ class _Flow:
     y: Tensor
 
 
-def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], object], length: int) -> None:
-    """Raise if any module besides the supported mixers mixes tokens.
+def examine(model: nn.Module, forward: Callable[[], Tensor], length: int, calls: list[MixerCall]) -> Wiring:
+    """Raise if any module besides the supported mixers mixes tokens; return how the mixers are wired.
 
     Args:
         model: The model that holds the mixers.
-        forward: Runs the model once on the input at hand. Not called if the model passed before on as many tokens.
+        forward: Runs the model once on the input at hand and returns what is explained. Not called if the model was
+            examined before, with the same calls on as many tokens.
         length: L, the number of tokens of that input.
+        calls: The mixers' calls on that input.
 
     Raises:
         UnsupportedModelError: If tokens are mixed elsewhere; the message names the innermost such module.
 
     Cost: one forward pass and 2 log2(L) backward passes of what is not a mixer, once for each model, and again
-    where its modules changed or the input is longer than any before.
+    where its modules or calls changed or the input is longer than any before.
     """
-    modules = list(model.modules())
-    passed, known = _CHECKED.get(model, (0, []))
-    unchanged = len(known) == len(modules) and all(old() is module for old, module in zip(known, modules))
-    if unchanged and passed >= length:
-        return
-    flows = _record_flows(model, forward, length)
+    modules, names = list(model.modules()), [call.name for call in calls]
+    known = _EXAMINED.get(model)
+    if known is not None and known.holds(length, modules, names):
+        return known.wiring
+    flows, wiring = _record(model, forward, length)
     outermost = [f for f in flows if not any(_is_inside(f.name, g.name) for g in flows)]
     for flow in outermost:
         if not _mixes_tokens(flow, length):
@@ -67,11 +85,12 @@ def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], object], lengt
             f"{type(culprit.module).__name__} with captum_ssm.register."
         )
     if length > 1:  # a single token proves nothing
-        _CHECKED[model] = length, [ref(module) for module in modules]
+        _EXAMINED[model] = _Examined(length, [ref(module) for module in modules], names, wiring)
+    return wiring
 
 
-def _record_flows(model: nn.Module, forward: Callable[[], object], length: int) -> list[_Flow]:
-    """Run the model with its mixers' outputs held fixed, and record all other modules.
+def _record(model: nn.Module, forward: Callable[[], Tensor], length: int) -> tuple[list[_Flow], Wiring]:
+    """Run the model with its mixers' outputs held fixed; record all other modules, and what the mixers read.
 
     What the code between the modules does is recorded as the model's own flow: from the first sequence of vectors
     that there is, such as the embeddings, to the last.
@@ -101,7 +120,7 @@ def _record_flows(model: nn.Module, forward: Callable[[], object], length: int) 
         return output
 
     with torch.enable_grad(), ExitStack() as hooks:
-        hooks.enter_context(record_mixers(model, hold=True))
+        calls = hooks.enter_context(record_mixers(model, hold=True))
         for name, module in model.named_modules():
             if any(name == mixer or _is_inside(name, mixer) for mixer in mixers):
                 continue
@@ -109,9 +128,38 @@ def _record_flows(model: nn.Module, forward: Callable[[], object], length: int) 
             hooks.callback(before.remove)
             after = module.register_forward_hook(lambda m, args, output, name=name: leave(name, m, output))
             hooks.callback(after.remove)
-        forward()
+        output = forward()
+    wiring = _trace(model, calls, output)
     between = _Flow("", model, seen[0], seen[-1]) if seen and seen[-1].requires_grad else None
-    return flows if between is None or any(not flow.name for flow in flows) else [*flows, between]
+    return flows if between is None or any(not flow.name for flow in flows) else [*flows, between], wiring
+
+
+def _trace(model: nn.Module, calls: list[MixerCall], output: Tensor) -> Wiring:
+    """Follow the graph back from every mixer's input, and from the output, to the mixers' outputs and embeddings."""
+    numbers = {id(call.y): number for number, call in enumerate(calls)}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    streams: dict[Any, Stream] = {}
+
+    def leaf(tensor: Tensor) -> Stream:
+        return frozenset() if id(tensor) in parameters else frozenset({numbers.get(id(tensor), EMBEDDINGS)})
+
+    def trace(tensor: Tensor) -> Stream:
+        if tensor.grad_fn is None:
+            return leaf(tensor) if tensor.requires_grad else frozenset()
+        pending = [tensor.grad_fn]
+        while pending:  # a walk in depth, each node after those that it depends on
+            node = pending[-1]
+            before = [n for n, _ in node.next_functions if n is not None]
+            unknown = [n for n in before if n not in streams]
+            if unknown:
+                pending.extend(unknown)
+                continue
+            variable = getattr(node, "variable", None)
+            streams[node] = leaf(variable) if variable is not None else frozenset().union(*(streams[n] for n in before))
+            pending.pop()
+        return streams[tensor.grad_fn]
+
+    return Wiring([trace(call.x) for call in calls], trace(output))
 
 
 def _mixes_tokens(flow: _Flow, length: int) -> bool:

@@ -9,15 +9,15 @@ from torch import nn
 
 VOCABULARY = 23
 COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4,
+    "vocab_size": VOCABULARY, "hidden_size": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+HYBRID: dict[str, Any] = {**COMMON, "hidden_size": 16, "num_hidden_layers": 4}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 MIXED = ["linear_attention", "full_attention"] * 2
 S6: dict[str, Any] = {
     **COMMON,
-    "hidden_size": 8,
     "num_hidden_layers": 2,
     "state_size": 3,
     "time_step_rank": 2,
@@ -61,7 +61,7 @@ def tiny(model: str, config: str, defaults: dict[str, Any], std: float = 0.3) ->
 def tiny_glm5_next(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     text = {
-        **COMMON, **KDA, "intermediate_size": 24, "n_routed_experts": 4, "q_lora_rank": 6, "qk_rope_head_dim": 0,
+        **HYBRID, **KDA, "intermediate_size": 24, "n_routed_experts": 4, "q_lora_rank": 6, "qk_rope_head_dim": 0,
         "index_topk": 4, "index_head_dim": 4, "index_n_heads": 2, "index_kpool": 2, "linear_num_heads": 3,
         "hc_mult": 2, "hc_sinkhorn_iters": 3, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"], **options,
     }  # fmt: skip
@@ -80,9 +80,9 @@ def tiny_glm5_next(**options: Any) -> nn.Module:
 tiny_mamba = tiny("MambaForCausalLM", "MambaConfig", S6)
 tiny_falcon_mamba = tiny("FalconMambaForCausalLM", "FalconMambaConfig", S6)
 
-ZAMBA = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24, "mamba_d_state": 3,
+ZAMBA = {**HYBRID, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24, "mamba_d_state": 3,
          "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}  # fmt: skip
-FALCON_H1 = {**COMMON, **HEADS, **SSD, "num_hidden_layers": 2, "mamba_d_ssm": 32}
+FALCON_H1 = {**HYBRID, **HEADS, **SSD, "num_hidden_layers": 2, "mamba_d_ssm": 32}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0],
         "mrope_interleaved": True}  # fmt: skip
 
@@ -90,15 +90,15 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "mamba": tiny_mamba,
     "falcon_mamba": tiny_falcon_mamba,
     "jamba": tiny("JambaForCausalLM", "JambaConfig", {
-        **COMMON, **HEADS, **MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        **HYBRID, **HEADS, **MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2}),
     "zamba": tiny("ZambaForCausalLM", "ZambaConfig", {**ZAMBA, "mamba_dt_rank": 2, "n_mamba_heads": 2}),
     "mamba2": tiny("Mamba2ForCausalLM", "Mamba2Config", {
-        **COMMON, "num_hidden_layers": 2, "state_size": 3, "num_heads": 8, "head_dim": 4, "n_groups": 2,
+        **HYBRID, "num_hidden_layers": 2, "state_size": 3, "num_heads": 8, "head_dim": 4, "n_groups": 2,
         "chunk_size": 4}),
-    "bamba": tiny("BambaForCausalLM", "BambaConfig", {**COMMON, **HEADS, **SSD, "attn_layer_indices": [1, 3]}),
+    "bamba": tiny("BambaForCausalLM", "BambaConfig", {**HYBRID, **HEADS, **SSD, "attn_layer_indices": [1, 3]}),
     "granitemoehybrid": tiny("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", {
-        **COMMON, **HEADS, **SSD, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4,
+        **HYBRID, **HEADS, **SSD, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4,
         "num_experts_per_tok": 2, "shared_intermediate_size": 12, "embedding_multiplier": 2.0,
         "residual_multiplier": 0.5}),
     "falcon_h1": tiny("FalconH1ForCausalLM", "FalconH1Config", {
@@ -107,7 +107,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.2}),
     "falcon_h1 without norm": tiny("FalconH1ForCausalLM", "FalconH1Config", {**FALCON_H1, "mamba_rms_norm": False}),
     "nemotron_h": tiny("NemotronHForCausalLM", "NemotronHConfig", {
-        **COMMON, **HEADS, "head_dim": 4, "layers_block_type": ["mamba", "moe", "attention", "mamba"],
+        **HYBRID, **HEADS, "head_dim": 4, "layers_block_type": ["mamba", "moe", "attention", "mamba"],
         "mamba_num_heads": 8, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 3, "chunk_size": 4,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
         "moe_shared_expert_intermediate_size": 12}),
@@ -115,36 +115,36 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 1,
         "adapter_rank": 3}),
     "recurrent_gemma": tiny("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {
-        **COMMON, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1,
+        **HYBRID, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1,
         "head_dim": 4, "lru_width": 16, "attention_window_size": 4}),
-    "rwkv": tiny("RwkvForCausalLM", "RwkvConfig", {**COMMON, "context_length": 64, "rescale_every": 2}),
+    "rwkv": tiny("RwkvForCausalLM", "RwkvConfig", {**HYBRID, "context_length": 64, "rescale_every": 2}),
     "xlstm": tiny("xLSTMForCausalLM", "xLSTMConfig", {
-        **COMMON, "num_hidden_layers": 2, "hidden_size": 32, "num_heads": 2, "qk_dim_factor": 1.0, "chunk_size": 4}),
+        **HYBRID, "num_hidden_layers": 2, "hidden_size": 32, "num_heads": 2, "qk_dim_factor": 1.0, "chunk_size": 4}),
     "qwen3_next": tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", {
-        **COMMON, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
+        **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
         "shared_expert_intermediate_size": 12}),
     "qwen3_5": tiny("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {
-        **COMMON, **HEADS, **GDN, "head_dim": 4, "layer_types": MIXED}),
+        **HYBRID, **HEADS, **GDN, "head_dim": 4, "layer_types": MIXED}),
     "qwen3_5_moe": tiny("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {
-        **COMMON, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
+        **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
         "shared_expert_intermediate_size": 12}),
     "qwen4_exp": tiny("Qwen4ExpForCausalLM", "Qwen4ExpTextConfig", {
-        **COMMON, **HEADS, **GDN, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 12, "hc_count": 2,
+        **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 12, "hc_count": 2,
         "hc_lowrank": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2,
         "rope_parameters": ROPE}),
     "olmo_hybrid": tiny("OlmoHybridForCausalLM", "OlmoHybridConfig", {
-        **COMMON, **HEADS, **GDN, "layer_types": MIXED}),
-    "kimi_linear": tiny("KimiLinearForCausalLM", "KimiLinearConfig", {**COMMON, **KDA}),
+        **HYBRID, **HEADS, **GDN, "layer_types": MIXED}),
+    "kimi_linear": tiny("KimiLinearForCausalLM", "KimiLinearConfig", {**HYBRID, **KDA}),
     "bailing_hybrid": tiny("BailingHybridForCausalLM", "BailingHybridConfig", {
-        **COMMON, **KDA, "q_lora_rank": 6, "n_group": 1, "topk_group": 1}),
+        **HYBRID, **KDA, "q_lora_rank": 6, "n_group": 1, "topk_group": 1}),
     "glm5_next": tiny_glm5_next,
     "minimax": tiny("MiniMaxForCausalLM", "MiniMaxConfig", {
-        **COMMON, **HEADS, "head_dim": 4, "block_size": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        **HYBRID, **HEADS, "head_dim": 4, "block_size": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
         "layer_types": MIXED, "linear_attn_alpha_factor": 0.7, "linear_attn_beta_factor": 1.3,
         "full_attn_alpha_factor": 1.2, "full_attn_beta_factor": 0.8}),
-    "lfm2": tiny("Lfm2ForCausalLM", "Lfm2Config", {**COMMON, **CONV}),
-    "lfm2_moe": tiny("Lfm2MoeForCausalLM", "Lfm2MoeConfig", {**COMMON, **CONV, **EXPERTS, "num_dense_layers": 1}),
-    "lfm3": tiny("Lfm3ForCausalLM", "Lfm3Config", {**COMMON, **CONV}),
+    "lfm2": tiny("Lfm2ForCausalLM", "Lfm2Config", {**HYBRID, **CONV}),
+    "lfm2_moe": tiny("Lfm2MoeForCausalLM", "Lfm2MoeConfig", {**HYBRID, **CONV, **EXPERTS, "num_dense_layers": 1}),
+    "lfm3": tiny("Lfm3ForCausalLM", "Lfm3Config", {**HYBRID, **CONV}),
 }  # fmt: skip
 """A builder of a tiny model for each family, by name: every test that takes ``family`` runs on each."""

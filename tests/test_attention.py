@@ -15,13 +15,16 @@ from torch.utils._pytree import tree_flatten
 from captum_ssm import (
     ImplicitAttentionAttribution,
     ImplicitAttentionRollout,
+    InvalidInputError,
     LayerImplicitAttention,
     RawImplicitAttention,
     aggregate,
     attention,
 )
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, dense
-from captum_ssm.operators import CausalConv, Chain, Diagonal, Product, Projection, Scan
+from captum_ssm.aggregate import RolledLayer
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, ScaledAttention, TokenMatrix, dense
+from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
+from captum_ssm.wiring import Wiring
 
 SEEDS = range(6)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -40,11 +43,18 @@ def make(seed: int, P: int, dtype: torch.dtype = torch.float64) -> tuple[Chain, 
     b, c, lag = b - 0.5, c - 0.5, seed % 2
     act, gate, u, v = torch.randn(4, B, L, D, dtype=dtype)
     taps, skip, bonus = torch.randn(D, 3, dtype=dtype), torch.randn(D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
-    scan = Scan(a, b, c, skip, bonus, head_size=P, lag=lag, chunk=4)
+    scan = Scan(a, b, c, skip=skip, bonus=bonus, head_size=P, lag=lag, chunk=4)
     core = Chain({"gate": Diagonal(gate), "scan": scan, "act": Diagonal(act), "conv": CausalConv(taps, taps[:, 0])})
     alpha = oracles.scan_alpha(a, b, c, lag, skip, bonus, P)
     matrices = oracles.diagonal_matrix(gate) @ alpha @ oracles.diagonal_matrix(act) @ oracles.conv_matrix(taps, L)
     return core, matrices, u, v
+
+
+def rollout(layers: list[Any], query: Tensor) -> Tensor:
+    """Roll out layers one after the other, each on a plain residual path, the first layer first."""
+    reads = [frozenset(range(-1, number)) for number in range(len(layers) + 1)]
+    rolled = [RolledLayer(matrix, torch.ones_like(query), torch.zeros_like(query)) for matrix in layers]
+    return aggregate.rollout(rolled.__getitem__, Wiring(reads[:-1], reads[-1]), query)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -154,7 +164,7 @@ def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
             layers.append(ExplicitAttention(ImplicitAttention(core, u, v).dense(torch.relu)))
             explicit.append(oracles.weighted(matrices, u, v).clamp(min=0).sum(1))
     query = torch.rand(explicit[0].shape[:2], dtype=torch.float64)
-    scores = aggregate.rollout(reversed(layers), query)
+    scores = rollout(layers, query)
     assert_close(scores, oracles.rollout(explicit, query))
     if signed:
         assert any(C.sum(-1).lt(0).any() for C in explicit) and scores.lt(0).any()
@@ -168,8 +178,8 @@ def test_the_order_of_layers_matters_and_rollout_of_none_is_the_query(seed: int)
     made = [make(seed + 6 * number, 1) for number in range(2)]
     layers = [ImplicitAttention(core, u, v) for core, _, u, v in made]
     query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
-    assert torch.equal(aggregate.rollout([], query), query)
-    assert not torch.allclose(aggregate.rollout(layers, query), aggregate.rollout(reversed(layers), query))
+    assert torch.equal(rollout([], query), query)
+    assert not torch.allclose(rollout(layers, query), rollout(layers[::-1], query))
 
 
 @every_seed
@@ -220,7 +230,7 @@ def test_fused_attention_never_holds_a_matrix_of_every_channel(
     with Largest() as largest:
         implicit.apply(u[..., 0])
         implicit.adjoint(u[..., 0])
-        aggregate.rollout([implicit, implicit], u[..., 0].abs())
+        rollout([implicit, implicit], u[..., 0].abs())
     assert largest.entries <= 2 * B * L * D * N  # no (L, L) matrix of any channel
 
 
@@ -333,10 +343,18 @@ def test_padding_changes_no_score(side: str, method: str, family: nn.Module, ids
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mask", [PADDING, PADDING.flip(1)], ids=["left padding", "right padding"])
-def test_padding_has_no_score_even_where_a_bias_leaks_from_it(method: str, mask: Tensor, ids: Tensor) -> None:
-    """A biased projection before the convolution writes at padding too, and the convolution carries it on."""
-    model = tiny_mamba(use_bias=True)
+def test_padding_has_no_score_even_where_a_bias_writes_to_it(method: str, ids: Tensor) -> None:
+    """A biased projection before the convolution writes at padding too."""
+    model, mask = tiny_mamba(use_bias=True), PADDING.flip(1)
     scores = METHODS[method](model).attribute(ids, target=3, additional_forward_args=mask)
     assert scores[~mask.bool()].eq(0).all()
     assert scores[mask.bool()].ne(0).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask", [PADDING, torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1] * 7])], ids=["left", "holes"])
+def test_a_bias_that_leaks_from_padding_on_the_left_is_refused(method: str, mask: Tensor, ids: Tensor) -> None:
+    """The convolution carries what the projection's bias writes at padding on to the real tokens."""
+    model = tiny_mamba(use_bias=True)
+    with pytest.raises(InvalidInputError, match=r"Padding on the left changes what layer .*mixer' \(MambaMixer\)"):
+        METHODS[method](model).attribute(ids, target=3, additional_forward_args=mask)

@@ -574,8 +574,8 @@ def test_without_leaves_out_exactly_what_it_names(seed: int) -> None:
     for term, index in (("skip", 0), ("bonus", 1)):
         if getattr(scan, term) is None:
             continue
-        kept = Scan(scan.a, scan.b, scan.c, None if index == 0 else scan.skip, None if index == 1 else scan.bonus,
-                    scan.head_size, scan.lag, scan.chunk)  # fmt: skip
+        kept = Scan(scan.a, scan.b, scan.c, skip=None if index == 0 else scan.skip,
+                    bonus=None if index == 1 else scan.bonus, head_size=scan.head_size, lag=scan.lag, chunk=scan.chunk)  # fmt: skip
         assert_close(chain.without(term).apply(x, True), Chain({**factors, "scan": kept}).apply(x, True))
         assert term not in chain.without(term).terms
         assert_close(scan.without(term).apply(torch.ones(*shape[:2], scan.sizes[1] or 0, dtype=torch.float64)),
@@ -611,7 +611,8 @@ def test_gradients_flow_through_the_scan(P: int, lag: int, states: int) -> None:
     values = [t.clone().requires_grad_() for t in (step[..., :1], A, b, c, skip, bonus, x)]
 
     def run(step: Tensor, A: Tensor, b: Tensor, c: Tensor, skip: Tensor, bonus: Tensor, x: Tensor) -> Tensor:
-        scan = Scan(Product((step, A), True), Product((step, b)), c, skip, bonus, head_size=P, lag=lag, chunk=3)
+        a = Product((step, A), exponential=True)
+        scan = Scan(a, Product((step, b)), c, skip=skip, bonus=bonus, head_size=P, lag=lag, chunk=3)
         return torch.cat([scan.apply(x), scan.adjoint(x)])
 
     assert torch.autograd.gradcheck(run, values)

@@ -12,9 +12,16 @@ from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from captum_ssm import ImplicitAttentionAttribution, UnsupportedModelError
-from captum_ssm.structure import refuse_unknown_mixers
+from captum_ssm.capture import record_mixers
+from captum_ssm.structure import examine
 
 CONFIG = MambaConfig(**COMMON, state_size=2, num_hidden_layers=2, time_step_rank=2)
+
+
+def refuse_unknown_mixers(model: nn.Module, forward: Callable[[], Tensor], length: int) -> None:
+    with torch.no_grad(), record_mixers(model) as calls:
+        forward()
+    examine(model, forward, length, calls)
 
 
 class Block(nn.Module):
@@ -291,9 +298,11 @@ def test_a_1x1_convolution_of_the_model_itself_is_let_through(ids: Tensor) -> No
 
 
 def test_families_are_let_through(family: nn.Module, ids: Tensor) -> None:
-    refuse_unknown_mixers(family, lambda: family(input_ids=ids, use_cache=False), ids.shape[1])
+    refuse_unknown_mixers(family, lambda: family(input_ids=ids, use_cache=False).logits, ids.shape[1])
     padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
-    refuse_unknown_mixers(family, lambda: family(input_ids=ids, attention_mask=padded, use_cache=False), ids.shape[1])
+    refuse_unknown_mixers(
+        family, lambda: family(input_ids=ids, attention_mask=padded, use_cache=False).logits, ids.shape[1]
+    )
 
 
 # --- Once for each model ------------------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
-"""S6, the selective scan of Mamba: one state for each channel."""
+"""S6, the selective scan of Mamba: one state for each channel.
+
+``y = W_out diag(silu(z)) [S + diag(skip)] diag(act) M_conv W_in diag(mask) x + bias`` with ``delta, B, C`` read from
+the convolved input. The families differ in how their parameters are laid out and in the norms of what is read, so each
+has a function that says just that, and :func:`s6` builds the chain of all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,41 +21,98 @@ from captum_ssm.registry import register
 
 
 @register("MambaMixer", kernel="S6", family="mamba")
-@register("FalconMambaMixer", kernel="S6", family="falcon_mamba")
-def s6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
-    """S6: selective scan, one state of N for each channel.
+def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """S6 of Mamba: see :func:`s6` for arguments and chain.
 
-    ``y = W_out diag(silu(z)) [S + diag(skip)] diag(act) M_conv W_in diag(mask) x + bias`` with
-    ``delta, B, C`` read from the convolved input; Falcon-Mamba normalises these three.
+    Source:
+        transformers ``modeling_mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
+    """
+    return s6(mixer, x, kwargs, _one_head(parameters(mixer, x)))
+
+
+@register("FalconMambaMixer", kernel="S6", family="falcon_mamba")
+def falcon_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """S6 of Falcon-Mamba, whose low rank of delta, B and C have norms without a weight: see :func:`s6`.
+
+    Source:
+        transformers ``modeling_falcon_mamba.py``; Zuo et al. 2024 (arXiv 2410.05355).
+    """
+    weights = _one_head(parameters(mixer, x))
+    return s6(mixer, x, kwargs, weights, norm=lambda _, read: read * inverse_rms(read, mixer.rms_eps))
+
+
+@register("JambaMambaMixer", kernel="S6", family="jamba")
+def jamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """S6 of Jamba, whose low rank of delta, B and C have norms with weights: see :func:`s6`.
+
+    Source:
+        transformers ``modeling_jamba.py``; Lieber et al. 2024 (arXiv 2403.19887).
+    """
+    weights = _one_head(parameters(mixer, x))
+
+    def norm(name: str, read: Tensor) -> Tensor:
+        eps = getattr(mixer, f"{name}_layernorm").variance_epsilon
+        return read * inverse_rms(read, eps) * weights[f"{name}_layernorm.weight"]
+
+    return s6(mixer, x, kwargs, weights, norm)
+
+
+@register("ZambaMambaMixer", kernel="S6", family="zamba")
+def zamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """S6 of Zamba, whose heads each read ``delta, B, C`` from their own channels alone: see :func:`s6`.
+
+    Source:
+        transformers ``modeling_zamba.py``; Glorioso et al. 2024 (arXiv 2405.16712).
+    """
+    weights = parameters(mixer, x)
+    for name in ("in_proj.weight", "in_proj.bias"):
+        if name in weights:  # its rows alternate between value and gate
+            weights[name] = weights[name].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+    for name in ("A_log", "D", "dt_proj_bias"):
+        weights[name] = weights[name].flatten(0, 1)
+    for name in ("x_proj.weight", "dt_proj.weight", "dt_proj.bias"):
+        weights[name] = weights.pop(name.replace(".", "_"))
+    return s6(mixer, x, kwargs, weights)
+
+
+def s6(
+    mixer: Any,
+    x: Tensor,
+    kwargs: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    norm: Callable[[str, Tensor], Tensor] = lambda _, read: read,
+) -> Chain:
+    """Build the chain of a selective scan: one state of N for each of its D channels, in H heads of P.
 
     Args:
-        mixer: ``MambaMixer`` or ``FalconMambaMixer`` of transformers.
+        mixer: The layer.
         x: Input (B, L, E).
         kwargs: ``attention_mask`` (B, L), 0 at padding, is respected.
+        weights: The parameters by ``MambaMixer``'s names, where ``x_proj.weight`` (H, R + 2N, P) and
+            ``dt_proj.weight`` (H, P, R) have their heads first.
+        norm: What is done to each head's low rank of delta ``"dt"`` (B, L, H, R), ``"b"`` and ``"c"`` (B, L, H, N).
 
     Returns:
         Chain of ``out, gate, scan, act, conv, in`` and, with a mask, ``mask``.
-
-    Source:
-        transformers ``modeling_mamba.py``, ``modeling_falcon_mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
     """
-    weights = parameters(mixer, x)
     mask = padding(kwargs, x)
-    real = mask["mask"].s if mask else x.new_ones(())  # (B, L, 1)
-    sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+    masked = Chain(mask).apply
+    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
+    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
 
     in_w, gate_w = weights["in_proj.weight"].chunk(2)
     in_b, gate_b = weights["in_proj.bias"].chunk(2) if "in_proj.bias" in weights else (None, None)
     into = Projection(in_w, in_b)
-    gate = F.silu(F.linear(real * x, gate_w, gate_b))  # (B, L, D)
+    gate = F.silu(F.linear(masked(x), gate_w, gate_b))  # (B, L, D)
     conv = CausalConv(weights["conv1d.weight"].squeeze(1), weights.get("conv1d.bias"))
-    pre = conv.apply(into.apply(real * x, bias=True), bias=True)
-    act = real * secant(mixer.activation, pre)
+    pre = conv.apply(into.apply(masked(x), bias=True), bias=True)
+    act = masked(secant(mixer.activation, pre))  # the bias of the convolution puts something into padding again
 
-    low, b, c = torch.split(F.linear(act * pre, weights["x_proj.weight"]), sizes, dim=-1)
-    if "Falcon" in type(mixer).__name__:
-        low, b, c = (part * inverse_rms(part, mixer.rms_eps) for part in (low, b, c))
-    delta = F.softplus(F.linear(low, weights["dt_proj.weight"], weights.get("dt_proj.bias")))
+    reads = torch.einsum("blhp,hrp->blhr", (act * pre).unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
+    low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
+    if H > 1:  # of one head B and C stay shared
+        b, c = (read.repeat_interleave(P, dim=2) for read in (b, c))
+    delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])
     step, decay = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
 
     factors: dict[str, Operator] = {
@@ -58,8 +120,8 @@ def s6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         "gate": Diagonal(gate),
         "scan": Scan(
             a=Product((step, decay), exponential=True),
-            b=Product((step, b.unsqueeze(2))),
-            c=c.unsqueeze(2),
+            b=Product((step, b)),
+            c=c,
             skip=weights["D"],
         ),
         "act": Diagonal(act),
@@ -67,3 +129,8 @@ def s6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         "in": into,
     }
     return Chain({**factors, **mask})
+
+
+def _one_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of a layer without heads as those of a layer with one."""
+    return {**weights, **{name: weights[name].unsqueeze(0) for name in ("x_proj.weight", "dt_proj.weight")}}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.aggregate import rollout
 from captum_ssm.attention import ExplicitAttention, ImplicitAttention, TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.wiring import Wiring
 
 Rectify = Literal["channel", "token"] | None
 """Where negative gradient-weighted attention is set to 0: in each channel, between tokens, or nowhere."""
@@ -57,10 +57,10 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
     def _matrix(self, layer: LayerView) -> TokenMatrix:
         attention = ImplicitAttention(layer.core, layer.u, layer.v)
         if self.rectify == "channel":
-            return ExplicitAttention(attention.dense(torch.relu) / layer.v.shape[-1])
+            return ExplicitAttention(attention.dense(torch.relu) / layer.channels)
         if self.rectify == "token":
             return ExplicitAttention(attention.dense().relu())
         return attention
 
-    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
-        return rollout(matrices, query)
+    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
+        return self._rollout(layer, wiring, query)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,14 +21,16 @@ from captum_ssm._captum import (
     log_usage,
     select_targets,
 )
+from captum_ssm.aggregate import RolledLayer, rollout
 from captum_ssm.attention import TokenMatrix
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import Decomposition, decompose
 from captum_ssm.operators import Chain
-from captum_ssm.readout import scores
+from captum_ssm.readout import is_language_model, scores
 from captum_ssm.registry import find_mixers
-from captum_ssm.structure import refuse_unknown_mixers
+from captum_ssm.structure import examine
+from captum_ssm.wiring import Wire, Wiring, find_wire
 
 Attention = Literal["unified", "scan"]
 """Which matrices: of the whole layer between its projections, or of its recurrence alone."""
@@ -43,10 +45,13 @@ class LayerView:
     Args:
         name: Dotted name of the layer in the model.
         output: From the attention's channels to the model's width, a tokenwise chain.
-        core: The attention of every channel, a channelwise chain.
-        v: What enters the core, (B, L, D); 0 at padding.
+        core: The attention of every channel, a channelwise chain; it mixes channels too where the layer has a
+            projection between two factors that mix tokens (RWKV).
+        v: What enters the core, (B, L, input channels); 0 at padding.
         real: 1 at real tokens and 0 at padding, (B, L, 1).
         gradient: Of the explained score with respect to the layer's output, (B, L, E), or None.
+        wire: How the layer's output joins the residual stream.
+        embedded: Share of ``v`` at each token that comes straight from the embeddings, (B, L).
     """
 
     name: str
@@ -55,6 +60,14 @@ class LayerView:
     v: Tensor
     real: Tensor
     gradient: Tensor | None
+    wire: Wire
+    embedded: Tensor
+
+    @property
+    def channels(self) -> int:
+        """D, the number of channels that leave the core."""
+        size = self.core.sizes[0]
+        return self.v.shape[-1] if size is None else size
 
     @property
     def u(self) -> Tensor:
@@ -65,7 +78,12 @@ class LayerView:
 
 
 def view(
-    layer: Decomposition, attention: Attention, without: Sequence[str], gradient: Tensor | None = None
+    layer: Decomposition,
+    attention: Attention,
+    without: Sequence[str],
+    real: Tensor,
+    gradient: Tensor | None = None,
+    wire: Wire = Wire(),  # noqa: B008  a frozen value
 ) -> LayerView:
     """Cut a decomposed layer as the caller wants to see it.
 
@@ -74,17 +92,27 @@ def view(
         attention: ``"unified"`` takes all between the projections as the core, ``"scan"`` the recurrence alone
             and without its skip (Ali et al. 2024).
         without: Names of factors or terms to leave out of the core; ``"bias"`` also out of what enters it.
+        real: 1 at real tokens and 0 at padding, (B, L).
         gradient: As in :class:`LayerView`.
+        wire: Likewise.
     """
-    output, core, into = layer.chain.split("scan" if attention == "scan" else None)
-    if attention == "scan" and "skip" in core.terms:
-        core = core.without("skip")
+    output, core, into = _cut(layer.chain, attention)
     core = core.without(*(term for term in without if term in core.terms))
-    mask = layer.chain.factors.get("mask")
-    real = layer.x.new_ones(layer.x.shape[:2]).unsqueeze(-1)
-    real = real if mask is None else mask.apply(real)
+    real = real.to(layer.x).unsqueeze(-1)
     v = into.apply(layer.x, bias="bias" not in without) * real
-    return LayerView(layer.name, output, core, v, real, gradient)
+    embedded = layer.x.new_zeros(layer.x.shape[:2])
+    if wire.embeddings is not None:
+        x = torch.zeros_like(layer.x)
+        x[..., wire.embeddings] = layer.x[..., wire.embeddings]
+        lengths = [into.apply(part).norm(dim=-1) for part in (x, layer.x - x)]
+        embedded = torch.where(sum(lengths) > 0, lengths[0] / sum(lengths), 0)
+    return LayerView(layer.name, output, core, v, real, gradient, wire, embedded)
+
+
+def _cut(chain: Chain, attention: Attention) -> tuple[Chain, Chain, Chain]:
+    """Return output side, core and input side of a layer."""
+    output, core, into = chain.split(chain.mixers[0] if attention == "scan" else None)
+    return output, core.without("skip") if attention == "scan" and "skip" in core.terms else core, into
 
 
 class ImplicitAttentionMethod(GradientAttribution):
@@ -212,8 +240,17 @@ class ImplicitAttentionMethod(GradientAttribution):
         """Return the layer's matrix between tokens."""
 
     @abstractmethod
-    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
-        """Return scores (B, L) from the matrices, the last layer first, and the explained positions."""
+    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
+        """Return scores (B, L) from the layers by number, what they read, and the explained positions."""
+
+    def _rollout(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
+        """Roll the layers' matrices out."""
+
+        def rolled(number: int) -> RolledLayer:
+            seen = layer(number)
+            return RolledLayer(self._matrix(seen), seen.wire.keep * torch.ones_like(query), seen.embedded)
+
+        return rollout(rolled, wiring, query)
 
     def _attribute(
         self, inputs: Tensor, target: Target, additional_forward_args: Any, query: int | Tensor | None, progress: bool
@@ -225,12 +262,26 @@ class ImplicitAttentionMethod(GradientAttribution):
         args = tuple(map(free_of_inference_mode, format_additional_forward_args(additional_forward_args) or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._run(inputs, target, args, advance)
-            refuse_unknown_mixers(model, lambda: scores(self.forward_func, inputs, *args), inputs.shape[1])
-            positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
-            self.fidelity = {}
+            wiring = examine(model, lambda: scores(self.forward_func, inputs, *args), inputs.shape[1], calls)
+            real = real_tokens(self.forward_func, inputs, args, calls)
             with torch.no_grad():
+                positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1], real)
                 positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
-                return self._aggregate(self._matrices(calls, gradients, advance), positions)
+                self.fidelity = {}
+                terms: set[str] = set()
+
+                def layer(number: int) -> LayerView:
+                    call = calls[number]
+                    decomposed = decompose(call, self.tolerance, real)
+                    self.fidelity[call.name] = decomposed.error
+                    terms.update(known_terms(decomposed, self.attention))
+                    advance()
+                    wire = find_wire(model, call.name, call.mixer, call.state)
+                    return view(decomposed, self.attention, self.without, real, gradients[number], wire)
+
+                result = self._aggregate(layer, wiring, positions)
+                refuse_unknown_terms(terms, self.attention, self.without)
+                return result
 
     def _run(
         self, inputs: Tensor, target: Target, args: tuple[Any, ...], advance: Callable[[], object]
@@ -240,19 +291,7 @@ class ImplicitAttentionMethod(GradientAttribution):
         with torch.enable_grad(), record_mixers(self.model, hold=hold, seen=advance) as calls:
             score = self._select(scores(self.forward_func, inputs, *args), target)
             gradients = self._gradients(score, calls)
-        return [replace(call, y=call.y.detach()) for call in calls], gradients
-
-    def _matrices(
-        self, calls: list[MixerCall], gradients: list[Tensor | None], advance: Callable[[], object]
-    ) -> Iterator[TokenMatrix]:
-        """Decompose, check and fuse the layers, the last one first."""
-        layers = [decompose(call, self.tolerance) for call in calls]
-        for layer in layers:
-            self.fidelity[layer.name] = max(layer.error, self.fidelity.get(layer.name, 0.0))
-        refuse_unknown_terms(layers, self.attention, self.without)
-        for layer, gradient in zip(reversed(layers), reversed(gradients)):
-            yield self._matrix(view(layer, self.attention, self.without, gradient))
-            advance()
+        return [call.detach() for call in calls], gradients
 
     def _select(self, output: Tensor, target: Target) -> Tensor:
         """Return the explained score of each example, (B,), as Captum selects it."""
@@ -366,22 +405,40 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def refuse_unknown_terms(layers: Sequence[Decomposition], attention: Attention, without: Sequence[str]) -> None:
+def known_terms(layer: Decomposition, attention: Attention) -> set[str]:
+    """Return the names of all that can be left out of a layer's attention."""
+    _, core, into = _cut(layer.chain, attention)
+    return {*core.terms, *(term for term in into.terms if term == "bias")}
+
+
+def refuse_unknown_terms(known: set[str], attention: Attention, without: Sequence[str]) -> None:
     """Raise if an option names a factor that the attention of no layer has.
 
     Raises:
         InvalidInputError: With the names that can be left out.
     """
-    known: set[str] = set()
-    for layer in layers:
-        _, core, into = layer.chain.split("scan" if attention == "scan" else None)
-        known.update(core.terms, (term for term in into.terms if term == "bias"))
     unknown = [term for term in without if term not in known]
     if unknown:
         raise InvalidInputError(
             f"The {attention} attention of no layer has a factor named {unknown[0]!r}; what can be left out of this "
             f"model's: {', '.join(sorted(known))}."
         )
+
+
+def real_tokens(
+    forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], calls: Sequence[MixerCall]
+) -> Tensor:
+    """Return 1 at real tokens and 0 at padding, (B, L).
+
+    For a transformers model the mask is the additional forward argument. Any other callable may make one of its own:
+    it is the one that the mixers got.
+    """
+    if is_language_model(forward_func):
+        masks = [mask for mask in args if isinstance(mask, Tensor)]
+    else:
+        found = [call.kwargs.get("attention_mask") for call in calls]
+        masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == inputs.shape[:2]]
+    return masks[0].bool().to(torch.float32) if masks else torch.ones(inputs.shape[:2], device=inputs.device)
 
 
 def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
@@ -405,7 +462,7 @@ def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     return F.one_hot(position, shape[1]).to(torch.float32)
 
 
-def _positions(gradient: Tensor | None) -> Tensor:
+def _positions(gradient: Tensor | None, real: Tensor) -> Tensor:
     """Return the explained positions (B, L): the length of the gradient at each token, summing to 1."""
     if gradient is None:
         raise ValueError("The last layer was recorded without a gradient.")
@@ -415,6 +472,11 @@ def _positions(gradient: Tensor | None) -> Tensor:
         raise ModelStateError(
             "The gradient of the explained score at the last layer is zero, NaN or infinite, so no position can be "
             "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
+        )
+    if bool((length * (1 - real)).any()):
+        raise InvalidInputError(
+            "The explained score is read at padding. A transformers classifier that is given embeddings reads the "
+            "last position, whatever the mask says: pad on the left, pass token ids, or explain sequences one by one."
         )
     return length / total
 

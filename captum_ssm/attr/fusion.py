@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, TokenMatrix
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, TokenMatrix
 from captum_ssm.attr.base import LayerView
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.operators import Chain
 
 Fusion = Literal["absolute", "mean", "positive", "norm"]
 """Fusion of the channels' matrices ``A^d`` into ``C``:
@@ -17,6 +19,10 @@ Fusion = Literal["absolute", "mean", "positive", "norm"]
 * ``"mean"``: ``C_ij = mean_d A^d_ij``, signed, in linear time;
 * ``"positive"``: ``C_ij = mean_d max(A^d_ij, 0)``;
 * ``"norm"``: the Euclidean length of what token j adds to token i's output, ``|W_out (A_ij v_j)|``.
+
+Where a layer mixes channels between two factors that mix tokens, as RWKV between its token shift and its recurrence,
+there is no matrix for each channel: the factors are fused by themselves, and their matrices multiplied (except for
+``"norm"``, which needs none).
 """
 
 
@@ -39,11 +45,18 @@ def fuse(layer: LayerView, fusion: Fusion) -> TokenMatrix:
     Cost: O(L·D·N) for each product with ``"mean"``; else O(L²·D·N) once and O(L²) memory.
     """
     check_fusion(fusion)
-    mean = layer.real.expand_as(layer.v) / layer.v.shape[-1]
-    attention = ImplicitAttention(layer.core, u=mean, v=layer.real.expand_as(layer.v))
+    if fusion == "norm":
+        lengths = ImplicitAttention(layer.core, u=layer.v, v=layer.v).lengths(layer.output)
+        return ExplicitAttention(lengths * layer.real)
+    matrices = tuple(_fuse_channels(core, layer.real, fusion) for core in layer.core.channelwise())
+    return matrices[0] if len(matrices) == 1 else ProductAttention(matrices)
+
+
+def _fuse_channels(core: Chain, real: Tensor, fusion: Fusion) -> TokenMatrix:
+    """Fuse the channels of a channelwise core."""
+    channels = next(size for size in core.sizes if size is not None)
+    one = real.expand(-1, -1, channels)
+    attention = ImplicitAttention(core, u=one / channels, v=one)
     if fusion == "mean":
         return attention
-    if fusion == "norm":
-        lengths = ImplicitAttention(layer.core, u=mean, v=layer.v).lengths(layer.output)
-        return ExplicitAttention(lengths * layer.real)
     return ExplicitAttention(attention.dense(torch.abs if fusion == "absolute" else torch.relu))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, format_additional_forward_args, log_usage
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, dense
+from captum_ssm.attention import dense
 from captum_ssm.attr.base import (
     Attention,
     check_attention,
+    known_terms,
+    real_tokens,
     refuse_bad_inputs,
     refuse_bad_state,
     refuse_unknown_terms,
@@ -101,21 +103,25 @@ class LayerImplicitAttention(LayerAttribution):
         with torch.no_grad():
             with record_mixers(self.model) as calls:
                 scores(self.forward_func, tokens, *args)
-            call = next((call for call in calls if call.name == self.layer_name), None)
+            named = [call for call in calls if call.name == self.layer_name]
+            called = named or [call for call in calls if call.mixer is self.layer]
+            call = called[0] if len(called) == 1 else None
             if call is None:
                 raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
-            layer = decompose(call, self.tolerance)
+            real = real_tokens(self.forward_func, tokens, args, calls)
+            layer = decompose(call, self.tolerance, real)
             self.fidelity = {layer.name: layer.error}
-            refuse_unknown_terms([layer], self.attention, self.without)
-            cut = view(layer, self.attention, self.without)
-            if fusion is None:
-                real = cut.real[:, None]
-                return dense(cut.core, cut.v) * real * real.transpose(-1, -2)
-            matrix = fuse(cut, fusion)
-            if isinstance(matrix, ImplicitAttention):
-                return matrix.dense()
-            assert isinstance(matrix, ExplicitAttention)
-            return matrix.matrix
+            refuse_unknown_terms(known_terms(layer, self.attention), self.attention, self.without)
+            cut = view(layer, self.attention, self.without, real)
+            shown = cut.real * cut.real.transpose(1, 2)
+            if fusion is not None:
+                return fuse(cut, fusion).dense() * shown
+            if cut.core.mixes_channels:
+                raise InvalidInputError(
+                    f"Layer '{self.layer_name}' mixes its channels between {' and '.join(cut.core.mixers)}, so its "
+                    "unified attention has no matrix for each channel. Choose a fusion, or attention='scan'."
+                )
+            return dense(cut.core, cut.v) * shown.unsqueeze(1)
 
 
 def _find_layer(model: nn.Module, layer: nn.Module | str | int) -> str:

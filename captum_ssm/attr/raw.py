@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from captum_ssm.attention import TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
 from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.wiring import Wiring
 
 
 class RawImplicitAttention(ImplicitAttentionMethod):
@@ -53,5 +53,6 @@ class RawImplicitAttention(ImplicitAttentionMethod):
     def _matrix(self, layer: LayerView) -> TokenMatrix:
         return fuse(layer, self.fusion)
 
-    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
-        return mean_row(islice(matrices, self.layers), query)
+    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
+        last = range(len(wiring.reads))[-self.layers :]
+        return mean_row((self._matrix(layer(number)) for number in reversed(last)), query)

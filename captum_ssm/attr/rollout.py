@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_ssm.aggregate import rollout
-from captum_ssm.attention import TokenMatrix
+from captum_ssm.attention import ScaledAttention, TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
 from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
+from captum_ssm.wiring import Wiring
 
 
 class ImplicitAttentionRollout(ImplicitAttentionMethod):
@@ -46,7 +46,7 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         self.fusion: Fusion = fusion
 
     def _matrix(self, layer: LayerView) -> TokenMatrix:
-        return fuse(layer, self.fusion)
+        return ScaledAttention(fuse(layer, self.fusion), layer.wire.write)
 
-    def _aggregate(self, matrices: Iterator[TokenMatrix], query: Tensor) -> Tensor:
-        return rollout(matrices, query)
+    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
+        return self._rollout(layer, wiring, query)

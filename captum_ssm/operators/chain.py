@@ -128,6 +128,16 @@ class Chain(Operator):
         """Return the chain on the tokens from ``start`` on, for inputs that are 0 before."""
         return Chain({name: operator.after(start) for name, operator in self.factors.items()})
 
+    def channelwise(self) -> list[Chain]:
+        """Return the runs of neighbouring factors that mix tokens but no channels, in the order of the equation."""
+        runs: list[dict[str, Operator]] = [{}]
+        for name, operator in self.factors.items():
+            if operator.mixes_channels:
+                runs.append({})
+            else:
+                runs[-1][name] = operator
+        return [Chain(run) for run in runs if any(operator.mixes_tokens for operator in run.values())]
+
     def split(self, core: str | None = None) -> tuple[Chain, Chain, Chain]:
         """Cut the chain into output side, core and input side; their product is the chain.
 

@@ -1,0 +1,64 @@
+"""Run a model on its pure-torch code instead of an installed kernel.
+
+transformers calls the kernels of ``flash-linear-attention``, ``mamba_ssm`` and ``causal_conv1d`` as soon as they are
+installed, also with tensors that they cannot take: on a CPU the call fails. Next to each kernel it keeps its own
+reference in torch, which this module puts in the kernel's place for a while.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FunctionType
+from unittest.mock import patch
+
+from torch import nn
+
+_DISPATCHERS = ("transformers.integrations", "kernels")
+"""Modules whose wrappers choose between a kernel and a reference in torch."""
+
+_COMPLAINTS = ("active drivers", "is_cuda() to be true", "must be a CUDA tensor", "Pointer argument")
+"""What kernels say about tensors that they cannot take."""
+
+
+@contextmanager
+def reference_kernels(model: nn.Module) -> Iterator[None]:
+    """Run the model on its reference implementation in torch while the context is open.
+
+    The functions of the modules that define the model's layers are replaced, and restored whatever happens. The
+    results are those of the kernels, up to rounding; they take longer. Not for use in several threads at once.
+
+    Args:
+        model: A transformers model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from captum_ssm import models, reference_kernels
+        >>> model = AutoModelForCausalLM.from_pretrained(models.REVIEWS)
+        >>> with reference_kernels(model):
+        ...     output = model(torch.tensor([[5, 7, 11]]), use_cache=False)
+    """
+    homes = {type(module).__module__ for module in model.modules()}
+    with ExitStack() as replaced:
+        for home in [sys.modules[name] for name in homes if name in sys.modules]:
+            dispatched = {name: value for name, value in vars(home).items() if _is_dispatched(value)}
+            for name, function in dispatched.items():
+                replaced.enter_context(patch.object(home, name, inspect.unwrap(function)))
+        yield
+
+
+def is_kernel_failure(error: BaseException) -> bool:
+    """Whether an installed kernel refused the model's tensors."""
+    return any(complaint in str(error) for complaint in _COMPLAINTS)
+
+
+def _is_dispatched(value: object) -> bool:
+    """Whether ``value`` is a function that chooses between a kernel and its reference."""
+    while isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+        if value.__globals__.get("__name__", "").startswith(_DISPATCHERS):
+            return True
+        value = value.__wrapped__
+    return False

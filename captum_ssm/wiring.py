@@ -1,0 +1,117 @@
+"""How a model's mixers are wired: which of them, and the embeddings, each one reads.
+
+A rollout multiplies matrices along the model's residual streams, so it must know them. What each mixer reads is
+measured on the model's own graph (:mod:`captum_ssm.structure`): mixers one after the other, side by side, or on a
+branch of their own need no declaration. What a graph cannot tell, the factors on the way, a block declares with
+:func:`register_wire`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+EMBEDDINGS = -1
+"""The number that stands for the embeddings among the mixers' numbers."""
+
+Stream = frozenset[int]
+"""A residual stream, named by its summands: the numbers of the mixers' calls, and :data:`EMBEDDINGS`."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a mixer's output joins the residual stream: ``stream = keep * stream + write * mix(stream)``.
+
+    Args:
+        keep: Factor of the stream, a number or (B, L).
+        write: Factor of the mixer's output, a number or (B, L).
+        embeddings: Channels of the mixer's input that come straight from the embeddings, if any.
+    """
+
+    keep: float | Tensor = 1.0
+    write: float | Tensor = 1.0
+    embeddings: slice | None = None
+
+
+WireRule = Callable[[Any, Any, Any], Wire]
+"""``wire(block, mixer, state)``: the block, the mixer within it, and the block's input."""
+
+_WIRES: dict[str, WireRule] = {}
+
+
+def register_wire(*class_names: str) -> Callable[[WireRule], WireRule]:
+    """Register how the mixers of blocks of these class names join the residual stream.
+
+    Only needed where that is not ``x + mix(norm(x))``.
+
+    Raises:
+        ValueError: If a name is taken.
+    """
+
+    def decorate(rule: WireRule) -> WireRule:
+        for name in class_names:
+            if name in _WIRES:
+                raise ValueError(f"A wire for {name!r} is already registered: {_WIRES[name].__module__}.")
+            _WIRES[name] = rule
+        return rule
+
+    return decorate
+
+
+def block_name(model: nn.Module, mixer: str) -> str:
+    """Return the dotted name of the innermost block around the mixer that has a wire, or ``""``."""
+    parts = mixer.partition("#")[0].split(".")
+    names = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+    return next((name for name in names if type(model.get_submodule(name)).__name__ in _WIRES), "")
+
+
+def find_wire(model: nn.Module, name: str, mixer: nn.Module, state: Tensor | None) -> Wire:
+    """Return the wire of the mixer of this name; a plain residual one if its block declares none."""
+    block = model.get_submodule(block_name(model, name))
+    rule = _WIRES.get(type(block).__name__)
+    return Wire() if rule is None else rule(block, mixer, state)
+
+
+@dataclass(frozen=True)
+class Junction:
+    """A place where mixers' outputs are added to a stream: ``stream = base + sum_m mix_m(what m reads)``.
+
+    Args:
+        stream: The sum.
+        base: The stream that is added to; None if there is no residual path.
+        mixers: Numbers of the mixers' calls.
+    """
+
+    stream: Stream
+    base: Stream | None
+    mixers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What each mixer's call reads, and what the explained output reads.
+
+    Args:
+        reads: For each call the summands of the stream that it reads.
+        output: The summands that reach the output.
+    """
+
+    reads: Sequence[Stream]
+    output: Stream
+
+    def junctions(self) -> Iterator[Junction]:
+        """Return all junctions on the way from the output back to the embeddings, the last one first.
+
+        A stream is some other stream, the largest that it contains, and the outputs of the remaining mixers. All
+        that a junction reads comes after it.
+        """
+        embeddings = frozenset({EMBEDDINGS})
+        streams = {self.output, *self.reads, embeddings}
+        for stream in sorted(streams, key=lambda s: (max(s, default=EMBEDDINGS), len(s)), reverse=True):
+            inside = [s for s in streams if s < stream and (EMBEDDINGS in s or EMBEDDINGS not in stream)]
+            if stream != embeddings and stream:
+                base = max(inside, key=len, default=frozenset())
+                yield Junction(stream, base or None, tuple(sorted(stream - base)))
