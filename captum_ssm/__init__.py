@@ -11,7 +11,7 @@ from captum_ssm.attr import (
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.kernels import reference_kernels
 from captum_ssm.registry import register, supported, unregister
-from captum_ssm.wiring import Wire, register_wire
+from captum_ssm.wiring import Wire, register_wire, unregister_wire
 
 __version__ = "0.1.0"
 
@@ -31,4 +31,5 @@ __all__ = [
     "register_wire",
     "supported",
     "unregister",
+    "unregister_wire",
 ]

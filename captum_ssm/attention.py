@@ -213,9 +213,10 @@ def _columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> tuple
 
     Of a causal core these are the rows from the first of the tokens on: all others are 0.
     """
+    causal = core.causal
     if not core.mixes_channels:
         core, v = core.channels(channels), v[..., channels]
-    if not core.causal:
+    if not causal:
         return slice(0, v.shape[1]), core.columns(v, tokens)
     start = tokens.start
     return slice(start, v.shape[1]), core.after(start).columns(v[:, start:], slice(0, tokens.stop - start))

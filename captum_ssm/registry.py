@@ -84,7 +84,7 @@ def supported() -> list[Support]:
 
     Example:
         >>> supported()[0]
-        Support(layer='BailingHybridDeltaAttention', kernel='KDA', family='bailing_hybrid')
+        Support(layer='BailingHybridAttention', kernel='softmax attention', family='bailing_hybrid')
     """
     return sorted((support for _, support in _ADAPTERS.values()), key=lambda s: (not s.family, s.family, s.layer))
 

@@ -43,35 +43,67 @@ _WIRES: dict[str, WireRule] = {}
 
 
 def register_wire(*class_names: str) -> Callable[[WireRule], WireRule]:
-    """Register how the mixers of blocks of these class names join the residual stream.
+    """Register how the mixers of blocks of these class names, and of derived classes, join the residual stream.
 
     Only needed where that is not ``x + mix(norm(x))``.
 
+    Args:
+        class_names: Names of the block's class.
+
+    Returns:
+        A decorator for ``wire(block, mixer, state) -> Wire``. The function gets the block, the mixer within it, and the
+        block's input, the first argument of its ``forward``.
+
     Raises:
-        ValueError: If a name is taken.
+        ValueError: If a name is taken; the message names its owner.
+
+    Example:
+        >>> @register_wire("MyBlock")
+        ... def my_block(block, mixer, state):
+        ...     return Wire(write=block.multiplier)
+        >>> unregister_wire("MyBlock")
     """
 
     def decorate(rule: WireRule) -> WireRule:
         for name in class_names:
             if name in _WIRES:
-                raise ValueError(f"A wire for {name!r} is already registered: {_WIRES[name].__module__}.")
+                owner = _WIRES[name]
+                raise ValueError(
+                    f"A wire for {name!r} is already registered: {owner.__module__}.{owner.__qualname__}. "
+                    f"To replace it, call captum_ssm.unregister_wire({name!r}) first."
+                )
+        for name in class_names:
             _WIRES[name] = rule
         return rule
 
     return decorate
 
 
+def unregister_wire(class_name: str) -> None:
+    """Forget the wire of this class name.
+
+    Raises:
+        KeyError: If none is registered.
+    """
+    del _WIRES[class_name]
+
+
+def _rule(block: nn.Module) -> WireRule | None:
+    """Return the rule of the block's class or of the nearest class that it derives from, or None."""
+    return next((_WIRES[c.__name__] for c in type(block).__mro__ if c.__name__ in _WIRES), None)
+
+
 def block_name(model: nn.Module, mixer: str) -> str:
     """Return the dotted name of the innermost block around the mixer that has a wire, or ``""``."""
     parts = mixer.partition("#")[0].split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
-    return next((name for name in names if type(model.get_submodule(name)).__name__ in _WIRES), "")
+    return next((name for name in names if _rule(model.get_submodule(name)) is not None), "")
 
 
 def find_wire(model: nn.Module, name: str, mixer: nn.Module, state: Tensor | None) -> Wire:
     """Return the wire of the mixer of this name; a plain residual one if its block declares none."""
     block = model.get_submodule(block_name(model, name))
-    rule = _WIRES.get(type(block).__name__)
+    rule = _rule(block)
     return Wire() if rule is None else rule(block, mixer, state)
 
 

@@ -43,7 +43,11 @@ def falcon_mamba() -> nn.Module:
     return build("falcon_mamba")
 
 
-@pytest.fixture(params=[*FAMILIES][:2])
+FAMILY_NAMES = [*FAMILIES][:2]
+"""The families that the tests of every family run on."""
+
+
+@pytest.fixture(params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
 

@@ -14,7 +14,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 HYBRID: dict[str, Any] = {**COMMON, "hidden_size": 16, "num_hidden_layers": 4}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXED = ["linear_attention", "full_attention"] * 2
 S6: dict[str, Any] = {
     **COMMON,
@@ -33,7 +33,7 @@ GDN: dict[str, Any] = {
 KDA: dict[str, Any] = {
     "linear_num_heads": 3, "linear_head_dim": 4, "layer_types": MIXED, "num_attention_heads": 4,
     "num_key_value_heads": 4, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6,
-    "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "n_shared_experts": 1,
 }  # fmt: skip
 CONV: dict[str, Any] = {**HEADS, "layer_types": ["conv", "full_attention"] * 2}
@@ -99,7 +99,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "bamba": tiny("BambaForCausalLM", "BambaConfig", {**HYBRID, **HEADS, **SSD, "attn_layer_indices": [1, 3]}),
     "granitemoehybrid": tiny("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", {
         **HYBRID, **HEADS, **SSD, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4,
-        "num_experts_per_tok": 2, "shared_intermediate_size": 12, "embedding_multiplier": 2.0,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 16, "embedding_multiplier": 2.0,
         "residual_multiplier": 0.5}),
     "falcon_h1": tiny("FalconH1ForCausalLM", "FalconH1Config", {
         **FALCON_H1, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
@@ -109,8 +109,8 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "nemotron_h": tiny("NemotronHForCausalLM", "NemotronHConfig", {
         **HYBRID, **HEADS, "head_dim": 4, "layers_block_type": ["mamba", "moe", "attention", "mamba"],
         "mamba_num_heads": 8, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 3, "chunk_size": 4,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-        "moe_shared_expert_intermediate_size": 12}),
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16}),
     "zamba2": tiny("Zamba2ForCausalLM", "Zamba2Config", {
         **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 1,
         "adapter_rank": 3}),
@@ -122,14 +122,14 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         **HYBRID, "num_hidden_layers": 2, "hidden_size": 32, "num_heads": 2, "qk_dim_factor": 1.0, "chunk_size": 4}),
     "qwen3_next": tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", {
         **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
-        "shared_expert_intermediate_size": 12}),
+        "shared_expert_intermediate_size": 16}),
     "qwen3_5": tiny("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {
         **HYBRID, **HEADS, **GDN, "head_dim": 4, "layer_types": MIXED}),
     "qwen3_5_moe": tiny("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {
         **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
-        "shared_expert_intermediate_size": 12}),
+        "shared_expert_intermediate_size": 16}),
     "qwen4_exp": tiny("Qwen4ExpForCausalLM", "Qwen4ExpTextConfig", {
-        **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 12, "hc_count": 2,
+        **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 16, "hc_count": 2,
         "hc_lowrank": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2,
         "rope_parameters": ROPE}),

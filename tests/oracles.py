@@ -102,6 +102,73 @@ def recurrence(
     return y
 
 
+def delta_recurrence(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    recall: Tensor,
+    erase: Tensor,
+    x: Tensor,
+    skip: Tensor | None = None,
+    bonus: Tensor | None = None,
+    head_size: int = 1,
+) -> Tensor:
+    """Return ``h_t = a_t h_{t-1} - erase_t <recall_t, h_{t-1}> + b_t x_t, y_t = <c_t, h_t> + (bonus_t + skip_t) x_t``.
+
+    Args:
+        a: Decays (B, L, H, N), 1 where shared; all others likewise.
+        x: (B, L, D) with ``D = H * head_size``.
+
+    Returns:
+        (B, L, D), computed one token and one channel at a time.
+    """
+    _, _, H, N = torch.broadcast_shapes(*(p.shape for p in (a, b, c, recall, erase)))
+    B, L, D = x.shape
+    a, b, c, recall, erase = (p.expand(B, L, H, N) for p in (a, b, c, recall, erase))
+    y = torch.zeros_like(x)
+    for d in range(D):
+        head = d // head_size
+        h = x.new_zeros(B, N)
+        for t in range(L):
+            found = (recall[:, t, head] * h).sum(-1, keepdim=True)
+            h = a[:, t, head] * h - erase[:, t, head] * found + b[:, t, head] * x[:, t, d : d + 1]
+            y[:, t, d] = (c[:, t, head] * h).sum(-1)
+    for direct in (skip, bonus):
+        if direct is not None:
+            y = y + direct * x
+    return y
+
+
+def delta_alpha(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    recall: Tensor,
+    erase: Tensor,
+    skip: Tensor | None = None,
+    bonus: Tensor | None = None,
+    head_size: int = 1,
+) -> Tensor:
+    """Return ``alpha[i, j] = c_i^T (prod_{i >= k > j} diag(a_k) - erase_k recall_k^T) b_j`` of every channel.
+
+    Args as in :func:`delta_recurrence`, and ``a`` of full length. Returns (B, D, L, L).
+    """
+    B, L, H, N = torch.broadcast_shapes(*(p.shape for p in (a, b, c, recall, erase)))
+    a, b, c, recall, erase = (p.expand(B, L, H, N) for p in (a, b, c, recall, erase))
+    step = torch.diag_embed(a) - erase.unsqueeze(-1) * recall.unsqueeze(-2)  # (B, L, H, N, N)
+    alpha = a.new_zeros(B, H, L, L)
+    for j in range(L):
+        h = b[:, j]
+        for i in range(j, L):
+            h = h if i == j else (step[:, i] @ h.unsqueeze(-1)).squeeze(-1)
+            alpha[:, :, i, j] = (c[:, i] * h).sum(-1)
+    alpha = alpha.repeat_interleave(head_size, dim=1)
+    for direct in (skip, bonus):
+        if direct is not None:
+            alpha = alpha + diagonal_matrix(direct.expand(B, L, H * head_size))
+    return alpha
+
+
 def conv_matrix(w: Tensor, L: int) -> Tensor:
     """Return the matrices (D, L, L) of the causal convolution with the taps ``w`` (D, K)."""
     D, K = w.shape
@@ -178,6 +245,44 @@ def rollout(matrices: list[Tensor], query: Tensor) -> Tensor:
     for C in matrices:
         R = (eye + C) / (1 + C.sum(-1, keepdim=True).abs()) @ R
     return (query.unsqueeze(1) @ R).squeeze(1)
+
+
+def wired_rollout(
+    streams: dict[str, tuple[str | None, list[tuple[int, str]]]],
+    matrices: list[Tensor],
+    query: Tensor,
+    keep: dict[int, Tensor] | None = None,
+    embedded: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Return the rollout of a model of any wiring, by matrix products from the embeddings on.
+
+    ``R_s = rownorm(keep R_base + sum_m C_m R_read(m))``, where the rows are divided by ``keep + |sum_mj (C_m)_ij|``,
+    and 0 where that is 0; ``R_e = I`` of the embeddings ``"e"``, and ``R = 0`` of ``"nothing"``.
+
+    Args:
+        streams: In the order of the forward pass, name to (base or None, [(mixer, what it reads), ...]); the last one
+            is the model's output.
+        matrices: ``C_m`` (B, L, L) of each mixer.
+        query: (B, L).
+        keep: Factor of the base, (B, L), where a mixer's stream has one.
+        embedded: Share of what a mixer reads at each token that comes straight from the embeddings, (B, L).
+    """
+    L = query.shape[1]
+    eye = torch.eye(L, dtype=query.dtype).expand(len(query), L, L)
+    R = {"e": eye, "nothing": torch.zeros_like(eye)}
+    for name, (base, added) in streams.items():
+        kept = torch.ones_like(query) if keep is None else keep[added[0][0]]
+        kept = kept if base is not None else torch.zeros_like(query)
+        rows = kept.unsqueeze(-1) * (eye if base is None else R[base])
+        total = torch.zeros_like(query)
+        for number, read in added:
+            C = matrices[number]
+            share = torch.zeros_like(query) if embedded is None else embedded[number]
+            rows = rows + C @ torch.diag_embed(1 - share) @ R[read] + C @ torch.diag_embed(share)
+            total = total + C.sum(-1)
+        whole = (kept + total.abs()).unsqueeze(-1)
+        R[name] = torch.where(whole > 0, rows / whole.clamp(min=1e-300), 0)
+    return (query.unsqueeze(1) @ R[name]).squeeze(1)
 
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}

@@ -98,10 +98,10 @@ def block_selection(indexer: Any, x: Tensor, seen: Tensor, frequencies: list[flo
 def pool_selection(indexer: Any, x: Tensor, q_latent: Tensor, seen: Tensor, real: Tensor) -> Tensor:
     """Return ``seen`` (B, L, L) less what GLM-5's indexer leaves out.
 
-    The real tokens are cut into pools of equal size. A pool's key is a mean of its tokens' keys, weighted in each channel
-    by the softmax of a gate plus a bias for the place in the pool; its score for i a weighted sum over heads of
-    relu(q . k). Kept are the whole pools in sight with the best scores, and (if so configured) the tokens of the last
-    pool in sight if it is not whole.
+    The real tokens are cut into pools of equal size. A pool's key is a mean of its tokens' keys, weighted in each
+    channel by the softmax of a gate plus a bias for the place in the pool; its score for i a weighted sum over heads
+    of relu(q . k). Kept are the whole pools in sight with the best scores, and (if so configured) the tokens of the
+    last pool in sight if it is not whole.
     """
     B, L, _ = x.shape
     H, P, size = indexer.n_heads, indexer.head_dim, indexer.index_kpool

@@ -3,14 +3,14 @@
 As in ``oracles``: nothing here is fast, nothing is taken from captum_ssm, and each loop is an index of the equation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from oracles import conv, conv_matrix, diagonal_matrix, published_alpha, times
-from torch import Tensor, nn
+from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "linear": lambda u: u}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Pieces(NamedTuple):
@@ -86,7 +86,7 @@ def quotient(v: Tensor, pre: Tensor) -> Tensor:
     return torch.where(v == 0, 0, v / pre)
 
 
-def ssd(mixer: nn.Module, x: Tensor, mask: Tensor | None = None, multipliers: list[float] | None = None) -> Pieces:
+def ssd(mixer: Any, x: Tensor, mask: Tensor | None = None, multipliers: list[float] | None = None) -> Pieces:
     """Return a Mamba-2 layer, straight from its parameters, in the type of ``x``.
 
     Args:
@@ -121,13 +121,19 @@ def ssd(mixer: nn.Module, x: Tensor, mask: Tensor | None = None, multipliers: li
         normed = y if getattr(mixer.norm, "norm_before_gate", False) else y * gate
         gate = gate * rms_scale(normed, p["norm.weight"], mixer.norm.variance_epsilon, G)
     return Pieces(
-        real=real, into=scales[1] * inner * rows[1], taps=p["conv1d.weight"][:D, 0], act=quotient(v, pre[..., :D]), alpha=alpha,
-        skip=skip, gate=gate, out=p["out_proj.weight"],
-        y=(gate * y) @ p["out_proj.weight"].T + p.get("out_proj.bias", x.new_zeros(x.shape[-1])),
-    )  # fmt: skip
+        real=real,
+        into=scales[1] * inner * rows[1],
+        taps=p["conv1d.weight"][:D, 0],
+        act=quotient(v, pre[..., :D]),
+        alpha=alpha,
+        skip=skip,
+        gate=gate,
+        out=p["out_proj.weight"],
+        y=(gate * y) @ p["out_proj.weight"].T + p.get("out_proj.bias", 0),
+    )
 
 
-def hybrid_s6(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Pieces:
+def hybrid_s6(mixer: Any, x: Tensor, mask: Tensor | None = None) -> Pieces:
     """Return the Mamba layer of Jamba or Zamba, straight from its parameters, in the type of ``x``."""
     p = {name: parameter.detach().to(x.dtype) for name, parameter in mixer.named_parameters()}
     D, N, R = mixer.intermediate_size, mixer.ssm_state_size, mixer.time_step_rank
@@ -163,7 +169,13 @@ def hybrid_s6(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Pieces
     gated = z * torch.sigmoid(z)
     y = (times(alpha, v) + skip.flatten() * v) * gated
     return Pieces(
-        real=real, into=p["in_proj.weight"][value], taps=p["conv1d.weight"][:, 0], act=quotient(v, pre), alpha=alpha,
-        skip=skip.flatten(), gate=gated, out=p["out_proj.weight"],
-        y=y @ p["out_proj.weight"].T + p.get("out_proj.bias", x.new_zeros(x.shape[-1])),
-    )  # fmt: skip
+        real=real,
+        into=p["in_proj.weight"][value],
+        taps=p["conv1d.weight"][:, 0],
+        act=quotient(v, pre),
+        alpha=alpha,
+        skip=skip.flatten(),
+        gate=gated,
+        out=p["out_proj.weight"],
+        y=y @ p["out_proj.weight"].T + p.get("out_proj.bias", 0),
+    )

@@ -20,9 +20,18 @@ from captum_ssm import (
     RawImplicitAttention,
     aggregate,
     attention,
+    register,
+    unregister,
 )
 from captum_ssm.aggregate import RolledLayer
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, ScaledAttention, TokenMatrix, dense
+from captum_ssm.attention import (
+    ExplicitAttention,
+    ImplicitAttention,
+    ProductAttention,
+    ScaledAttention,
+    TokenMatrix,
+    dense,
+)
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
 from captum_ssm.wiring import Wiring
 
@@ -149,6 +158,173 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
             one_column = B * L * min(channels, D)
             assert entries <= max(block, one_column)
         assert covered.eq(1).all()
+
+
+# --- Products and scaled rows -------------------------------------------------------------------------------------
+
+
+def check_matrix(matrix: TokenMatrix, explicit: Tensor) -> None:
+    """Products and entries are those of the explicit matrix (B, L, L)."""
+    s, r = torch.randn(2, *explicit.shape[:2], dtype=explicit.dtype)
+    assert_close(matrix.apply(s), (explicit @ s.unsqueeze(-1)).squeeze(-1))
+    assert_close(matrix.adjoint(r), (explicit.transpose(1, 2) @ r.unsqueeze(-1)).squeeze(-1))
+    assert_close(matrix.dense(), explicit)
+
+
+@every_seed
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_product_is_the_product_the_first_applied_last(seed: int, count: int) -> None:
+    matrices = torch.randn(count, 2, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = matrices[0]
+    for matrix in matrices[1:]:
+        expected = expected @ matrix
+    check_matrix(ProductAttention(tuple(map(ExplicitAttention, matrices))), expected)
+
+
+@every_seed
+def test_a_product_takes_implicit_matrices_too(seed: int) -> None:
+    (core, matrices, u, v), (other, others, r, s) = make(seed, 1), make(seed + 6, 1)
+    one, two = oracles.weighted(matrices, u, v).sum(1), oracles.weighted(others, r, s).sum(1)
+    check_matrix(ProductAttention((ImplicitAttention(core, u, v), ImplicitAttention(other, r, s))), one @ two)
+
+
+@every_seed
+def test_a_factor_scales_the_rows(seed: int) -> None:
+    core, matrices, u, v = make(seed, 1)
+    explicit, implicit = oracles.weighted(matrices, u, v).sum(1), ImplicitAttention(core, u, v)
+    rows = torch.randn(u.shape[:2], dtype=torch.float64)
+    for matrix in (implicit, ExplicitAttention(explicit)):
+        check_matrix(ScaledAttention(matrix, rows), rows.unsqueeze(-1) * explicit)
+        check_matrix(ScaledAttention(matrix, 0.5), 0.5 * explicit)
+        check_matrix(ScaledAttention(matrix, torch.tensor(-2.0, dtype=torch.float64)), -2 * explicit)
+        check_matrix(ScaledAttention(ScaledAttention(matrix, rows), 3.0), 3 * rows.unsqueeze(-1) * explicit)
+    assert_close(ScaledAttention(implicit, 1).dense(), explicit)
+
+
+# --- Cores that mix channels, and such as read the future -----------------------------------------------------------
+
+
+def tangled(seed: int) -> tuple[Chain, Tensor, Tensor, Tensor]:
+    """A core as RWKV's; its entries ``[b, i, d, j, e]`` from input e of token j to output d of token i; u and v."""
+    torch.manual_seed(seed)
+    B, L, D, E = 2, 4 + seed % 3, 6, 4
+    a, b, c = torch.rand(3, B, L, 2, 2, dtype=torch.float64) - 0.2
+    value, gate = torch.randn(D, E, dtype=torch.float64), torch.randn(B, L, D, dtype=torch.float64)
+    taps = torch.randn(E, 2, dtype=torch.float64)
+    core = Chain({
+        "gate": Diagonal(gate), "scan": Scan(a, b, c, head_size=3), "norm": Centre(D),
+        "value": Projection(value, torch.randn(D, dtype=torch.float64)), "shift": CausalConv(taps, taps[:, 0]),
+    })  # fmt: skip
+    outer = oracles.diagonal_matrix(gate) @ oracles.scan_alpha(a, b, c, head_size=3)
+    centred = value - value.mean(0, keepdim=True)
+    entries = torch.einsum("bdik,de,ekj->bidje", outer, centred, oracles.conv_matrix(taps, L))
+    u, v = torch.randn(B, L, D, dtype=torch.float64), torch.randn(B, L, E, dtype=torch.float64)
+    return core, entries, u, v
+
+
+@every_seed
+@pytest.mark.parametrize(("block", "channels"), BLOCKS)
+def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
+    seed: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    core, entries, u, v = tangled(seed)
+    assert core.mixes_channels
+    added = torch.einsum("bidje,bje->bdij", entries, v)
+    assert_close(added.sum(-1).transpose(1, 2), core.apply(v))
+    weighted = u.transpose(1, 2).unsqueeze(-1) * added
+    implicit = ImplicitAttention(core, u, v)
+    check_matrix(implicit, weighted.sum(1))
+    for function in FUNCTIONS:
+        assert_close(implicit.dense(function), function(weighted).sum(1))
+    W = torch.randn(5, u.shape[-1], dtype=torch.float64)
+    output = Chain({"out": Projection(W, torch.randn(5, dtype=torch.float64))})
+    lengths = torch.einsum("od,bdij->boij", W, added).norm(dim=1)
+    assert_close(implicit.lengths(output), lengths)
+
+
+@every_head_size
+@every_seed
+@pytest.mark.parametrize(("block", "channels"), BLOCKS)
+def test_attention_of_the_future_is_neither_cut_nor_moved(
+    seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    torch.manual_seed(seed)
+    B, L, H = 2, 6, 2
+    weights = torch.rand(B, H, L, L, dtype=torch.float64).softmax(-1)
+    gate, u, v = torch.randn(3, B, L, H * P, dtype=torch.float64)
+    core = Chain({"gate": Diagonal(gate), "attention": Attention(weights, head_size=P)})
+    assert not core.causal
+    matrices = oracles.diagonal_matrix(gate) @ weights.repeat_interleave(P, dim=1)
+    W = torch.randn(5, H * P, dtype=torch.float64)
+    implicit = ImplicitAttention(core, u, v)
+    assert_close(dense(core, u), matrices)
+    check_matrix(implicit, oracles.weighted(matrices, u, v).sum(1))
+    assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
+    assert_close(implicit.lengths(Chain({"out": Projection(W)})), oracles.lengths(matrices, v, W))
+
+
+class Tangled(nn.Module):
+    """A layer with a token shift before its values, as RWKV's: ``out(gate(x) * cumsum(value(shift(x))))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate, self.out = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.taps = nn.Parameter(torch.randn(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.gate(x).sigmoid() * self.value(oracles.conv(x, self.taps)).cumsum(1))
+
+
+def tangled_chain(mixer: Any, x: Tensor, kwargs: Any) -> Chain:
+    one = torch.ones(1, 1, 1, 1).to(x)
+    return Chain({
+        "out": Projection(mixer.out.weight, mixer.out.bias), "gate": Diagonal(mixer.gate(x).sigmoid()),
+        "scan": Scan(one, one, one, head_size=6), "value": Projection(mixer.value.weight, mixer.value.bias),
+        "shift": CausalConv(mixer.taps),
+    })  # fmt: skip
+
+
+@pytest.fixture
+def tangled_model() -> Iterator[nn.Module]:
+    """An embedding and one tangled layer; the last token is read."""
+    register("Tangled")(tangled_chain)
+    yield nn.Sequential(nn.Embedding(23, 8), Tangled()).eval()
+    unregister("Tangled")
+
+
+def test_the_matrices_of_every_channel_are_refused_where_a_layer_mixes_them(
+    tangled_model: nn.Module, ids: Tensor
+) -> None:
+    method = LayerImplicitAttention(tangled_model, 0)
+    with pytest.raises(InvalidInputError, match=r"Layer '1' mixes .* between scan and shift.*Choose a fusion"):
+        method.attribute(ids, fusion=None)
+    scan = LayerImplicitAttention(tangled_model, 0, attention="scan").attribute(ids, fusion=None)
+    assert_close(scan, torch.ones(7, 7).tril().expand(2, 6, 7, 7))
+
+
+def test_where_a_layer_mixes_channels_its_factors_are_fused_and_multiplied(
+    tangled_model: nn.Module, ids: Tensor
+) -> None:
+    layer = tangled_model[1]
+    x = tangled_model[0](ids).detach()
+    gate = layer.gate(x).sigmoid().detach()
+    outer = oracles.diagonal_matrix(gate) @ torch.ones(7, 7).tril()
+    shift = oracles.conv_matrix(layer.taps.detach(), 7).unsqueeze(0)
+    method = LayerImplicitAttention(tangled_model, 0)
+    for how in ("absolute", "positive", "mean"):
+        expected = oracles.fused(outer, how) @ oracles.fused(shift, how)
+        assert_close(method.attribute(ids, fusion=how), expected, 1e-6)
+    W = layer.out.weight.detach()
+    added = torch.einsum("bdik,de,ekj,bje->bdij", outer, layer.value.weight.detach(), shift[0], x)
+    assert_close(method.attribute(ids, fusion="norm"), torch.einsum("od,bdij->boij", W, added).norm(dim=1), 1e-5)
+    read = lambda ids: tangled_model(ids)[:, -1]  # noqa: E731
+    raw = RawImplicitAttention(read, tangled_model).attribute(ids, target=1)
+    assert_close(raw, method.attribute(ids)[:, -1], 1e-6)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -9,7 +9,7 @@ import torch
 from conftest import build
 from families import COMMON, FAMILIES, VOCABULARY, perturbed
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, JambaConfig, JambaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers import MambaConfig as MambaConfiguration
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
@@ -99,18 +99,10 @@ class Shift(nn.Module):
         return x + x.roll(1, 1)
 
 
-def tiny_jamba() -> nn.Module:
-    return perturbed(JambaForCausalLM(JambaConfig(
-        **COMMON, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=8, num_experts=1, num_experts_per_tok=1, mamba_d_state=2,
-        mamba_dt_rank=2, use_mamba_kernels=False,
-    )))  # fmt: skip
-
-
 @every_method
 def test_a_model_without_any_supported_layer_is_refused(method: Any, refused: Any) -> None:
     model = gpt2()
-    parts = ["GPT2LMHeadModel", "no layer that captum_ssm can decompose", "GPT2Attention", "MambaMixer", "register"]
+    parts = ["GPT2LMHeadModel", "no layer that captum_ssm can decompose", "GPT2Attention", ", mamba,", "register"]
     refused(UnsupportedModelError, parts, model, lambda: method(model))
     refused(UnsupportedModelError, parts, model, lambda: method(lambda ids: model(ids).logits, model=model))
 
@@ -141,7 +133,7 @@ def test_a_model_with_another_layer_that_mixes_tokens_is_refused(
     method: Any, between: Any, culprit: str, ids: Tensor, refused: Any
 ) -> None:
     model = Tagger(between()).eval()
-    parts = ["'between", f"\\(({culprit})\\) mixes tokens", "silently leave it out", "MambaMixer", "ssm.register"]
+    parts = ["'between", f"\\(({culprit})\\) mixes tokens", "silently leave it out", ", mamba,", "ssm.register"]
     for _ in range(2):  # a refusal is not remembered as a pass
         refused(UnsupportedModelError, parts, model, lambda: method(model).attribute(ids, target=1), ids)
     refused(UnsupportedModelError, parts, model, lambda: method(lambda i: model(i), model).attribute(ids, 1), ids)
@@ -173,9 +165,9 @@ def test_one_token_is_no_proof_that_nothing_mixes_tokens(ids: Tensor) -> None:
 
 
 @every_method
-def test_a_hybrid_with_softmax_attention_is_refused(method: Any, ids: Tensor, refused: Any) -> None:
-    model = tiny_jamba()
-    parts = ["JambaAttention|JambaMambaMixer", "MambaMixer", "register"]
+def test_a_hybrid_with_an_attention_that_no_adapter_knows_is_refused(method: Any, ids: Tensor, refused: Any) -> None:
+    model = Tagger(gpt2().get_submodule("transformer.h.0.attn")).eval()
+    parts = [r"Layer 'between' \(GPT2Attention\) mixes tokens", "Supported: .*jamba.*mamba", "register"]
     refused(UnsupportedModelError, parts, model, lambda: method(model).attribute(ids, target=1), ids)
 
 
@@ -516,6 +508,36 @@ def test_a_wrong_mask_is_refused(
     refused(InvalidInputError, parts, mamba, lambda: call.attribute(ids, 1, additional_forward_args=mask), *tensors)
     layer = LayerImplicitAttention(mamba, 0)
     refused(InvalidInputError, parts, mamba, lambda: layer.attribute(ids, additional_forward_args=mask), *tensors)
+
+
+@every_method
+@pytest.mark.parametrize("wrapped", [False, True], ids=["mask as an argument", "mask of the callable's own"])
+def test_a_score_that_is_read_at_padding_is_refused(
+    method: Any, wrapped: bool, mamba: nn.Module, ids: Tensor, refused: Any
+) -> None:
+    """As by a classifier of transformers that is given embeddings: it reads the last position, whatever the mask."""
+    x = mamba.get_input_embeddings()(ids).detach()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+
+    def last(inputs: Tensor, given: Tensor = mask) -> Tensor:
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        return mamba(**{name: inputs}, attention_mask=given, use_cache=False).logits[:, -1]
+
+    call, args = method(last, model=mamba), () if wrapped else (mask,)
+    parts = ["explained score is read at padding", "embeddings", "pad on the left", "token ids", "one by one"]
+    for inputs in (x, ids):
+        refused(InvalidInputError, parts, mamba, lambda: call.attribute(inputs, 1, args), inputs, mask)  # noqa: B023
+    assert call.attribute(x[1:], 1, (mask[1:],)).isfinite().all()
+    assert call.attribute(x, 1, (mask.flip(1),))[0, :2].eq(0).all()  # padded on the left it is not
+
+
+def test_a_part_of_a_score_that_is_read_at_padding_is_refused(mamba: nn.Module, ids: Tensor, refused: Any) -> None:
+    """As by mean pooling that forgets the mask."""
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+    pooled = lambda ids, mask: mamba(ids, attention_mask=mask, use_cache=False).logits.mean(1)  # noqa: E731
+    call = ImplicitAttentionRollout(pooled, model=mamba)
+    parts = ["read at padding"]
+    refused(InvalidInputError, parts, mamba, lambda: call.attribute(ids, 1, (mask,)), ids, mask)
 
 
 # --- Options ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import captum_ssm
 PACKAGE = Path(captum_ssm.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 MODEL_LIBRARIES = {"transformers", "mamba_ssm", "fla", "causal_conv1d"}
-CORE = ["_captum.py", "registry.py", "operators.py", "gates.py", "errors.py", "capture.py", "fidelity.py",
-        "attention.py", "aggregate.py", "readout.py", "structure.py"]  # fmt: skip
+OPERATORS = sorted(path for path in SOURCES if path.startswith("operators/"))
+CORE = ["_captum.py", "registry.py", "gates.py", "errors.py", "capture.py", "fidelity.py", "attention.py",
+        "aggregate.py", "readout.py", "structure.py", "wiring.py", *OPERATORS]  # fmt: skip
 
 
 def imports(source: str, path: str) -> Iterator[str]:
@@ -61,7 +62,7 @@ def later():
     found = set(imports(source, "attr/base.py"))
     assert found == {"a.b", "c", "d.e", "captum_ssm.attr.g", "captum_ssm.h.i", "j.k", "m", "n.o", "p"}
     assert within({"rich.text.Text", "richer", "rich"}, "rich") == {"rich.text.Text", "rich"}
-    assert set(CORE) <= set(SOURCES) and "cli.py" in SOURCES and "attr/base.py" in SOURCES
+    assert set(CORE) <= set(SOURCES) and len(OPERATORS) >= 5 and "cli.py" in SOURCES and "attr/base.py" in SOURCES
 
 
 @every_source
@@ -92,18 +93,28 @@ def test_captums_private_helpers_are_imported_in_one_place(path: str) -> None:
     assert bool(private) == (path == "_captum.py"), private
 
 
-def test_operators_import_nothing_of_the_package() -> None:
-    assert not within(imported("operators.py"), "captum_ssm")
+def test_errors_import_nothing_of_the_package() -> None:
     assert not within(imported("errors.py"), "captum_ssm")
 
 
+@pytest.mark.parametrize("path", OPERATORS)
+def test_operators_import_each_other_alone(path: str) -> None:
+    names = within(imported(path), "captum_ssm")
+    assert names == within(names, "captum_ssm.operators")
+
+
 @pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("adapters/")])
-def test_adapters_import_operators_registry_gates_and_errors_alone(path: str) -> None:
-    allowed = [f"captum_ssm.{name}" for name in ("operators", "registry", "gates", "errors")]
-    if path == "adapters/__init__.py":
-        allowed.append("captum_ssm.adapters")
+def test_adapters_import_operators_and_the_registries_alone(path: str) -> None:
+    allowed = [f"captum_ssm.{name}" for name in ("operators", "registry", "wiring", "gates", "errors", "adapters")]
     names = within(imported(path), "captum_ssm")
     assert names and names == within(names, *allowed)
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("adapters/")])
+def test_an_adapter_shares_with_others_what_reads_parameters_alone(path: str) -> None:
+    if path != "adapters/__init__.py":
+        names = within(imported(path), "captum_ssm.adapters")
+        assert names == within(names, "captum_ssm.adapters.reading")
 
 
 @pytest.mark.parametrize("path", CORE)

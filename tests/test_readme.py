@@ -17,8 +17,8 @@ FIRST, CALLABLE, ADAPTER = re.findall(r"```python\n(.*?)```", README.read_text(e
 def restored_registry() -> Iterator[None]:
     before = set(supported())
     yield
-    for name in set(supported()) - before:
-        unregister(name)
+    for support in set(supported()) - before:
+        unregister(support.layer)
 
 
 def test_the_examples_explain_the_shipped_model() -> None:

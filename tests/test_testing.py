@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
-from families import FAMILIES, perturbed
+from conftest import FAMILY_NAMES, build
+from families import perturbed
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -23,7 +23,7 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection
-from captum_ssm.registry import find_adapter, find_mixers
+from captum_ssm.registry import Support, find_adapter, find_mixers, supported_families
 from captum_ssm.testing import AdapterReport, check_adapter
 
 Adapter = Callable[[Any, Tensor, Mapping[str, Any]], Chain]
@@ -96,17 +96,17 @@ PADDING: dict[str, Tensor | None] = {"no mask": None, "left": MASK, "right": MAS
 
 
 @pytest.mark.parametrize("mask", PADDING.values(), ids=PADDING)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_registered_family_holds_every_law(name: str, mask: Tensor | None, unchanged: Any) -> None:
     model = build(name)
     kwargs = {} if mask is None else {"attention_mask": mask}
-    x = torch.randn(2, 5, 8)
+    x = torch.randn(2, 5, model.config.hidden_size)
     for mixer in find_mixers(model).values():
         with unchanged(model, x):
             report = check_adapter(mixer, x, kwargs)
         assert isinstance(report, AdapterReport)
         assert all(0 <= error <= 1e-5 for error in (report.fidelity, report.adjoint, report.dense))
-        assert report.channels == mixer.intermediate_size
+        assert report.channels % model.config.hidden_size == 0
         assert report.factors[0] == "out" and "in" in report.factors and ("mask" in report.factors) == bool(kwargs)
 
 
@@ -289,11 +289,11 @@ def test_a_layer_that_reads_the_future_is_told_so_unless_it_may(x: Tensor) -> No
         check_adapter(layer, x, causal=False)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("term", ["gate", "scan", "act", "conv", "skip", "bias"])
-def test_a_family_without_one_of_its_terms_is_no_longer_the_layer(name: str, term: str) -> None:
-    mixer = next(iter(find_mixers(build(name)).values()))
-    adapter = find_adapter(mixer)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_family_without_one_of_its_terms_is_no_longer_the_layer(name: str) -> None:
+    model = build(name)
+    mixer = next(iter(find_mixers(model).values()))
+    adapter, x = find_adapter(mixer), torch.randn(2, 5, model.config.hidden_size)
     assert adapter is not None
 
     class Copy(nn.Module):
@@ -304,11 +304,15 @@ def test_a_family_without_one_of_its_terms_is_no_longer_the_layer(name: str, ter
         def forward(self, hidden_states: Tensor) -> Tensor:
             return self.mixer(hidden_states)
 
-    def less(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
-        return adapter(layer.mixer, x, kwargs).without(term)
+    terms = adapter(mixer, x, {}).terms
+    assert len(terms) >= 3
+    for term in terms:
 
-    with registered(less, "Copy"), pytest.raises(FidelityError, match="misses its real output"):
-        check_adapter(Copy().eval(), torch.randn(2, 5, 8))
+        def less(layer: Any, x: Tensor, kwargs: Mapping[str, Any], term: str = term) -> Chain:
+            return adapter(layer.mixer, x, kwargs).without(term)
+
+        with registered(less, "Copy"), pytest.raises(FidelityError, match="misses its real output"):
+            check_adapter(Copy().eval(), x)
 
 
 class PlainFuture(Operator):
@@ -366,7 +370,7 @@ def test_a_layer_whose_output_is_not_finite_is_refused(layer: nn.Module, x: Tens
 
 
 def test_a_name_is_registered_once_and_its_owner_named() -> None:
-    with pytest.raises(ValueError, match=r"captum_ssm\.adapters\.mamba\.mamba") as caught:
+    with pytest.raises(ValueError, match=r"captum_ssm\.adapters\.s6\.mamba") as caught:
         register("MambaMixer")(right)
     assert "'MambaMixer' is already registered" in str(caught.value) and "unregister('MambaMixer')" in str(caught.value)
     with registered(right), pytest.raises(ValueError, match=re.escape(f"{right.__module__}.right")):
@@ -383,26 +387,32 @@ def test_of_several_names_none_is_registered_if_one_is_taken() -> None:
 
 def test_registering_returns_the_adapter_itself() -> None:
     try:
-        assert register("GatedConv", "Other")(right) is right
-        assert supported()["GatedConv"] == supported()["Other"] == "Gated convolution of the tests."
+        assert register("GatedConv", "Other", kernel="gated convolution", family="mine")(right) is right
+        assert Support("GatedConv", "gated convolution", "mine") in supported()
+        assert Support("Other", "gated convolution", "mine") in supported()
     finally:
         unregister("GatedConv")
         unregister("Other")
 
 
-def test_supported_lists_the_families_in_order_with_a_line_each() -> None:
+def test_supported_lists_layers_by_family_and_name_those_of_none_last() -> None:
     listed = supported()
-    assert {"MambaMixer", "FalconMambaMixer"} <= listed.keys()
-    assert list(listed) == sorted(listed)
-    assert all(line and "\n" not in line for line in listed.values())
+    assert all(isinstance(support, Support) and all(support) for support in listed)
+    assert Support("MambaMixer", "S6", "mamba") in listed
+    assert Support(layer="FalconMambaMixer", kernel="S6", family="falcon_mamba") in listed
+    assert listed == sorted(listed, key=lambda support: (support.family, support.layer))
+    with registered(right, "AAA", "Zzz"):
+        assert supported() == [*listed, Support("AAA", "", ""), Support("Zzz", "", "")]
+        families = supported_families().split(", ")
+        assert families == [*dict.fromkeys(support.family for support in listed), "AAA", "Zzz"]
     listed.clear()
     assert supported()  # a copy
 
 
 def test_what_is_unregistered_is_unknown() -> None:
     with registered(right):
-        assert find_adapter(GatedConv()) is right and "GatedConv" in supported()
-    assert find_adapter(GatedConv()) is None and "GatedConv" not in supported()
+        assert find_adapter(GatedConv()) is right and Support("GatedConv", "", "") in supported()
+    assert find_adapter(GatedConv()) is None and not any(support.layer == "GatedConv" for support in supported())
     with pytest.raises(KeyError):
         unregister("GatedConv")
 

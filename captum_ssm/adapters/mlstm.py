@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
-from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import inverse_rms, running_max
 from captum_ssm.operators import Centre, Chain, Diagonal, Product, Projection, Scan
 from captum_ssm.registry import register
@@ -34,19 +33,11 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Returns:
         Chain of ``out, gate, norm, scan, centre, in``.
 
-    Raises:
-        UnsupportedModelError: If the norm has a bias (``use_bias``).
-
     Source:
         transformers ``modeling_xlstm.py``; Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27; Beck et al. 2025
         (arXiv 2503.13427).
     """
     weights, config, norm = parameters(mixer, x), mixer.config, mixer.multihead_norm
-    if norm.bias is not None:
-        raise UnsupportedModelError(
-            "The norm of this xLSTMLayer has a bias (use_bias=True), a constant behind the recurrence that no factor "
-            "carries. Register an adapter of your own for this layer (captum_ssm.register)."
-        )
     H, cap = norm.num_heads, config.gate_soft_cap
     projections = _projections(mixer, weights)
     q, k, v, o, i, f = (projection.apply(x, bias=True) for projection in projections)
@@ -62,7 +53,7 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         {
             "out": Projection(weights["out_proj.weight"], weights.get("out_proj.bias")),
             "gate": Diagonal(o.sigmoid()),
-            "norm": Diagonal(scale * weights["multihead_norm.weight"]),
+            "norm": Diagonal(scale * weights["multihead_norm.weight"], weights.get("multihead_norm.bias")),
             "scan": scan,
             "centre": centre,
             "in": projections[2],
@@ -102,7 +93,7 @@ def _projections(mixer: Any, weights: Mapping[str, Tensor]) -> list[Projection]:
         names = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact")
         return [Projection(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
     qk, v, H = mixer.qk_dim, mixer.v_dim, mixer.config.num_heads
-    projections = []
+    projections: list[Projection] = []
     for name, sizes in (("qkv_opreact", [qk, qk, v, v]), ("ifgate_preact", [H, H])):
         W, bias = weights[f"{name}.weight"].split(sizes), weights.get(f"{name}.bias")
         projections += map(Projection, W, [None] * len(W) if bias is None else bias.split(sizes))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from captum_ssm.operators.heads import Coefficient, Recurrence, decays_between
+from captum_ssm.operators.heads import Coefficient, Recurrence
+from captum_ssm.operators.scan import decays, earlier, heads_first, matrix_size, scores
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class DeltaScan(Recurrence):
     def _mix(self, x: Tensor) -> Tensor:
         """Run the recurrence on ``x`` (B, L, H, P): a loop over chunks that hands on the state."""
         B, L, H, P = x.shape
-        N = max(p.shape[3] for p in self.products)
-        T = self.chunk or min(64 if self.products[0].shape[3] == 1 else 16, L)
+        products = self.products
+        N = max(p.shape[3] for p in products)
+        T = self.chunk or min(matrix_size(products[0]), L)
         h = x.new_zeros(B, H, N, P)
         outputs = []
         for start in range(0, L, T):
             stop = min(start + T, L)
-            a, b, c, recall, erase = (p.tokens(start, stop) for p in self.products)
+            a, b, c, recall, erase = (p.tokens(start, stop) for p in products)
             y, h = _delta_chunk(a, b, c, recall, erase, x[:, start:stop], h)
             outputs.append(y)
         return torch.cat(outputs, dim=1)
@@ -87,33 +89,17 @@ def _delta_chunk(
     Returns:
         Output (B, T, H, P) and the state after the chunk (B, H, N, P).
     """
-    B, T, H, _ = x.shape
-    between = decays_between(a)  # [t, s]: the decay until t of what s wrote
-    since = a.cumprod(1)  # the decay until t of the state before the chunk
-    ahead = torch.cat([torch.zeros_like(between[:, :1]), between[:, :-1]], dim=1)  # until t - 1, for s < t
-    before = torch.cat([torch.ones_like(since[:, :1]), since[:, :-1]], dim=1)
+    N, P = h.shape[2:]
+    b, c, recall, erase, x = (heads_first(t, size) for t, size in ((b, N), (c, N), (recall, N), (erase, N), (x, P)))
+    between, since = decays(a)
+    ahead, before = earlier(between, since)
 
     # recalled: w = recall (before h + ahead (b x - erase w)), so (I + R) w = recall (before h + ahead b x)
-    found = torch.einsum("bthn,bhnp->bhtp", (recall * before).expand(B, -1, H, -1), h)
-    found = found + torch.einsum("bhts,bshp->bhtp", _scores(recall, ahead, b, B, H), x)
-    unit = torch.eye(T, dtype=x.dtype, device=x.device) + _scores(recall, ahead, erase, B, H)
-    w = torch.linalg.solve_triangular(unit, found, upper=False, unitriangular=True)  # (B, H, T, P)
+    found = (recall * before) @ h + scores(recall, ahead, b) @ x
+    R = scores(recall, ahead, erase)
+    w = torch.linalg.solve_triangular(R, found, upper=False, unitriangular=True)  # adds the I
 
-    y = torch.einsum("bthn,bhnp->bthp", (c * since).expand(B, -1, H, -1), h)
-    y = y + torch.einsum("bhts,bshp->bthp", _scores(c, between, b, B, H), x)
-    y = y - torch.einsum("bhts,bhsp->bthp", _scores(c, between, erase, B, H), w)
-    last = between[:, -1]  # (B, T, H, N)
-    h = since[:, -1].unsqueeze(-1) * h
-    h = h + torch.einsum("bshn,bshp->bhnp", (last * b).expand(B, -1, H, -1), x)
-    h = h - torch.einsum("bshn,bhsp->bhnp", (last * erase).expand(B, -1, H, -1), w)
-    return y, h
-
-
-def _scores(rows: Tensor, between: Tensor, columns: Tensor, B: int, H: int) -> Tensor:
-    """Return ``[t, s] = sum_n rows_tn between_tsn columns_sn``, (B, H, T, T)."""
-    if between.shape[-1] == 1:
-        products = torch.einsum("bthn,bshn->btsh", *torch.broadcast_tensors(rows, columns))
-        scores = products * between.squeeze(-1)
-    else:
-        scores = (rows.unsqueeze(2) * between * columns.unsqueeze(1)).sum(-1)
-    return scores.permute(0, 3, 1, 2).expand(B, H, -1, -1)
+    y = (c * since) @ h + scores(c, between, b) @ x - scores(c, between, erase) @ w
+    last = between[:, :, -1]  # (B, H, T, N)
+    h = since[:, :, -1:].mT * h + (last * b).mT @ x - (last * erase).mT @ w
+    return y.transpose(1, 2), h

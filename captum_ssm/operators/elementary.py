@@ -12,19 +12,23 @@ from captum_ssm.operators.base import Index, Operator, since, take
 
 @dataclass(frozen=True)
 class Diagonal(Operator):
-    """Scale every token and channel: ``y = s * x``. A gate, an activation, the scale of a norm, a mask.
+    """Scale every token and channel: ``y = s * x + bias``. A gate, an activation, a norm, a mask.
 
     Args:
         s: Broadcastable to (B, L, D).
+        bias: Likewise, or None.
     """
 
     s: Tensor
+    bias: Tensor | None = None
 
     causal = True
+    optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return ``s * x``. Cost: O(L·D)."""
-        return self.s * x
+        y = self.s * x
+        return y + self.bias if bias and self.bias is not None else y
 
     def adjoint(self, u: Tensor) -> Tensor:
         """Return ``s * u``: a diagonal is its own transpose. Cost: O(L·D)."""
@@ -32,11 +36,11 @@ class Diagonal(Operator):
 
     def channels(self, index: Index) -> Diagonal:
         """Return the diagonal of these channels; a scale shared by all channels stays shared."""
-        return Diagonal(take(self.s, index))
+        return Diagonal(take(self.s, index), None if self.bias is None else take(self.bias, index))
 
     def after(self, start: int) -> Diagonal:
         """Return the diagonal on the tokens from ``start`` on."""
-        return Diagonal(since(self.s, start))
+        return Diagonal(since(self.s, start), None if self.bias is None else since(self.bias, start))
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:

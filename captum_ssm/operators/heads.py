@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import mul
 from typing import Any, ClassVar, TypeVar
 
@@ -215,7 +215,7 @@ class Attention(HeadOperator):
 
     weights: Tensor
 
-    @property
+    @cached_property
     def causal(self) -> bool:  # type: ignore[override]
         """Whether no token attends to a later one."""
         return not bool(self.weights.triu(1).any())

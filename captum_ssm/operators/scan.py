@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.operators.heads import Coefficient, Recurrence, decays_between
+from captum_ssm.operators.heads import Coefficient, Product, Recurrence, decays_between
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Scan(Recurrence):
         B, L, H, P = x.shape
         a, b, c = self.products
         N = max(p.shape[3] for p in (a, b, c))
-        step, T = (_by_states, _STATES // (B * H * N)) if P == 1 else (_by_matrix, 64 if a.shape[3] == 1 else 16)
-        T = self.chunk or min(max(T, 16), L)
+        step, T = (_by_states, max(_STATES // (B * H * N), 16)) if P == 1 else (_by_matrix, matrix_size(a))
+        T = self.chunk or min(T, L)
         h = x.new_zeros(B, H, N, P)
         outputs = []
         for start in range(0, L, T):
@@ -128,15 +129,41 @@ def _by_matrix(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) 
 
     Arguments and results are those of :func:`_by_states`. Cost: O(T²·H·(N + P) + T·H·N·P).
     """
-    between = decays_between(a)  # [t, s]: the decay until t of what s wrote
-    since = a.cumprod(1)  # the decay until t of the state before the chunk
-    carried = since[:, -1].unsqueeze(-1) * h + torch.einsum("bshn,bshp->bhnp", between[:, -1] * b, x)
+    between, since = decays(a)
+    b, c, x = (heads_first(t, size) for t, size in ((b, h.shape[2]), (c, h.shape[2]), (x, h.shape[3])))
+    carried = since[:, :, -1:].mT * h + (between[:, :, -1] * b).mT @ x
     if lag:  # the state is read one token earlier
-        between = torch.cat([torch.zeros_like(between[:, :1]), between[:, :-1]], dim=1)
-        since = torch.cat([torch.ones_like(since[:, :1]), since[:, :-1]], dim=1)
-    if a.shape[3] == 1:
-        alpha = torch.einsum("bthn,bshn->btsh", c, b) * between.squeeze(-1)
-    else:
-        alpha = (c.unsqueeze(2) * between * b.unsqueeze(1)).sum(-1)
-    y = torch.einsum("btsh,bshp->bthp", alpha, x) + torch.einsum("bthn,bhnp->bthp", c * since, h)
-    return y, carried
+        between, since = earlier(between, since)
+    y = scores(c, between, b) @ x + (c * since) @ h
+    return y.transpose(1, 2), carried
+
+
+def matrix_size(a: Product) -> int:
+    """Return T, the tokens of a chunk that goes through its (T, T) matrices: few if each state has its own."""
+    return 64 if a.shape[3] == 1 else 8
+
+
+def heads_first(t: Tensor, size: int) -> Tensor:
+    """Return ``t`` (B, T, H, size), or 1 in place of the size, as (B, H, T, size)."""
+    return t.expand(-1, -1, -1, size).transpose(1, 2)
+
+
+def decays(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far the decays ``a`` (B, T, H, N) of a chunk take, until t, what s wrote and the state before it.
+
+    Returns:
+        ``[t, s]`` (B, H, T, T, N), 0 for s > t, and ``[t]`` (B, H, T, N).
+    """
+    return decays_between(a).permute(0, 3, 1, 2, 4), a.transpose(1, 2).cumprod(2)
+
+
+def earlier(between: Tensor, since: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`decays` gave, until t - 1 in place of t."""
+    return F.pad(between[:, :, :-1], (0, 0, 0, 0, 1, 0)), F.pad(since[:, :, :-1], (0, 0, 1, 0), value=1.0)
+
+
+def scores(rows: Tensor, between: Tensor, columns: Tensor) -> Tensor:
+    """Return ``[t, s] = sum_n rows_tn between_tsn columns_sn``, (B, H, T, T), of rows and columns (B, H, T, N)."""
+    if between.shape[-1] == 1:
+        return rows @ columns.mT * between.squeeze(-1)
+    return (rows.unsqueeze(3) * between * columns.unsqueeze(2)).sum(-1)

@@ -1,0 +1,180 @@
+"""No gated-linear layer of the installed transformers is missing: its source is searched for what such layers need.
+
+When a new version of transformers brings one, these tests fail. Then it needs an adapter, or a line in ``EXCEPTIONS``
+with the reason why it has none.
+"""
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from captum_ssm import register, supported, unregister
+from captum_ssm.registry import find_adapter
+
+MODELS = Path(transformers.__file__).parent / "models"
+SIGNS = re.compile(
+    r"causal_conv1d|selective_scan|chunk_scan|ssm_state|A_log"  # Mamba
+    r"|delta_rule|delta_net|(?<![a-z])kda(?![a-z])|kimi_delta"  # the delta rule
+    r"|(?<![a-z])wkv|time_mix|time_shift|mlstm|rglru|rg_lru|retention|hyena|lightning"  # kernels by name
+    r"|recurrent_state|conv_state|linear_attention|short_?conv|slope_rate|(?<!path_)decay",  # what they keep
+    re.IGNORECASE,
+)
+"""Names that the code of a recurrence, a linear attention or a short convolution uses."""
+SOFTMAX = re.compile("softmax|scaled_dot_product_attention|ALL_ATTENTION_FUNCTIONS|eager_attention_forward")
+NOT_LAYERS = re.compile("PreTrainedModel|Config|Cache|ModelOutput|Function|Enum")
+"""Bases of what is no layer."""
+
+PART = "a part of a layer that is covered"
+NEAR = "softmax attention that first mixes neighbouring keys and values, not a gated-linear layer; the model is refused"
+EXCEPTIONS: dict[str, str] = {
+    "KimiLinearForgetGate": PART,
+    "BailingHybridForgetGate": PART,
+    "Glm5NextTextForgetGate": PART,
+    "RecurrentGemmaRglru": PART,
+    "InklingAttention": NEAR,
+    "InklingShortConvolution": NEAR,
+    "Inkling2SlidingAttention": NEAR,
+    "Inkling2FullAttention": NEAR,
+    "Inkling2ShortConvolution": NEAR,
+    "Inkling2DynamicShortConvolution": NEAR,
+    "ZayaCCAProjection": NEAR,
+    "EsmFold2Parcae": "a recurrence over the rounds of recycling, not over tokens",
+    "PvtV2SelfAttention": "softmax attention of images with pooled keys, which its authors call linear",
+    "PvtV2ConvFeedForwardNetwork": "reads a switch of that name",
+    "Qwen4ExpTextNGramEmbedding": "an embedding of neighbouring ids, before any layer; the model is refused",
+    "Qwen4ExpTextPLELayer": "a lexical convolution beside the layers, off by default; a model that has it is refused",
+}
+"""Classes with such names in their code that need no adapter, and why."""
+
+LAYERS: dict[str, tuple[str, ...]] = {
+    "mamba": ("MambaMixer",),
+    "falcon_mamba": ("FalconMambaMixer",),
+    "jamba": ("JambaMambaMixer", "JambaAttention"),
+    "zamba": ("ZambaMambaMixer", "ZambaAttention"),
+    "mamba2": ("Mamba2Mixer",),
+    "bamba": ("BambaMixer", "BambaAttention"),
+    "granitemoehybrid": ("GraniteMoeHybridMambaLayer", "GraniteMoeHybridAttention"),
+    "falcon_h1": ("FalconH1Mixer", "FalconH1Attention"),
+    "nemotron_h": ("NemotronHMamba2Mixer", "NemotronHAttention"),
+    "zamba2": ("Zamba2MambaMixer", "Zamba2Attention"),
+    "recurrent_gemma": ("RecurrentGemmaRecurrentBlock", "RecurrentGemmaAttention"),
+    "rwkv": ("RwkvSelfAttention", "RwkvFeedForward"),
+    "xlstm": ("xLSTMLayer",),
+    "qwen3_next": ("Qwen3NextGatedDeltaNet", "Qwen3NextAttention"),
+    "qwen3_5": ("Qwen3_5GatedDeltaNet", "Qwen3_5Attention"),
+    "qwen3_5_moe": ("Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeAttention"),
+    "qwen4_exp": ("Qwen4ExpTextGatedDeltaNet", "Qwen4ExpTextAttention"),
+    "olmo_hybrid": ("OlmoHybridGatedDeltaNet", "OlmoHybridAttention"),
+    "kimi_linear": ("KimiLinearDeltaAttention", "KimiLinearAttention"),
+    "bailing_hybrid": ("BailingHybridDeltaAttention", "BailingHybridAttention"),
+    "glm5_next": ("Glm5NextTextLinearAttention", "Glm5NextTextAttention"),
+    "minimax": ("MiniMaxLightningAttention", "MiniMaxAttention"),
+    "lfm2": ("Lfm2ShortConv", "Lfm2Attention"),
+    "lfm2_moe": ("Lfm2MoeShortConv", "Lfm2MoeAttention"),
+    "lfm3": ("Lfm3ShortConv", "Lfm3Attention"),
+}
+"""The layers that mix tokens of each family, read off its modeling file by hand."""
+
+
+class Layer(ast.NodeVisitor):
+    """Whether a class of a modeling file is a layer, and the names that its code uses."""
+
+    def __init__(self, node: ast.ClassDef) -> None:
+        self.name = node.name
+        self.is_layer = bool(node.bases) and not any(NOT_LAYERS.search(ast.unparse(base)) for base in node.bases)
+        self.names: set[str] = set()
+        if self.is_layer:
+            self.visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.names.add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.names.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self.names.add(node.arg)
+
+    def looks(self, signs: re.Pattern[str]) -> bool:
+        return any(signs.search(name) for name in self.names)
+
+
+def classes(family: str) -> Iterator[Layer]:
+    """Yield the layers of a family's modeling files whose text has any of the names looked for."""
+    for path in sorted((MODELS / family).glob("modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if not SIGNS.search(text):
+            continue
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                if SIGNS.search(own) or SOFTMAX.search(own):
+                    yield Layer(node)
+
+
+@functools.cache
+def found() -> dict[str, list[str]]:
+    """Return the classes that look like gated-linear layers, by family."""
+    families = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
+    layers = {f: [layer.name for layer in classes(f) if layer.is_layer and layer.looks(SIGNS)] for f in families}
+    return {family: names for family, names in layers.items() if names}
+
+
+def uncovered() -> list[str]:
+    """Return what looks like a gated-linear layer and has neither an adapter nor an exception."""
+    covered = {support.layer for support in supported()} | EXCEPTIONS.keys()
+    return [f"{family}: {name}" for family, names in found().items() for name in names if name not in covered]
+
+
+def test_every_gated_linear_layer_of_transformers_has_an_adapter() -> None:
+    assert uncovered() == []
+
+
+def test_every_exception_is_still_needed() -> None:
+    names = {name for names in found().values() for name in names}
+    assert EXCEPTIONS.keys() <= names
+    assert not EXCEPTIONS.keys() & {support.layer for support in supported()}
+
+
+@pytest.mark.parametrize("support", [s for s in supported() if s.kernel != "softmax attention"], ids=lambda s: s.layer)
+def test_a_layer_without_its_adapter_is_found(support: tuple[str, str, str]) -> None:
+    """The search would find each of the layers that are covered now."""
+    layer, kernel, family = support
+    adapter = find_adapter(type(layer, (), {})())  # type: ignore[arg-type]
+    assert adapter is not None
+    unregister(layer)
+    try:
+        assert uncovered() == [f"{family}: {layer}"]
+    finally:
+        register(layer, kernel=kernel, family=family)(adapter)
+    assert uncovered() == []
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_the_layers_of_a_family_are_those_that_are_supported(family: str) -> None:
+    """Each is a class of the modeling file of that name, and there is no other softmax attention in the text model."""
+    assert sorted(s.layer for s in supported() if s.family == family) == sorted(LAYERS[family])
+    layers = {layer.name: layer for layer in classes(family)}
+    for name in LAYERS[family]:
+        assert layers[name].is_layer
+    softmax = {name for name, layer in layers.items() if layer.is_layer and layer.looks(SOFTMAX)}
+    others = {name for name in softmax if name.endswith("Attention") and "Vision" not in name}
+    assert others <= set(LAYERS[family])
+
+
+def test_no_family_is_supported_by_accident() -> None:
+    assert {s.family for s in supported()} == LAYERS.keys()
+    assert all(s.kernel for s in supported())
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    from families import FAMILIES
+
+    assert {name.partition(" ")[0] for name in FAMILIES} == LAYERS.keys()
