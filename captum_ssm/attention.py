@@ -188,7 +188,12 @@ def dense(core: Operator, like: Tensor) -> Tensor:
     Returns:
         (B, D, L, L): the matrix of channel d in row i (query) and column j (key). Cost: O(L²·D·N) time and
         B·D·L² numbers of memory; :meth:`ImplicitAttention.dense` fuses the channels without holding them.
+
+    Raises:
+        ValueError: If the core mixes channels.
     """
+    if core.mixes_channels:
+        raise ValueError("The core mixes channels, so no channel has a matrix of its own; see Chain.channelwise.")
     B, L, D = like.shape
     matrices = like.new_zeros(B, D, L, L)
     one = like.new_ones(1, 1, 1).expand(B, L, D)

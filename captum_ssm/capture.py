@@ -72,6 +72,7 @@ def record_mixers(
     calls: list[MixerCall] = []
     modes: list[bool] = []
     states: dict[str, Tensor] = {}
+    met: list[Any] = []
     names: dict[nn.Module, list[str]] = {}
     for path, mixer in find_mixers(model).items():
         names.setdefault(mixer, []).append(path)
@@ -84,7 +85,9 @@ def record_mixers(
     def enter(mixer: nn.Module, args: Any, kwargs: Any) -> None:
         _, arguments = _arguments(mixer, args, kwargs)
         name = name_of(mixer)
-        if any(_holds_state(value, mixer) for value in arguments.values()):
+        new = [value for value in arguments.values() if not any(value is old for old in met)]
+        met.extend(value for value in new if _is_cache(value))  # the run itself fills a cache, layer by layer
+        if any(_holds_state(value, mixer) for value in new):
             raise ModelStateError(
                 f"Layer '{name}' was called with a cache that already holds a state, so its output depends on "
                 "tokens that are not among the inputs. Pass the whole sequence, without a cache."
@@ -126,7 +129,17 @@ def _arguments(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return x, arguments
 
 
+def _is_cache(value: Any) -> bool:
+    """Whether ``value`` is a cache, as transformers has them."""
+    return callable(getattr(value, "has_previous_state", None))
+
+
 def _holds_state(value: Any, mixer: nn.Module) -> bool:
-    """Whether ``value`` is a cache, as transformers has them, with a state for this layer."""
-    asks = getattr(value, "has_previous_state", None)
-    return bool(callable(asks) and asks(getattr(mixer, "layer_idx", None)))
+    """Whether ``value`` is a cache that holds a state, or keys and values, for this layer."""
+    if not _is_cache(value):
+        return False
+    index = getattr(mixer, "layer_idx", None)
+    try:
+        return bool(value.has_previous_state(index))
+    except ValueError:  # how a cache answers for a layer of softmax attention
+        return bool(value.get_seq_length(index))

@@ -27,7 +27,7 @@ class AdapterReport:
         adjoint: Largest relative difference between ``<u, A x>`` and ``<A^T u, x>``.
         dense: Largest relative difference between the core's matrices times a vector and its product.
         factors: Names of the chain's factors, in the order of the equation.
-        channels: D, the number of channels of the core.
+        channels: D, the number of channels of the recurrence or attention.
     """
 
     fidelity: float
@@ -81,11 +81,12 @@ def check_adapter(
     _check_differentiable(call, x)
     _check_batch(mixer, x, kwargs, chain, tolerance)
     adjoint = _check_adjoint(chain, x, tolerance)
-    _, core, into = chain.split()
-    v = into.apply(x, bias=True)
-    matrices = _check_core(core, v, tolerance, causal)
+    random = torch.Generator().manual_seed(0)
+    runs = chain.channelwise()
+    values = [torch.randn(*x.shape[:2], run.sizes[1] or x.shape[-1], generator=random).to(x) for run in runs]
+    matrices = max(_check_core(run, v, tolerance, causal) for run, v in zip(runs, values))
     _check_parts(chain, x, tolerance)
-    return AdapterReport(layer.error, adjoint, matrices, tuple(chain.factors), v.shape[-1])
+    return AdapterReport(layer.error, adjoint, matrices, tuple(chain.factors), values[0].shape[-1])
 
 
 def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> MixerCall:

@@ -95,8 +95,9 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "zamba": tiny("ZambaForCausalLM", "ZambaConfig", {**ZAMBA, "mamba_dt_rank": 2, "n_mamba_heads": 2}),
     "mamba2": tiny("Mamba2ForCausalLM", "Mamba2Config", {
         **HYBRID, "num_hidden_layers": 2, "state_size": 3, "num_heads": 8, "head_dim": 4, "n_groups": 2,
-        "chunk_size": 4}),
-    "bamba": tiny("BambaForCausalLM", "BambaConfig", {**HYBRID, **HEADS, **SSD, "attn_layer_indices": [1, 3]}),
+        "chunk_size": 4, "time_step_limit": (0.5, 0.9)}),
+    "bamba": tiny("BambaForCausalLM", "BambaConfig", {
+        **HYBRID, **HEADS, **SSD, "attn_layer_indices": [1, 3], "time_step_limit": (0.5, 0.9)}),
     "granitemoehybrid": tiny("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", {
         **HYBRID, **HEADS, **SSD, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4,
         "num_experts_per_tok": 2, "shared_intermediate_size": 16, "embedding_multiplier": 2.0,
@@ -113,13 +114,15 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         "moe_shared_expert_intermediate_size": 16}),
     "zamba2": tiny("Zamba2ForCausalLM", "Zamba2Config", {
         **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 1,
-        "adapter_rank": 3}),
+        "adapter_rank": 3, "time_step_min": 0.8}),
     "recurrent_gemma": tiny("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {
         **HYBRID, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 4, "lru_width": 16, "attention_window_size": 4}),
-    "rwkv": tiny("RwkvForCausalLM", "RwkvConfig", {**HYBRID, "context_length": 64, "rescale_every": 2}),
+        "head_dim": 4, "lru_width": 24, "attention_window_size": 4}),
+    "rwkv": tiny("RwkvForCausalLM", "RwkvConfig", {**HYBRID, "context_length": 64, "rescale_every": 2,
+        "intermediate_size": 20}),
     "xlstm": tiny("xLSTMForCausalLM", "xLSTMConfig", {
-        **HYBRID, "num_hidden_layers": 2, "hidden_size": 32, "num_heads": 2, "qk_dim_factor": 1.0, "chunk_size": 4}),
+        **HYBRID, "num_hidden_layers": 2, "hidden_size": 32, "num_heads": 2, "qk_dim_factor": 0.5, "v_dim_factor": 2.0,
+        "chunk_size": 4}),
     "qwen3_next": tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", {
         **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
         "shared_expert_intermediate_size": 16}),

@@ -36,14 +36,14 @@ EXCEPTIONS: dict[str, str] = {
     "BailingHybridForgetGate": PART,
     "Glm5NextTextForgetGate": PART,
     "RecurrentGemmaRglru": PART,
-    "InklingAttention": NEAR,
+    "xLSTMBackend": PART,
+    "xLSTMBlock": "the block around a layer that is covered",
     "InklingShortConvolution": NEAR,
-    "Inkling2SlidingAttention": NEAR,
-    "Inkling2FullAttention": NEAR,
     "Inkling2ShortConvolution": NEAR,
     "Inkling2DynamicShortConvolution": NEAR,
     "ZayaCCAProjection": NEAR,
     "EsmFold2Parcae": "a recurrence over the rounds of recycling, not over tokens",
+    "Lfm3VlVisionShortConv": "a gated convolution over the patches of an image, within its encoder; text is explained",
     "PvtV2SelfAttention": "softmax attention of images with pooled keys, which its authors call linear",
     "PvtV2ConvFeedForwardNetwork": "reads a switch of that name",
     "Qwen4ExpTextNGramEmbedding": "an embedding of neighbouring ids, before any layer; the model is refused",
@@ -84,12 +84,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
 class Layer(ast.NodeVisitor):
     """Whether a class of a modeling file is a layer, and the names that its code uses."""
 
-    def __init__(self, node: ast.ClassDef) -> None:
+    def __init__(self, node: ast.ClassDef, classes: set[str]) -> None:
         self.name = node.name
         self.is_layer = bool(node.bases) and not any(NOT_LAYERS.search(ast.unparse(base)) for base in node.bases)
         self.names: set[str] = set()
         if self.is_layer:
             self.visit(node)
+        self.names = self.names - classes | {node.name}  # a block names the layer that it has
 
     def visit_Name(self, node: ast.Name) -> None:
         self.names.add(node.id)
@@ -111,12 +112,11 @@ def classes(family: str) -> Iterator[Layer]:
         text = path.read_text(encoding="utf-8")
         if not SIGNS.search(text):
             continue
-        lines = text.splitlines()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ClassDef):
-                own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-                if SIGNS.search(own) or SOFTMAX.search(own):
-                    yield Layer(node)
+        lines, nodes = text.splitlines(), [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+        for node in nodes:
+            own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            if SIGNS.search(own) or SOFTMAX.search(own):
+                yield Layer(node, {other.name for other in nodes})
 
 
 @functools.cache

@@ -93,7 +93,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("packages")
     for path, functions in PACKAGES.items():
         (home / path).parent.mkdir(parents=True, exist_ok=True)
-        bodies = [f"def {name}(*args, **kwargs):\n    raise RuntimeError({says!r})\n" for name, says in functions.items()]
+        bodies = [
+            f"def {name}(*args, **kwargs):\n    raise RuntimeError({says!r})\n" for name, says in functions.items()
+        ]
         (home / path).write_text("\n".join(bodies))
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(tests), str(tests.parent)])}

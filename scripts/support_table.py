@@ -1,0 +1,144 @@
+"""Measure which layers are supported, and print the table of the README; ``--write`` puts it there.
+
+Run it from the repository with the package's ``test`` extra installed::
+
+    python scripts/support_table.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, supported
+from captum_ssm.fidelity import relative_error
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- supported -->", "<!-- /supported -->"
+TYPES = (torch.float64, torch.bfloat16, torch.float16)
+HEADER = ("model type", "layers", "kernels", "largest error", "left padding", "types")
+
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import build  # noqa: E402
+from families import FAMILIES, VOCABULARY  # noqa: E402
+
+
+class Measured(NamedTuple):
+    """What one family's tiny model showed."""
+
+    error: float
+    """Largest relative error of any layer's decomposition in float32, on four batches."""
+    left_padding: bool
+    """Whether left padding is explained exactly; it is refused where the model itself is not exact."""
+    types: tuple[str, ...]
+    """Floating-point types in which the model runs and is explained."""
+
+
+def measure(family: str) -> Measured:
+    """Measure a family's tiny model."""
+    model = build(family)
+    method = ImplicitAttentionAttribution(model, rectify=None)
+    error = 0.0
+    for seed in range(4):
+        ids = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(seed))
+        method.attribute(ids, target=3)
+        error = max(error, *method.fidelity.values())
+    types = ["float32", *(name(dtype) for dtype in TYPES if runs_in(family, dtype, ids))]
+    return Measured(error, explains_left_padding(model, ids), tuple(types))
+
+
+def explains_left_padding(model: nn.Module, ids: Tensor) -> bool:
+    """Whether padding before the tokens is explained; then their scores must be those without it.
+
+    Raises:
+        AssertionError: If they are not.
+    """
+    method = ImplicitAttentionAttribution(model, rectify=None)
+    padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], dim=1)
+    try:
+        scores = method.attribute(padded, 3, (padded > 0).long())
+    except InvalidInputError:
+        return False
+    error = relative_error(scores[:, 3:], method.attribute(ids, target=3))
+    assert error <= 1e-3, f"{type(model).__name__}: left padding changes the scores by {error:.1e}"
+    assert bool(scores[:, :3].eq(0).all())
+    return True
+
+
+def runs_in(family: str, dtype: torch.dtype, ids: Tensor) -> bool:
+    """Whether the model runs in this type; if so, it must be explained."""
+    model = build(family)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # the grouped product of torch has no float64
+    model = model.to(dtype)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError:
+        return False
+    return bool(ImplicitAttentionAttribution(model, rectify=None).attribute(ids, target=3).isfinite().all())
+
+
+def name(dtype: torch.dtype) -> str:
+    """Return a type's name without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def table() -> str:
+    """Return the measured table in Markdown."""
+    rows = [HEADER, ("---",) * len(HEADER)]
+    for family in dict.fromkeys(support.family for support in supported() if support.family):
+        layers = [support for support in supported() if support.family == family]
+        variants = [measure(variant) for variant in FAMILIES if variant.partition(" ")[0] == family]
+        types = [t for t in variants[0].types if all(t in variant.types for variant in variants)]
+        everything = len(types) == 1 + len(TYPES)
+        rows.append((
+            f"`{family}`",
+            ", ".join(f"`{layer.layer}`" for layer in layers),
+            ", ".join(dict.fromkeys(layer.kernel for layer in layers)),
+            f"{max(variant.error for variant in variants):.0e}",
+            "exact" if all(variant.left_padding for variant in variants) else "refused",
+            "all" if everything else ", ".join(types),
+        ))  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def section() -> str:
+    """Return what stands between the markers."""
+    import transformers
+
+    return f"""{START}
+{table()}
+
+Measured on a tiny random model of each type by `scripts/support_table.py`, with transformers {transformers.__version__}
+and torch {torch.__version__.partition("+")[0]} on a CPU. *Error*: largest absolute difference between a layer's
+decomposition and its real output in float32, over the largest output. *Left padding*: scores equal those of the sentence
+alone; where the model itself ignores the mask, the call is refused, and padding on the right works. *Types*: `all` is
+float64, float32, bfloat16 and float16.
+{END}"""
+
+
+def main() -> None:
+    """Print the section, or write it into the README."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="replace the section of README.md")
+    if not parser.parse_args().write:
+        print(section())
+        return
+    text = README.read_text(encoding="utf-8")
+    before, found, rest = text.partition(START)
+    if not found or END not in rest:
+        raise SystemExit(f"README.md lacks the markers {START} and {END}.")
+    README.write_text(before + section() + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
