@@ -95,7 +95,7 @@ def explanation_against_model(name: str, options: Mapping[str, Any], L: int, run
     return (
         f"{median(ratios):.2f}",
         f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}",
-        f"+ {(first - ours) / theirs:.1f}",
+        f"{(first - ours) / theirs:+.1f}",
         f"{1000 * ours:.0f} ms, {1000 * theirs:.0f} ms",
     )
 

@@ -109,7 +109,13 @@ def _check_differentiable(call: MixerCall, x: Tensor) -> None:
 def _check_batch(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any], chain: Chain, tolerance: float) -> None:
     """An example's operator does not depend on the others in its batch."""
     size = len(x)
-    alone = {k: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in kwargs.items()}
+
+    def first(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(first, value))
+        return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    alone = {name: first(value) for name, value in kwargs.items()}
     adapter = find_adapter(mixer)
     assert adapter is not None
     with torch.no_grad():

@@ -97,6 +97,7 @@ def table() -> str:
     rows = [HEADER, ("---",) * len(HEADER)]
     for family in dict.fromkeys(support.family for support in supported() if support.family):
         layers = [support for support in supported() if support.family == family]
+        layers.sort(key=lambda support: support.kernel == "softmax attention")
         variants = [measure(variant) for variant in FAMILIES if variant.partition(" ")[0] == family]
         types = [t for t in variants[0].types if all(t in variant.types for variant in variants)]
         everything = len(types) == 1 + len(TYPES)
@@ -119,17 +120,18 @@ def section() -> str:
 {table()}
 
 Measured on a tiny random model of each type by `scripts/support_table.py`, with transformers {transformers.__version__}
-and torch {torch.__version__.partition("+")[0]} on a CPU. *Error*: largest absolute difference between a layer's
-decomposition and its real output in float32, over the largest output. *Left padding*: scores equal those of the sentence
-alone; where the model itself ignores the mask, the call is refused, and padding on the right works. *Types*: `all` is
-float64, float32, bfloat16 and float16.
+and torch {torch.__version__.partition("+")[0]} on a CPU. *Largest error*: of a layer's decomposition against its real
+output in float32, relative to the largest output. *Left padding*: exact if scores equal those of the sentence alone;
+where the model itself is not exact, because it ignores the mask or, in some configurations, has a bias before its
+convolution, the call is refused, and padding on the right works. *Types*: `all` is float64, float32, bfloat16 and
+float16. Any other layer that mixes tokens is refused by name.
 {END}"""
 
 
 def main() -> None:
     """Print the section, or write it into the README."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="replace the section of README.md")
+    parser.add_argument("--write", action="store_true", help="rewrite the table in README.md")
     if not parser.parse_args().write:
         print(section())
         return

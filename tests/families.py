@@ -62,7 +62,7 @@ def tiny_glm5_next(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     text = {
         **HYBRID, **KDA, "intermediate_size": 24, "n_routed_experts": 4, "q_lora_rank": 6, "qk_rope_head_dim": 0,
-        "index_topk": 4, "index_head_dim": 4, "index_n_heads": 2, "index_kpool": 2, "linear_num_heads": 3,
+        "index_topk": 4, "index_head_dim": 4, "index_n_heads": 8, "index_kpool": 2, "linear_num_heads": 3,
         "hc_mult": 2, "hc_sinkhorn_iters": 3, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"], **options,
     }  # fmt: skip
     del text["bos_token_id"], text["eos_token_id"], text["num_local_experts"], text["n_shared_experts"]
@@ -113,8 +113,8 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 16}),
     "zamba2": tiny("Zamba2ForCausalLM", "Zamba2Config", {
-        **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 1,
-        "adapter_rank": 3, "time_step_min": 0.8}),
+        **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 2,
+        "adapter_rank": 3, "use_shared_attention_adapter": True, "time_step_min": 0.8}),
     "recurrent_gemma": tiny("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {
         **HYBRID, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1,
         "head_dim": 4, "lru_width": 24, "attention_window_size": 4}),
@@ -148,6 +148,8 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         "full_attn_alpha_factor": 1.2, "full_attn_beta_factor": 0.8}),
     "lfm2": tiny("Lfm2ForCausalLM", "Lfm2Config", {**HYBRID, **CONV}),
     "lfm2_moe": tiny("Lfm2MoeForCausalLM", "Lfm2MoeConfig", {**HYBRID, **CONV, **EXPERTS, "num_dense_layers": 1}),
-    "lfm3": tiny("Lfm3ForCausalLM", "Lfm3Config", {**HYBRID, **CONV}),
+    "lfm3": tiny("Lfm3ForCausalLM", "Lfm3Config", {
+        **HYBRID, **CONV, "head_dim": 4, "sliding_window": 4,
+        "layer_types": ["conv", "sliding_attention", "conv", "full_attention"]}),
 }  # fmt: skip
 """A builder of a tiny model for each family, by name: every test that takes ``family`` runs on each."""

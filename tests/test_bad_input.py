@@ -540,6 +540,15 @@ def test_a_part_of_a_score_that_is_read_at_padding_is_refused(mamba: nn.Module, 
     refused(InvalidInputError, parts, mamba, lambda: call.attribute(ids, 1, (mask,)), ids, mask)
 
 
+@every_method
+@pytest.mark.xfail(strict=True, reason="a position that is named is not compared with the mask")
+def test_a_query_at_padding_is_refused(method: Any, mamba: nn.Module, ids: Tensor, refused: Any) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+    call = method(mamba)
+    refused(InvalidInputError, ["padding"], mamba, lambda: call.attribute(ids, 1, mask, query=-1), ids, mask)
+    assert call.attribute(ids, 1, mask, query=torch.tensor([4, 6])).isfinite().all()
+
+
 # --- Options ------------------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,17 @@ with the reason why it has none.
 
 import ast
 import functools
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
+from conftest import build
+from families import FAMILIES, VOCABULARY
 
 from captum_ssm import register, supported, unregister
 from captum_ssm.registry import find_adapter
@@ -175,6 +180,45 @@ def test_no_family_is_supported_by_accident() -> None:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    from families import FAMILIES
-
     assert {name.partition(" ")[0] for name in FAMILIES} == LAYERS.keys()
+
+
+# --- The table of the README --------------------------------------------------------------------------------------
+
+
+def script() -> Any:
+    """Return the script that writes the table, as a module."""
+    path = Path(__file__).parent.parent / "scripts" / "support_table.py"
+    spec = importlib.util.spec_from_file_location("support_table", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def rows() -> dict[str, list[str]]:
+    """Return the cells of the README's table by model type."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = text.partition(script().START)[2].partition(script().END)[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert tuple(lines[0]) == script().HEADER and all(len(line) == len(lines[0]) for line in lines)
+    return {line[0].strip("`"): line[1:] for line in lines[2:]}
+
+
+def test_the_table_has_the_families_that_are_supported() -> None:
+    assert rows().keys() == LAYERS.keys()
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_row_of_the_table_is_true(family: str) -> None:
+    layers, kernels, error, padding, types = rows()[family]
+    support = [s for s in supported() if s.family == family]
+    assert sorted(re.findall("`([^`]*)`", layers)) == sorted(s.layer for s in support)
+    assert set(kernels.split(", ")) == {s.kernel for s in support}
+    assert 1e-8 < float(error) <= 1e-5
+    ids = torch.randint(1, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(3))
+    assert padding == ("exact" if script().explains_left_padding(build(family), ids) else "refused")
+    every = ["float32", "float64", "bfloat16", "float16"]
+    listed = every if types == "all" else types.split(", ")
+    assert set(listed) == {t for t in every if t == "float32" or script().runs_in(family, getattr(torch, t), ids)}

@@ -134,11 +134,11 @@ def layer_types(family: str, config: Any) -> list[str]:
         return [("recurrent", "recurrent", "attention")[i % 3] for i in range(L)]
     if family == "nemotron_h":
         given = ["mamba", "moe", "attention", "mamba"]  # as families.py writes it; transformers rewrites the names
-        assert L == len(given)
+        assert len(given) == L
         return given
     if family == "granitemoehybrid":
         given = ["mamba", "attention"] * 2  # likewise
-        assert L == len(given)
+        assert len(given) == L
         return given
     return list(config.layer_types)
 
@@ -504,11 +504,11 @@ def test_right_padding_is_explained_also_where_the_model_ignores_the_mask(family
 def assert_refuses_left_padding(model: nn.Module, **kwargs: Any) -> None:
     """And only that: the same batch padded on the right is explained as each example alone."""
     ids, mask = padded("left")
-    with pytest.raises(InvalidInputError, match="[Pp]adding on the left.*mask.*[Pp]ad on the right"):
+    with pytest.raises(InvalidInputError, match=r"[Pp]adding on the left.*mask.*[Pp]ad on the right"):
         ImplicitAttentionAttribution(model, rectify=None).attribute(ids, TARGET, mask, **kwargs)
-    with pytest.raises(InvalidInputError, match="[Pp]adding on the left"):
+    with pytest.raises(InvalidInputError, match="adding on the left"):
         ImplicitAttentionRollout(model).attribute(ids, TARGET, mask, **kwargs)
-    with pytest.raises(InvalidInputError, match="[Pp]adding on the left"):
+    with pytest.raises(InvalidInputError, match="adding on the left"):
         LayerImplicitAttention(model, 0).attribute(ids, mask)
     ids, mask = padded("right")
     method = ImplicitAttentionAttribution(model, rectify=None)
@@ -744,5 +744,5 @@ def test_a_layer_between_the_mixers_that_no_adapter_knows_is_refused() -> None:
     """The lexical convolution that Qwen4 may have besides its attention."""
     options = {"ple_layer_ids": [1], "ngram_vocab_size_base": 29, "split_ngram_parts": 1}
     model = FAMILIES["qwen4_exp"](**options, make_ngram_vocab_size_divisible_by=1)
-    with pytest.raises(UnsupportedModelError, match="PLELayer.*mixes tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"PLELayer.*mixes tokens"):
         ImplicitAttentionAttribution(model).attribute(IDS, target=TARGET)

@@ -7,7 +7,6 @@ implementation it was loaded with, and most return none.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import inverse_rms
 from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
 from captum_ssm.registry import register
+from captum_ssm.rerun import alone
 
 _MASKED = -1e4
 """What is added to the score of a key that is not seen; libraries and users write this or less."""
@@ -148,14 +148,14 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
     mask = _additive(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
     padding = (mask <= _MASKED).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # a key that its own query does not see
     arguments = {**kwargs, "past_key_values": None}
-    layer = _copy(mixer, x)
+    layer = alone(mixer, x, _Eager)
     selector = next((name for name in _SELECTORS if hasattr(mixer, name)), None)
     if selector is not None:
         selected = _selected(mixer, selector, x, arguments)
         mask = _additive(selected, x)
         found = torch.ones_like(selected) if selected.dtype == torch.bool else mask
         vars(layer).update(dict.fromkeys(_SELECTORS, lambda *_, **__: found))
-    weights = type(mixer).forward(layer, x, **{**_cast(arguments, x), "attention_mask": mask})[1]
+    weights = type(mixer).forward(layer, x, **{**arguments, "attention_mask": mask})[1]
     blind = (mask <= _MASKED).all(-1, keepdim=True)  # the softmax over hidden keys alone is no attention
     return weights.masked_fill(padding | blind, 0)
 
@@ -165,7 +165,7 @@ def _selected(mixer: nn.Module, selector: str, x: Tensor, arguments: Mapping[str
 
     A selection may hang on the last digit, so it is the one that the layer makes in its own type. It has no gradient.
     """
-    layer = _copy(mixer, None)
+    layer = alone(mixer, None, _Eager)
     select, results = getattr(layer, selector), []
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
@@ -211,32 +211,6 @@ class _Eager:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
-
-
-def _copy(module: Any, x: Tensor | None) -> Any:
-    """Return the module to run by itself: its parameters as ``x`` in type and device, without hooks, eager.
-
-    Nothing of the original is changed, also not for a moment, which rules out ``torch.func.functional_call``.
-    """
-    clone = copy.copy(module)
-    state = vars(clone)
-    state.pop("forward", None)  # patched into the object, it would run the original
-    state["_modules"] = {name: child and _copy(child, x) for name, child in module._modules.items()}
-    if x is not None:
-        state.update({tensors: _cast(state[tensors], x) for tensors in ("_parameters", "_buffers")})
-    state.update({f"_{which}_hooks": {} for which in ("forward", "forward_pre", "backward", "backward_pre")})
-    if "config" in state:
-        state["config"] = _Eager(module.config)
-    return clone
-
-
-def _cast(value: Any, x: Tensor) -> Any:
-    """Return the floating-point tensors in a nested value as ``x`` in type and device, all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(x) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: _cast(part, x) for name, part in value.items()}
-    return tuple(_cast(part, x) for part in value) if isinstance(value, tuple) else value
 
 
 def _projection(named: Mapping[str, Tensor], name: str) -> Projection:
