@@ -39,11 +39,12 @@ class Product:
                 raise ValueError(
                     f"A scan coefficient has shape (B, L, H, N) with 1 where it is shared, not {tuple(factor.shape)}."
                 )
+        torch.broadcast_shapes(*(factor.shape for factor in self.factors))
 
     @property
     def shape(self) -> torch.Size:
         """(B, L, H, N) with 1 where the coefficient is shared."""
-        return torch.broadcast_shapes(*(factor.shape for factor in self.factors))
+        return torch.Size(map(max, zip(*(factor.shape for factor in self.factors))))
 
     def map(self, function: Callable[[Tensor], Tensor], axis: int) -> Product:
         """Apply ``function`` to every factor that is not shared along ``axis``."""
