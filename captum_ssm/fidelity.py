@@ -54,7 +54,7 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
     Raises:
         FidelityError: If the decomposition misses the real output by more than the tolerance.
         ModelStateError: If the layer's input or output is not finite.
-        InvalidInputError: If padding before a sequence changes the layer's output.
+        InvalidInputError: If padding before a sequence, or what is masked within it, changes the layer's output.
 
     Cost: one pass of the chain, O(L·D·(E + N)), and one more for each length of padding before a sequence.
     """
@@ -78,6 +78,7 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
             raise FidelityError(call.name, error, tolerance, _CAUSES)
         if chain.causal:
             _refuse_leaking_padding(call, chain, x, y, shown)
+            _refuse_read_gaps(call, chain, x, y, shown)
     return Decomposition(call.name, chain, x, error)
 
 
@@ -111,6 +112,22 @@ def _refuse_leaking_padding(call: MixerCall, chain: Chain, x: Tensor, y: Tensor,
                 f"real tokens, by {error:.1e} (relative): the model itself ignores the mask there, or adds a bias to "
                 "the padding. Pad on the right, or explain sequences of other lengths one by one."
             )
+
+
+def _refuse_read_gaps(call: MixerCall, chain: Chain, x: Tensor, y: Tensor, real: Tensor) -> None:
+    """Raise if what a layer gives for real tokens reads what is masked between them."""
+    gaps = (real == 0) & (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+    if not bool(gaps.any()):
+        return
+    output, core, into = chain.split()
+    v = into.apply(x, bias=True) * (~gaps).unsqueeze(-1)
+    without = real.unsqueeze(-1) * output.apply(core.apply(v, bias=True), bias=True)
+    error = relative_error(without, y)
+    if not error <= TOLERANCE[x.dtype]:
+        raise InvalidInputError(
+            f"Layer '{call.name}' ({type(call.mixer).__name__}) reads tokens that the mask leaves out between real "
+            f"ones: without them its output differs by {error:.1e} (relative). Remove these tokens from the inputs."
+        )
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:

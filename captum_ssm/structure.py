@@ -26,17 +26,18 @@ from captum_ssm.wiring import EMBEDDINGS, Stream, Wiring
 
 @dataclass(frozen=True)
 class _Examined:
-    """What was found out about a model: on how many tokens, with which modules and calls."""
+    """What was found out about a model: on how many tokens, with which modules and calls, read by which function."""
 
     length: int
     modules: list[ReferenceType[nn.Module]]
     names: list[str]
+    reader: ReferenceType[Any]
     wiring: Wiring
 
-    def holds(self, length: int, modules: list[nn.Module], names: list[str]) -> bool:
-        """Whether it holds for an input of this length, with these modules and calls."""
+    def holds(self, length: int, modules: list[nn.Module], names: list[str], reader: object) -> bool:
+        """Whether it holds for an input of this length, with these modules and calls, read by this function."""
         same = len(modules) == len(self.modules) and all(old() is new for old, new in zip(self.modules, modules))
-        return same and names == self.names and length <= self.length
+        return same and names == self.names and length <= self.length and self.reader() is reader
 
 
 _EXAMINED: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
@@ -52,7 +53,9 @@ class _Flow:
     y: Tensor
 
 
-def examine(model: nn.Module, forward: Callable[[], Tensor], length: int, calls: list[MixerCall]) -> Wiring:
+def examine(
+    model: nn.Module, forward: Callable[[], Tensor], length: int, calls: list[MixerCall], reader: Callable[..., Any]
+) -> Wiring:
     """Raise if any module besides the supported mixers mixes tokens; return how the mixers are wired.
 
     Args:
@@ -61,21 +64,30 @@ def examine(model: nn.Module, forward: Callable[[], Tensor], length: int, calls:
             examined before, with the same calls on as many tokens.
         length: L, the number of tokens of that input.
         calls: The mixers' calls on that input.
+        reader: The function that ``forward`` calls, which stays the same from call to call.
 
     Raises:
         UnsupportedModelError: If tokens are mixed elsewhere; the message names the innermost such module.
 
     Cost: one forward pass and 2 log2(L) backward passes of what is not a mixer, once for each model, and again
-    where its modules or calls changed or the input is longer than any before.
+    where its modules, its calls or the function that runs it changed or the input is longer than before.
     """
     modules, names = list(model.modules()), [call.name for call in calls]
     known = _EXAMINED.get(model)
-    if known is not None and known.holds(length, modules, names):
+    if known is not None and known.holds(length, modules, names, reader):
         return known.wiring
-    flows, wiring = _record(model, forward, length)
-    outermost = [f for f in flows if not any(_is_inside(f.name, g.name) for g in flows)]
-    for flow in outermost:
-        if not _mixes_tokens(flow, length):
+    with ExitStack() as marked:
+        flows, wiring = _record(model, forward, length, marked)
+        _refuse_mixing(flows, length)
+    if length > 1:  # a single token proves nothing
+        _EXAMINED[model] = _Examined(length, [ref(module) for module in modules], names, ref(reader), wiring)
+    return wiring
+
+
+def _refuse_mixing(flows: list[_Flow], length: int) -> None:
+    """Raise if a module mixes tokens, and name the innermost one that does."""
+    for flow in flows:
+        if any(_is_inside(flow.name, outer.name) for outer in flows) or not _mixes_tokens(flow, length):
             continue
         inner = [f for f in flows if _is_inside(f.name, flow.name) and _mixes_tokens(f, length)]
         culprit = max([flow, *inner], key=lambda f: f.name.count(".") + bool(f.name))
@@ -84,12 +96,11 @@ def examine(model: nn.Module, forward: Callable[[], Tensor], length: int, calls:
             f"explanation would silently leave it out. Supported: {supported_families()}. Register an adapter for "
             f"{type(culprit.module).__name__} with captum_ssm.register."
         )
-    if length > 1:  # a single token proves nothing
-        _EXAMINED[model] = _Examined(length, [ref(module) for module in modules], names, wiring)
-    return wiring
 
 
-def _record(model: nn.Module, forward: Callable[[], Tensor], length: int) -> tuple[list[_Flow], Wiring]:
+def _record(
+    model: nn.Module, forward: Callable[[], Tensor], length: int, marked: ExitStack
+) -> tuple[list[_Flow], Wiring]:
     """Run the model with its mixers' outputs held fixed; record all other modules, and what the mixers read.
 
     What the code between the modules does is recorded as the model's own flow: from the first sequence of vectors
@@ -100,13 +111,13 @@ def _record(model: nn.Module, forward: Callable[[], Tensor], length: int) -> tup
     entered: list[Tensor | None] = []
     seen: list[Tensor] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((a for a in (*args, *kwargs.values()) if _is_sequence(a, length)), None)
-        watched = x if x is None or x.requires_grad else x.detach().requires_grad_()
-        entered.append(watched)
-        seen.extend([] if watched is None else [watched])
-        args = tuple(watched if a is x else a for a in args)
-        return args, {key: watched if a is x else a for key, a in kwargs.items()}
+        if x is not None and not x.requires_grad:  # in place: what bypasses the module is to be followed too
+            marked.callback(x.requires_grad_, False)
+            x.requires_grad_()
+        entered.append(x)
+        seen.extend([] if x is None else [x])
 
     def leave(name: str, module: nn.Module, output: Any) -> Any:
         x, y = entered.pop(), output[0] if isinstance(output, tuple) and output else output
@@ -129,16 +140,18 @@ def _record(model: nn.Module, forward: Callable[[], Tensor], length: int) -> tup
             after = module.register_forward_hook(lambda m, args, output, name=name: leave(name, m, output))
             hooks.callback(after.remove)
         output = forward()
-    wiring = _trace(model, calls, output)
+        wiring = _trace(model, calls, seen[0] if seen else None, output)
     between = _Flow("", model, seen[0], seen[-1]) if seen and seen[-1].requires_grad else None
     return flows if between is None or any(not flow.name for flow in flows) else [*flows, between], wiring
 
 
-def _trace(model: nn.Module, calls: list[MixerCall], output: Tensor) -> Wiring:
+def _trace(model: nn.Module, calls: list[MixerCall], embeddings: Tensor | None, output: Tensor) -> Wiring:
     """Follow the graph back from every mixer's input, and from the output, to the mixers' outputs and embeddings."""
     numbers = {id(call.y): number for number, call in enumerate(calls)}
     parameters = {id(parameter) for parameter in model.parameters()}
     streams: dict[Any, Stream] = {}
+    if embeddings is not None and embeddings.grad_fn is not None:  # looked up in a parameter
+        streams[embeddings.grad_fn] = frozenset({EMBEDDINGS})
 
     def leaf(tensor: Tensor) -> Stream:
         return frozenset() if id(tensor) in parameters else frozenset({numbers.get(id(tensor), EMBEDDINGS)})
@@ -146,7 +159,7 @@ def _trace(model: nn.Module, calls: list[MixerCall], output: Tensor) -> Wiring:
     def trace(tensor: Tensor) -> Stream:
         if tensor.grad_fn is None:
             return leaf(tensor) if tensor.requires_grad else frozenset()
-        pending = [tensor.grad_fn]
+        pending = [] if tensor.grad_fn in streams else [tensor.grad_fn]
         while pending:  # a walk in depth, each node after those that it depends on
             node = pending[-1]
             before = [n for n, _ in node.next_functions if n is not None]

@@ -95,7 +95,7 @@ def _rule(block: nn.Module) -> WireRule | None:
 
 def block_name(model: nn.Module, mixer: str) -> str:
     """Return the dotted name of the innermost block around the mixer that has a wire, or ``""``."""
-    parts = mixer.partition("#")[0].split(".")
+    parts = mixer.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
     return next((name for name in names if _rule(model.get_submodule(name)) is not None), "")
 

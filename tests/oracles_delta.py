@@ -75,7 +75,7 @@ def gdn(mixer: Any, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
 
     Returns:
         ``alpha`` (B, D, L, L) of the recurrence; ``core`` (B, D, L, L), all between the projections; ``v`` (B, L, D)
-        what reaches the core; ``y`` (B, L, E), the layer's output.
+        what reaches the core; ``gate`` (B, L, D), the output gate; ``y`` (B, L, E), the layer's output.
     """
     p = {name: parameter.detach().to(x.dtype) for name, parameter in mixer.named_parameters()}
     x = x if mask is None else x * mask.to(x.dtype).unsqueeze(-1)
@@ -154,7 +154,7 @@ def _delta_layer(
     norm = (scale / (y.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(2)
     quotient = (v / pre[..., -H * P :]).nan_to_num()  # 0 / 0 at padding, where alpha is 0 whatever it is multiplied by
     core = diagonal_matrix(gate * norm) @ alpha @ diagonal_matrix(quotient) @ conv_matrix(taps[-H * P :], L)
-    return {"alpha": alpha, "core": core, "v": into[2], "y": (gate * norm * y.flatten(2)) @ out.T}
+    return {"alpha": alpha, "core": core, "v": into[2], "gate": gate, "y": (gate * norm * y.flatten(2)) @ out.T}
 
 
 def lightning(mixer: Any, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -172,4 +172,10 @@ def lightning(mixer: Any, x: Tensor, mask: Tensor | None = None) -> dict[str, Te
     norm = p["norm.weight"] / (y.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon).sqrt()
     gate = torch.sigmoid(x @ p["output_gate.weight"].T)
     core = diagonal_matrix(gate * norm) @ alpha @ diagonal_matrix((act(into) / into).nan_to_num())
-    return {"alpha": alpha, "core": core, "v": into * real, "y": (gate * norm * y) @ p["out_proj.weight"].T}
+    return {
+        "alpha": alpha,
+        "core": core,
+        "v": into * real,
+        "gate": gate,
+        "y": (gate * norm * y) @ p["out_proj.weight"].T,
+    }

@@ -17,7 +17,7 @@ from captum_ssm.attention import dense
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.fidelity import decompose, relative_error
 from captum_ssm.gates import activation, activation_name, inverse_length, secant
-from captum_ssm.operators import DeltaScan, Scan
+from captum_ssm.operators import DeltaScan, Diagonal, Scan
 from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
@@ -93,6 +93,8 @@ def check(name: str, call: MixerCall, tolerance: float = 1e-5) -> None:
     _, core, into = chain.split()
     assert relative_error(dense(core, expected["v"]), expected["core"]) <= 1e-12
     assert relative_error(into.apply(layer.x), expected["v"]) <= 1e-12
+    gate = chain.factors["gate"]
+    assert isinstance(gate, Diagonal) and relative_error(gate.s, expected["gate"]) <= 1e-12
     assert relative_error(chain.apply(layer.x, bias=True), expected["y"]) <= 1e-12
 
 

@@ -541,7 +541,6 @@ def test_a_part_of_a_score_that_is_read_at_padding_is_refused(mamba: nn.Module, 
 
 
 @every_method
-@pytest.mark.xfail(strict=True, reason="a position that is named is not compared with the mask")
 def test_a_query_at_padding_is_refused(method: Any, mamba: nn.Module, ids: Tensor, refused: Any) -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
     call = method(mamba)

@@ -50,7 +50,7 @@ TARGET = 3
 
 
 ROUNDING = {"signed": 2e-4, "token": 1e-4}
-"""Relative tolerance by method, 1e-5 for all others: what rounding in float32 becomes where terms of either sign cancel.
+"""Relative tolerance by method, 1e-5 for all others: what rounding in float32 becomes where terms cancel.
 
 On these ids float32 and float64 differ by up to 2e-5, on others by up to 2e-4; the gradients' rounding hangs on the
 alignment of memory too.
@@ -126,7 +126,9 @@ TYPES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "lfm2": ("model.layers", {"conv": ("conv", "Lfm2ShortConv"), "full_attention": ("self_attn", "Lfm2Attention")}),
     "lfm2_moe": ("model.layers", {
         "conv": ("conv", "Lfm2MoeShortConv"), "full_attention": ("self_attn", "Lfm2MoeAttention")}),
-    "lfm3": ("model.layers", {"conv": ("conv", "Lfm3ShortConv"), "full_attention": ("self_attn", "Lfm3Attention")}),
+    "lfm3": ("model.layers", {
+        "conv": ("conv", "Lfm3ShortConv"), "full_attention": ("self_attn", "Lfm3Attention"),
+        "sliding_attention": ("self_attn", "Lfm3Attention")}),
 }  # fmt: skip
 """Where the layers are, and attribute and class of the mixer of each type of layer."""
 
@@ -413,14 +415,15 @@ class Walk:
         """Return the last token's row of the product of ``rownorm(keep I + C)``, written down block by block."""
         remaining = list(zip(matrices, self.x, strict=True))
         one = torch.eye(7).expand(2, 7, 7)
-        stream = one
+        stream, branches = one, 0
         for block in self.blocks:
             taken = [remaining.pop(0) for _ in block.mixers]
             if block.shape == "parallel":
                 stream = normed(1.0, sum(C for C, _ in taken), stream, stream)
             elif block.shape == "branch":
                 (attention, x), (mamba, _) = taken
-                share = embedded_share(self.model.get_submodule(block.mixers[0]), x, self.names.index(block.mixers[0]))
+                share = embedded_share(self.model.get_submodule(block.mixers[0]), x, branches)
+                branches += 1
                 read = (1 - share) * stream + share * one
                 branch = normed(1.0, attention, stream, read)
                 stream = normed(1.0, mamba, stream, branch)
@@ -437,11 +440,17 @@ def normed(keep: float, C: Tensor, stream: Tensor, read: Tensor) -> Tensor:
 
 
 def embedded_share(attention: Any, x: Tensor, number: int) -> Tensor:
-    """Return how much of a token's values Zamba's attention reads off the embeddings, which are half its input."""
+    """Return how much of a token's values Zamba's attention reads off the embeddings, which are half its input.
+
+    The attention that is called a second time may have a second projection of low rank for that (Zamba2).
+    """
     E = x.shape[-1] // 2
     halves = (x * (torch.arange(2 * E) >= E), x * (torch.arange(2 * E) < E))
     values = [attention.v_proj(half) for half in halves]
-    assert not getattr(attention, "linear_v_adapter_list", None)
+    if hasattr(attention, "linear_v_adapter_list"):
+        low_rank = [list(attention.linear_v_adapter_list)[number](half) for half in halves]
+        assert all(value.ne(0).any() for value in low_rank)
+        values = [value + more for value, more in zip(values, low_rank, strict=True)]
     embedded, other = (value.norm(dim=-1, keepdim=True) for value in values)
     return (embedded / (embedded + other)).detach()
 
@@ -549,6 +558,28 @@ def test_left_padding_is_refused_where_a_bias_makes_it_leak_through_the_convolut
         together = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[1:, -1]
     assert relative_error(together, alone) > 1e-3
     assert_refuses_left_padding(model)
+
+
+HOLES = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("family", [*BLIND, *(f"{f} with bias" for f in LEAKS)])
+def test_a_gap_that_the_model_reads_is_refused(family: str) -> None:
+    name = family.removesuffix(" with bias")
+    model = model_of(family) if name == family else FAMILIES[name](**LEAKS[name])
+    gap = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    for method in METHODS.values():
+        with pytest.raises(InvalidInputError, match="reads tokens that the mask leaves out"):
+            method(model).attribute(IDS, TARGET, gap)
+
+
+@masked_family
+def test_what_is_masked_inside_a_sequence_has_no_score(family: str) -> None:
+    model = model_of(family)
+    for method in METHODS.values():
+        scores = method(model).attribute(IDS, TARGET, HOLES)
+        assert scores[HOLES == 0].eq(0).all()
+        assert scores[HOLES == 1].ne(0).any() and scores.isfinite().all()
 
 
 @masked_family

@@ -14,6 +14,7 @@ from captum_ssm import (
     FidelityError,
     ImplicitAttentionAttribution,
     ImplicitAttentionRollout,
+    InvalidInputError,
     LayerImplicitAttention,
     ModelStateError,
     RawImplicitAttention,
@@ -24,7 +25,7 @@ from captum_ssm import (
 from captum_ssm.attention import dense
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.fidelity import Decomposition, decompose, relative_error
-from captum_ssm.operators import Chain, Diagonal, Scan
+from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
@@ -61,6 +62,18 @@ def errors(model: nn.Module, ids: Tensor, mask: Tensor | None = None, tolerance:
 @every_mask
 def test_the_chain_reproduces_the_layers_output(family: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
     assert max(errors(family, ids, mask)) <= 1e-5
+
+
+@pytest.mark.parametrize("mask", [mask for mask in MASKS.values() if mask is not None], ids=[*MASKS][1:])
+def test_the_chain_reproduces_the_layers_output_at_the_real_tokens(
+    family: nn.Module, ids: Tensor, mask: Tensor
+) -> None:
+    for call in record(family, ids, mask):
+        layer = decompose(call, 1e-5, mask)
+        assert layer.error <= 1e-5
+        real = mask.bool()
+        difference = (layer.chain.apply(layer.x, bias=True) - call.y).detach()[real].abs().max()
+        assert abs(layer.error - float(difference / call.y.detach()[real].abs().max())) <= 1e-8
 
 
 @every_mask
@@ -292,6 +305,84 @@ def test_a_changed_layer_is_refused_when_it_alone_is_asked_for(
     with unchanged(mamba, ids), pytest.raises(FidelityError, match=PATCHED):
         LayerImplicitAttention(mamba, PATCHED).attribute(ids)
     assert LayerImplicitAttention(mamba, 1).attribute(ids).shape == (2, 7, 7)  # the other layer is as it was
+
+
+def test_what_a_layer_gives_at_padding_is_not_compared(mamba: nn.Module, ids: Tensor) -> None:
+    mamba.get_submodule(PATCHED).register_forward_hook(lambda m, args, y: y + (1 - RIGHT).unsqueeze(-1))
+    call = record(mamba, ids, RIGHT)[0]
+    assert decompose(call, 1e-5, RIGHT).error <= 1e-5
+    for real in (None, torch.ones_like(RIGHT), RIGHT.roll(1, 1)):
+        with pytest.raises(FidelityError, match=PATCHED):
+            decompose(call, 1e-5, real)
+    method = ImplicitAttentionAttribution(mamba)
+    scores = method.attribute(ids, target=1, additional_forward_args=RIGHT)
+    assert scores[RIGHT == 0].eq(0).all() and max(method.fidelity.values()) <= 1e-5
+
+
+@pytest.mark.parametrize("mask", [LEFT, LEFT.flip(0), HOLES, HOLES.flip(0), LEFT.roll(1, 1), RIGHT])
+def test_padding_on_the_left_that_changes_a_layer_is_refused_by_name(mask: Tensor, ids: Tensor) -> None:
+    """The bias of the projection enters the convolution at padding too, so what follows it is another output."""
+    call = record(tiny_mamba(use_bias=True), ids, mask)[0]
+    decompose(call, 1e-5)  # the decomposition itself is exact
+    leaks = bool((mask[:, 0] == 0).any())
+    if leaks:
+        with pytest.raises(
+            InvalidInputError, match=rf"Padding on the left .* '{PATCHED}' \(MambaMixer\) .* by \d"
+        ) as e:
+            decompose(call, 1e-5, mask)
+        assert "Pad on the right" in str(e.value) and "one by one" in str(e.value)
+    elif mask is RIGHT:
+        assert decompose(call, 1e-5, mask).error <= 1e-5
+    else:
+        with pytest.raises(
+            InvalidInputError, match=rf"'{PATCHED}' \(MambaMixer\) reads tokens that the mask leaves out"
+        ):
+            decompose(call, 1e-5, mask)
+
+
+def test_padding_that_is_masked_out_may_be_anywhere() -> None:
+    """Also where the layer gives something at padding: its bias, and what its convolution carries there."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.taps = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.out(oracles.conv(x * mask.unsqueeze(-1), self.taps))
+
+    @register("Masked")
+    def masked(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+        out, mask = Projection(mixer.out.weight, mixer.out.bias), Diagonal(kwargs["mask"].to(x).unsqueeze(-1))
+        return Chain({"out": out, "conv": CausalConv(mixer.taps), "mask": mask})
+
+    try:
+        mixer, x = Masked().eval(), torch.randn(2, 7, 6)
+        for mask in (LEFT, RIGHT, HOLES, HOLES.flip(1)):
+            call = MixerCall("layer", mixer, x, mixer(x, mask).detach(), {"mask": mask})
+            assert call.y[mask == 0].abs().max() > 0.1
+            assert decompose(call, 1e-5, mask).error <= 1e-5
+    finally:
+        unregister("Masked")
+
+
+def test_padding_on_the_right_changes_no_layer(ids: Tensor) -> None:
+    for call in record(tiny_mamba(use_bias=True), ids, RIGHT):
+        assert decompose(call, 1e-5, RIGHT).error <= 1e-5
+
+
+def test_only_the_layers_that_are_shown_are_checked(mamba: nn.Module, ids: Tensor) -> None:
+    """Layers are decomposed as they are needed, the last ones first."""
+    method = RawImplicitAttention(mamba)
+    method.attribute(ids, target=1)
+    assert list(method.fidelity) == ["backbone.layers.1.mixer"]
+    last = LayerImplicitAttention(mamba, 1).attribute(ids)[:, -1]
+    hook_output(mamba.get_submodule(PATCHED))
+    shifted = method.attribute(ids, target=1)
+    assert shifted.shape == last.shape and list(method.fidelity) == ["backbone.layers.1.mixer"]
+    assert relative_error(shifted, LayerImplicitAttention(mamba, 1).attribute(ids)[:, -1]) <= 1e-6
+    with pytest.raises(FidelityError, match=PATCHED):
+        RawImplicitAttention(mamba, layers=2).attribute(ids, target=1)
 
 
 def test_a_hook_that_changes_the_input_is_no_error(mamba: nn.Module, ids: Tensor) -> None:

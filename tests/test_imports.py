@@ -15,7 +15,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8"
 MODEL_LIBRARIES = {"transformers", "mamba_ssm", "fla", "causal_conv1d"}
 OPERATORS = sorted(path for path in SOURCES if path.startswith("operators/"))
 CORE = ["_captum.py", "registry.py", "gates.py", "errors.py", "capture.py", "fidelity.py", "attention.py",
-        "aggregate.py", "readout.py", "structure.py", "wiring.py", *OPERATORS]  # fmt: skip
+        "aggregate.py", "readout.py", "structure.py", "wiring.py", "rerun.py", "kernels.py", *OPERATORS]  # fmt: skip
 
 
 def imports(source: str, path: str) -> Iterator[str]:
@@ -105,7 +105,9 @@ def test_operators_import_each_other_alone(path: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("adapters/")])
 def test_adapters_import_operators_and_the_registries_alone(path: str) -> None:
-    allowed = [f"captum_ssm.{name}" for name in ("operators", "registry", "wiring", "gates", "errors", "adapters")]
+    allowed = [
+        f"captum_ssm.{name}" for name in ("operators", "registry", "wiring", "gates", "rerun", "errors", "adapters")
+    ]
     names = within(imported(path), "captum_ssm")
     assert names and names == within(names, *allowed)
 

@@ -30,9 +30,6 @@ from captum_ssm.operators import (
 from captum_ssm.operators import scan as scans
 
 SEEDS = range(20)
-SHARED_STATES = pytest.mark.xfail(
-    strict=True, reason="DeltaScan sums over one state where two weights share all of several and the decay does too"
-)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = [torch.float64, torch.float32]
 
@@ -702,10 +699,10 @@ def test_what_a_delta_scan_erases_counts(seed: int) -> None:
     "shared",
     [
         "b", "c", "recall", "erase", "a and b", "a and c", "b and c", "recall and b", "b and recall and erase",
-        pytest.param("a and recall and erase", marks=SHARED_STATES),
-        pytest.param("a and b and c", marks=SHARED_STATES),
-        pytest.param("a and c and erase", marks=SHARED_STATES),
-        pytest.param("a and recall and b", marks=SHARED_STATES),
+        "a and recall and erase",
+        "a and b and c",
+        "a and c and erase",
+        "a and recall and b",
     ],
 )  # fmt: skip
 def test_weights_of_a_delta_scan_may_be_shared_by_all_states(P: int, shared: str) -> None:

@@ -183,7 +183,8 @@ def forgotten_argument(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chai
 
 def detached(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     chain = factors(layer, x.detach())
-    return Chain({k: dataclasses.replace(v, **{n: t.detach() for n, t in vars(v).items()}) for k, v in chain.items()})
+    kept = {k: {n: t.detach() for n, t in vars(v).items() if t is not None} for k, v in chain.items()}
+    return Chain({k: dataclasses.replace(v, **kept[k]) for k, v in chain.items()})
 
 
 def detached_input(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
@@ -235,7 +236,6 @@ WRONG: dict[str, tuple[Adapter, type[Exception], str]] = {
     "batch": (mixes_examples, AssertionError, r"decomposed alone differs from the same in a batch by \d"),
     "adjoint": (wrong_adjoint, AssertionError, r"adjoint is not its transpose; they differ by \d"),
     "channels": (wrong_channels, AssertionError, "core"),
-    "no mixing": (no_mixing, ValueError, "No factor of .* mixes tokens"),
 }
 
 
@@ -244,6 +244,11 @@ def test_a_wrong_adapter_is_told_what_is_wrong(
     adapter: Adapter, error: type[Exception], message: str, layer: nn.Module, x: Tensor
 ) -> None:
     with registered(adapter), pytest.raises(error, match=message):
+        check_adapter(layer, x)
+
+
+def test_an_adapter_without_anything_that_mixes_tokens_is_told_so(layer: nn.Module, x: Tensor) -> None:
+    with registered(no_mixing), pytest.raises(ValueError, match=r"No factor of .* mixes tokens"):
         check_adapter(layer, x)
 
 

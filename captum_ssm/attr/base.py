@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -262,10 +263,12 @@ class ImplicitAttentionMethod(GradientAttribution):
         args = tuple(map(free_of_inference_mode, format_additional_forward_args(additional_forward_args) or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._run(inputs, target, args, advance)
-            wiring = examine(model, lambda: scores(self.forward_func, inputs, *args), inputs.shape[1], calls)
+            run = partial(scores, self.forward_func, inputs, *args)
+            wiring = examine(model, run, inputs.shape[1], calls, self.forward_func)
             real = real_tokens(self.forward_func, inputs, args, calls)
             with torch.no_grad():
-                positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1], real)
+                positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
+                refuse_padding(positions, real)
                 positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
                 self.fidelity = {}
                 terms: set[str] = set()
@@ -462,7 +465,7 @@ def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     return F.one_hot(position, shape[1]).to(torch.float32)
 
 
-def _positions(gradient: Tensor | None, real: Tensor) -> Tensor:
+def _positions(gradient: Tensor | None) -> Tensor:
     """Return the explained positions (B, L): the length of the gradient at each token, summing to 1."""
     if gradient is None:
         raise ValueError("The last layer was recorded without a gradient.")
@@ -473,12 +476,21 @@ def _positions(gradient: Tensor | None, real: Tensor) -> Tensor:
             "The gradient of the explained score at the last layer is zero, NaN or infinite, so no position can be "
             "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
         )
-    if bool((length * (1 - real)).any()):
-        raise InvalidInputError(
-            "The explained score is read at padding. A transformers classifier that is given embeddings reads the "
-            "last position, whatever the mask says: pad on the left, pass token ids, or explain sequences one by one."
-        )
     return length / total
+
+
+def refuse_padding(positions: Tensor, real: Tensor) -> None:
+    """Raise if a position that is explained is padding.
+
+    Raises:
+        InvalidInputError: With what leads to that.
+    """
+    if bool((positions * (1 - real)).any()):
+        raise InvalidInputError(
+            "The explained score is read at padding, or `query` names padding. A transformers classifier that is given "
+            "embeddings reads the last position, whatever the mask says: pad on the left, pass token ids, or explain "
+            "sequences one by one."
+        )
 
 
 @contextmanager
