@@ -10,7 +10,7 @@ import captum.metrics
 import pytest
 import torch
 from captum.attr import Attribution, GradientAttribution, NoiseTunnel
-from conftest import build
+from conftest import SEVERAL, build
 from families import VOCABULARY
 from torch import Tensor, nn
 
@@ -21,6 +21,12 @@ from captum_ssm import (
     LayerImplicitAttention,
     RawImplicitAttention,
 )
+
+
+@pytest.fixture(params=SEVERAL)
+def family(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param)
+
 
 METHODS: dict[str, Callable[..., Any]] = {
     "channel": ImplicitAttentionAttribution,

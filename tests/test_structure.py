@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SEVERAL, build
 from families import COMMON, VOCABULARY
 from torch import Tensor, nn
 from transformers import MambaConfig
@@ -15,6 +16,12 @@ from captum_ssm import ImplicitAttentionAttribution, UnsupportedModelError
 from captum_ssm.capture import record_mixers
 from captum_ssm.structure import examine
 from captum_ssm.wiring import Wiring
+
+
+@pytest.fixture(params=SEVERAL)
+def family(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param)
+
 
 CONFIG = MambaConfig(**COMMON, state_size=2, num_hidden_layers=2, time_step_rank=2)
 
