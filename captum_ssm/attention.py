@@ -45,18 +45,18 @@ class ExplicitAttention:
     """A token matrix whose entries are at hand.
 
     Args:
-        matrix: (B, L, L); row i is the query, column j the key.
+        matrix: (..., B, L, L); row i is the query, column j the key.
     """
 
     matrix: Tensor
 
     def apply(self, s: Tensor) -> Tensor:
         """Return ``C s``. Cost: O(L²)."""
-        return torch.einsum("bij,bj->bi", self.matrix, s)
+        return torch.einsum("...ij,...j->...i", self.matrix, s)
 
     def adjoint(self, r: Tensor) -> Tensor:
         """Return ``C^T r``. Cost: O(L²)."""
-        return torch.einsum("bij,bi->bj", self.matrix, r)
+        return torch.einsum("...ij,...i->...j", self.matrix, r)
 
     def dense(self) -> Tensor:
         """Return the entries."""
@@ -123,7 +123,7 @@ class ImplicitAttention:
     Args:
         core: Channelwise operator, ``A^d`` for each channel d. If it mixes channels, ``A^d_ij v_jd`` stands for
             channel d of what token j adds to token i.
-        u: Output-side weights (B, L, D).
+        u: Output-side weights (..., B, L, D): dimensions in front of B are further matrices of the same core.
         v: Input-side weights (B, L, D), or (B, L, input channels) of a core that mixes channels.
     """
 
@@ -146,16 +146,18 @@ class ImplicitAttention:
             entrywise: f, applied to every channel's entries before the sum; None is the identity.
 
         Returns:
-            (B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
+            (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
         """
-        B, L, _ = self.u.shape
-        fused = self.u.new_zeros(B, L, L)
-        for tokens, channels in _blocks(self.u, whole=self.core.mixes_channels):
+        *several, B, L, D = self.u.shape
+        weights = self.u.reshape(-1, B, L, D)
+        fused = self.u.new_zeros(len(weights), B, L, L)
+        for tokens, channels in _blocks(weights[0], whole=self.core.mixes_channels):
             rows, columns = _columns(self.core, self.v, tokens, channels)
-            entries = columns.mul_(self.u[:, rows, channels])
-            entries = entries if entrywise is None else entrywise(entries)
-            fused[:, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
-        return fused
+            for matrix, u in zip(fused, weights):
+                entries = columns * u[:, rows, channels]
+                entries = entries if entrywise is None else entrywise(entries)
+                matrix[:, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
+        return fused.reshape(*several, B, L, L)
 
     def lengths(self, output: Chain) -> Tensor:
         """Return the length of what each token contributes to each other, ``|output(A_ij v_j)|``.

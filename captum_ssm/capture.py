@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import ModelStateError
-from captum_ssm.registry import find_mixers
+from captum_ssm.registry import find_adapter, find_mixers
 from captum_ssm.wiring import block_name
 
 
@@ -50,7 +50,7 @@ class MixerCall:
 
 @contextmanager
 def record_mixers(
-    model: nn.Module, *, hold: bool = False, seen: Callable[[], object] = lambda: None
+    model: nn.Module, *, hold: bool = False, rewrite: bool = False, seen: Callable[[], object] = lambda: None
 ) -> Iterator[list[MixerCall]]:
     """Record every call of every supported token mixer while the context is open.
 
@@ -60,6 +60,8 @@ def record_mixers(
     Args:
         model: The model to watch. Its hooks are removed when the context is left, whatever happens.
         hold: Run all mixers without a graph: what follows a mixer sees its output as a constant.
+        rewrite: Run all mixers without a graph, and give their outputs the graph of their decomposition: the same
+            gradients, where transformers' own may take far longer.
         seen: Called after each call, for a progress bar.
 
     Yields:
@@ -93,12 +95,14 @@ def record_mixers(
                 "tokens that are not among the inputs. Pass the whole sequence, without a cache."
             )
         modes.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(modes[-1] and not hold and len(calls) > 0)
+        torch.set_grad_enabled(modes[-1] and not (hold or rewrite) and len(calls) > 0)
 
     def leave(mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         torch.set_grad_enabled(modes.pop())
         x, rest = _arguments(mixer, args, kwargs)
         y = output if isinstance(output, Tensor) else output[0]
+        if rewrite and len(calls) > 0:
+            y = _rewritten(mixer, x, rest, y)
         y = y if y.requires_grad else y.detach().requires_grad_()
         name = name_of(mixer)
         calls.append(MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name))))
@@ -116,6 +120,15 @@ def record_mixers(
 
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
         yield calls
+
+
+def _rewritten(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+    """Return the output ``y`` with the graph of the mixer's decomposition at ``x``."""
+    adapter = find_adapter(mixer)
+    assert adapter is not None
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    chained = adapter(mixer, wide, kwargs).apply(wide, bias=True).to(y.dtype)
+    return y + (chained - chained.detach())
 
 
 def _arguments(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -364,7 +364,7 @@ def test_a_model_without_supported_layers_is_refused(run: Any, checkpoint: Path,
     folder = tmp_path / "gpt2"
     PreTrainedTokenizerFast.from_pretrained(checkpoint).save_pretrained(folder)
     GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16)).save_pretrained(folder)
-    assert_refused(run("a film", "--model", folder), "GPT2Attention", "Supported: .*MambaMixer", "register")
+    assert_refused(run("a film", "--model", folder), "GPT2Attention", "Supported: .*mamba", "register")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(run: Any, checkpoint: Path) -> None:

@@ -98,6 +98,8 @@ def view(
         wire: Likewise.
     """
     output, core, into = _cut(layer.chain, attention)
+    if attention == "scan" and "skip" in core.terms:
+        core = core.without("skip")
     core = core.without(*(term for term in without if term in core.terms))
     real = real.to(layer.x).unsqueeze(-1)
     v = into.apply(layer.x, bias="bias" not in without) * real
@@ -112,8 +114,7 @@ def view(
 
 def _cut(chain: Chain, attention: Attention) -> tuple[Chain, Chain, Chain]:
     """Return output side, core and input side of a layer."""
-    output, core, into = chain.split(chain.mixers[0] if attention == "scan" else None)
-    return output, core.without("skip") if attention == "scan" and "skip" in core.terms else core, into
+    return chain.split(chain.mixers[0] if attention == "scan" else None)
 
 
 class ImplicitAttentionMethod(GradientAttribution):
@@ -194,6 +195,8 @@ class ImplicitAttentionMethod(GradientAttribution):
         additional_forward_args: Any = None,
         *,
         query: int | Tensor | None = None,
+        contrast: Target = None,
+        internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Any:
         """Return one score for each token.
@@ -206,6 +209,9 @@ class ImplicitAttentionMethod(GradientAttribution):
                 (B, L), 0 at padding.
             query: The explained positions: a position, a position for each example (B,), or weights (B, L).
                 None reads them off the target: where the score depends on the last layer's output.
+            contrast: Explain why the target and not this one, in any form of a target: the score is the target's less
+                the contrast's.
+            internal_batch_size: Explain so many examples at a time; all at once by default.
             show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
@@ -222,7 +228,19 @@ class ImplicitAttentionMethod(GradientAttribution):
         """
         with torch.inference_mode(False):
             tokens = single_tensor(inputs)
-            per_token = self._attribute(tokens, target, additional_forward_args, query, show_progress)
+            args = format_additional_forward_args(additional_forward_args)
+            count = len(tokens) if tokens.dim() else 0
+            size = max(count, 1) if internal_batch_size is None else internal_batch_size
+            if size < 1:
+                raise InvalidInputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
+            parts = []
+            for start in range(0, max(count, 1), size):
+                some = partial(select_examples, count=count, rows=slice(start, start + size))
+                batch = tokens if size >= count else tokens[start : start + size]
+                parts.append(
+                    self._attribute(batch, some(target), some(contrast), some(args), some(query), show_progress)
+                )
+            per_token = torch.cat(parts)
         if tokens.is_floating_point():
             width = tokens.shape[-1]
             per_token = (per_token / width).to(tokens.dtype).unsqueeze(-1).repeat(1, 1, width)
@@ -254,45 +272,78 @@ class ImplicitAttentionMethod(GradientAttribution):
         return rollout(rolled, wiring, query)
 
     def _attribute(
-        self, inputs: Tensor, target: Target, additional_forward_args: Any, query: int | Tensor | None, progress: bool
+        self,
+        inputs: Tensor,
+        target: Target,
+        contrast: Target,
+        additional_forward_args: tuple[Any, ...] | None,
+        query: int | Tensor | None,
+        progress: bool,
     ) -> Tensor:
         model = self.model
         refuse_bad_state(model)
         refuse_bad_inputs(model, inputs)
-        target = free_of_inference_mode(target)
-        args = tuple(map(free_of_inference_mode, format_additional_forward_args(additional_forward_args) or ()))
+        target, contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
+        args = tuple(map(free_of_inference_mode, additional_forward_args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
-            calls, gradients = self._run(inputs, target, args, advance)
+            calls, gradients = self._run(inputs, target, contrast, args, advance)
             run = partial(scores, self.forward_func, inputs, *args)
             wiring = examine(model, run, inputs.shape[1], calls, self.forward_func)
             real = real_tokens(self.forward_func, inputs, args, calls)
             with torch.no_grad():
-                positions = as_weights(query, inputs) if query is not None else _positions(gradients[-1])
+                positions = as_weights(query, calls[-1].y) if query is not None else _positions(gradients[-1])
                 refuse_padding(positions, real)
-                positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
-                self.fidelity = {}
-                terms: set[str] = set()
+                return self._explain(calls, gradients, wiring, real, positions, advance)
 
-                def layer(number: int) -> LayerView:
-                    call = calls[number]
-                    decomposed = decompose(call, self.tolerance, real)
-                    self.fidelity[call.name] = decomposed.error
-                    terms.update(known_terms(decomposed, self.attention))
-                    advance()
-                    wire = find_wire(model, call.name, call.mixer, call.state)
-                    return view(decomposed, self.attention, self.without, real, gradients[number], wire)
+    def _explain(
+        self,
+        calls: list[MixerCall],
+        gradients: Sequence[Tensor | None],
+        wiring: Wiring,
+        real: Tensor,
+        positions: Tensor,
+        advance: Callable[[], object] = lambda: None,
+    ) -> Tensor:
+        """Decompose the calls and return the scores.
 
-                result = self._aggregate(layer, wiring, positions)
-                refuse_unknown_terms(terms, self.attention, self.without)
-                return result
+        Args:
+            calls: The mixers' calls.
+            gradients: Of the explained score at each call's output, (..., B, L, E), or None.
+            wiring: What the calls read.
+            real: 1 at real tokens and 0 at padding, (B, L).
+            positions: Weights of the explained positions (..., B, L).
+            advance: Called for each layer.
+
+        Returns:
+            (..., B, L): dimensions in front of B are those of the gradients and positions.
+        """
+        self.fidelity = {}
+        terms: set[str] = set()
+
+        def layer(number: int) -> LayerView:
+            call = calls[number]
+            decomposed = decompose(call, self.tolerance, real)
+            self.fidelity[call.name] = decomposed.error
+            terms.update(known_terms(decomposed, self.attention))
+            advance()
+            wire = find_wire(self.model, call.name, call.mixer, call.state)
+            return view(decomposed, self.attention, self.without, real, gradients[number], wire)
+
+        positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
+        result = self._aggregate(layer, wiring, positions)
+        refuse_unknown_terms(terms, self.attention, self.without)
+        return result
 
     def _run(
-        self, inputs: Tensor, target: Target, args: tuple[Any, ...], advance: Callable[[], object]
+        self, inputs: Tensor, target: Target, contrast: Target, args: tuple[Any, ...], advance: Callable[[], object]
     ) -> tuple[list[MixerCall], list[Tensor | None]]:
         """Run the model forward and back; return the mixers' calls, free of the graph, and their gradients."""
         hold = self.gradient_at == "last layer"
         with torch.enable_grad(), record_mixers(self.model, hold=hold, seen=advance) as calls:
-            score = self._select(scores(self.forward_func, inputs, *args), target)
+            output = scores(self.forward_func, inputs, *args)
+            score = self._select(output, target)
+            if contrast is not None:
+                score = score - self._select(output, contrast)
             gradients = self._gradients(score, calls)
         return [call.detach() for call in calls], gradients
 
@@ -365,6 +416,16 @@ def single_tensor(inputs: Any) -> Tensor:
 def free_of_inference_mode(value: Any) -> Any:
     """Return a copy of a tensor that was made in inference mode, which autograd refuses; all else as it is."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def select_examples(value: Any, count: int, rows: slice) -> Any:
+    """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one."""
+    if rows.start == 0 and rows.stop >= count:
+        return value
+    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        return tuple(select_examples(part, count, rows) for part in value)
+    each = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[rows] if each and len(value) == count else value
 
 
 def refuse_bad_state(model: nn.Module) -> None:
