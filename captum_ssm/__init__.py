@@ -6,6 +6,8 @@ from captum_ssm.attr import (
     ImplicitAttentionAttribution,
     ImplicitAttentionRollout,
     LayerImplicitAttention,
+    LayerImplicitAttentionAttribution,
+    LLMImplicitAttention,
     RawImplicitAttention,
 )
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
@@ -20,7 +22,9 @@ __all__ = [
     "ImplicitAttentionAttribution",
     "ImplicitAttentionRollout",
     "InvalidInputError",
+    "LLMImplicitAttention",
     "LayerImplicitAttention",
+    "LayerImplicitAttentionAttribution",
     "ModelStateError",
     "RawImplicitAttention",
     "UnsupportedModelError",

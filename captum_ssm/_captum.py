@@ -12,13 +12,15 @@ from captum._utils.common import (
 from captum._utils.common import _format_output as format_output
 from captum._utils.common import _is_tuple as is_tuple
 from captum._utils.common import _select_targets
-from captum.attr import GradientAttribution, LayerAttribution
+from captum.attr import GradientAttribution, LayerAttribution, LayerGradientXActivation, LLMAttributionResult
 from captum.log import log_usage as _log_usage
 from torch import Tensor
 
 __all__ = [
     "GradientAttribution",
+    "LLMAttributionResult",
     "LayerAttribution",
+    "LayerGradientXActivation",
     "format_additional_forward_args",
     "format_output",
     "is_tuple",

@@ -39,16 +39,17 @@ def rollout(layer: Callable[[int], RolledLayer], wiring: Wiring, query: Tensor) 
     Args:
         layer: The layer of a call's number; asked for once for each junction that it takes part in, last ones first.
         wiring: What the layers read.
-        query: Weights of the explained positions, (B, L).
+        query: Weights of the explained positions, (..., B, L); dimensions in front of B are further queries.
 
     Returns:
-        Scores (B, L), without any product of two (L, L) matrices. Cost: two products a layer.
+        Scores (..., B, L), without any product of two (L, L) matrices. Cost: two products a layer.
 
     Source:
         Abnar & Zuidema 2020 (arXiv 2005.00928), section 3; for recurrent layers equation 15 of Ali, Zimerman
         & Wolf 2024 (arXiv 2403.01590).
     """
     embeddings = frozenset({EMBEDDINGS})
+    one = query.new_ones(query.shape[-2:])  # row sums are shared by several queries of the same sequences
     relevance: dict[Stream, Tensor] = {wiring.output: query}
 
     def add(stream: Stream, share: Tensor) -> None:
@@ -58,7 +59,7 @@ def rollout(layer: Callable[[int], RolledLayer], wiring: Wiring, query: Tensor) 
         if junction.stream not in relevance:
             continue
         layers = [layer(number) for number in junction.mixers]
-        rows = torch.stack([rolled.matrix.apply(torch.ones_like(query)) for rolled in layers]).sum(0)
+        rows = torch.stack([rolled.matrix.apply(one) for rolled in layers]).sum(0)
         keep = layers[0].keep if junction.base is not None else torch.zeros_like(query)
         whole = keep + rows.abs()
         share = torch.where(whole > 0, relevance.pop(junction.stream) / whole, 0)

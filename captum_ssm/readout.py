@@ -61,14 +61,20 @@ def _scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Ten
             "For more, wrap it: ImplicitAttentionAttribution(lambda ids, *args: ..., model=model)."
         )
     mask = _attention_mask(inputs, args[0]) if args and args[0] is not None else None
-    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-    output = forward_func(**{name: inputs}, attention_mask=mask, use_cache=False)
-    logits = output.logits if hasattr(output, "logits") else output[0]
+    logits = language_logits(forward_func, inputs, mask)
     if logits.dim() == 2:
         return logits
     positions = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     last = positions[:, -1] if mask is None else (positions * mask.bool()).amax(1)
     return logits[torch.arange(len(logits), device=logits.device), last]
+
+
+def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run a transformers model without a cache and return its logits, (B, L, V) or (B, classes)."""
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    output = model(**{name: inputs}, attention_mask=mask, use_cache=False)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
 
 
 def _attention_mask(inputs: Tensor, mask: Any) -> Tensor:

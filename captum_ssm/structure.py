@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -26,18 +26,18 @@ from captum_ssm.wiring import EMBEDDINGS, Stream, Wiring
 
 @dataclass(frozen=True)
 class _Examined:
-    """What was found out about a model: on how many tokens, with which modules and calls, read by which function."""
+    """What was found out about a model: on how many tokens, with which modules and calls."""
 
     length: int
     modules: list[ReferenceType[nn.Module]]
     names: list[str]
-    reader: ReferenceType[Any]
-    wiring: Wiring
+    wirings: WeakKeyDictionary[Any, Wiring] = field(default_factory=WeakKeyDictionary)
+    """By the function that runs the model: it decides what the output is read from."""
 
-    def holds(self, length: int, modules: list[nn.Module], names: list[str], reader: object) -> bool:
-        """Whether it holds for an input of this length, with these modules and calls, read by this function."""
+    def holds(self, length: int, modules: list[nn.Module], names: list[str]) -> bool:
+        """Whether it holds for an input of this length, with these modules and calls."""
         same = len(modules) == len(self.modules) and all(old() is new for old, new in zip(self.modules, modules))
-        return same and names == self.names and length <= self.length and self.reader() is reader
+        return same and names == self.names and length <= 2 * self.length
 
 
 _EXAMINED: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
@@ -54,15 +54,14 @@ class _Flow:
 
 
 def examine(
-    model: nn.Module, forward: Callable[[], Tensor], length: int, calls: list[MixerCall], reader: Callable[..., Any]
+    model: nn.Module, forward: Callable[[], Tensor], calls: list[MixerCall], reader: Callable[..., Any]
 ) -> Wiring:
     """Raise if any module besides the supported mixers mixes tokens; return how the mixers are wired.
 
     Args:
         model: The model that holds the mixers.
         forward: Runs the model once on the input at hand and returns what is explained. Not called if the model was
-            examined before, with the same calls on as many tokens.
-        length: L, the number of tokens of that input.
+            examined before, with the same calls on at least half as many tokens.
         calls: The mixers' calls on that input.
         reader: The function that ``forward`` calls, which stays the same from call to call.
 
@@ -70,17 +69,22 @@ def examine(
         UnsupportedModelError: If tokens are mixed elsewhere; the message names the innermost such module.
 
     Cost: one forward pass and 2 log2(L) backward passes of what is not a mixer, once for each model, and again
-    where its modules, its calls or the function that runs it changed or the input is longer than before.
+    where its modules or calls changed or the input is more than twice as long; one forward pass for each function.
     """
+    length = calls[-1].x.shape[1]
     modules, names = list(model.modules()), [call.name for call in calls]
     known = _EXAMINED.get(model)
-    if known is not None and known.holds(length, modules, names, reader):
-        return known.wiring
+    if known is not None and not known.holds(length, modules, names):
+        known = None
+    if known is not None and reader in known.wirings:
+        return known.wirings[reader]
     with ExitStack() as marked:
         flows, wiring = _record(model, forward, length, marked)
-        _refuse_mixing(flows, length)
+        if known is None:
+            _refuse_mixing(flows, length)
     if length > 1:  # a single token proves nothing
-        _EXAMINED[model] = _Examined(length, [ref(module) for module in modules], names, ref(reader), wiring)
+        known = _EXAMINED[model] = known or _Examined(length, [ref(module) for module in modules], names)
+        known.wirings[reader] = wiring
     return wiring
 
 

@@ -30,7 +30,7 @@ def examined(model: nn.Module, forward: Callable[[], Tensor], length: int) -> Wi
     """Examine a model as a method does: with the calls that a run of it recorded."""
     with torch.no_grad(), record_mixers(model) as calls:
         forward()
-    return examine(model, forward, length, calls, model)
+    return examine(model, forward, calls, model)
 
 
 class Block(nn.Module):

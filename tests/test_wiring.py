@@ -266,7 +266,7 @@ def record(model: nn.Module, inputs: Tensor) -> list[MixerCall]:
 
 
 def measure(model: nn.Module, inputs: Tensor) -> Wiring:
-    return examine(model, lambda: model(inputs), inputs.shape[1], record(model, inputs), model)
+    return examine(model, lambda: model(inputs), record(model, inputs), model)
 
 
 # --- Junctions ----------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_a_forward_function_may_embed_by_itself(ids: Tensor) -> None:
 
     with torch.no_grad(), record_mixers(model) as calls:
         forward()
-    found = examine(model, forward, ids.shape[1], calls, model)
+    found = examine(model, forward, calls, model)
     assert (list(found.reads), found.output) == SEQUENTIAL[:2]
 
 
@@ -389,7 +389,7 @@ def test_a_residual_path_outside_of_all_modules_is_seen(frozen: bool, ids: Tenso
 
     with torch.no_grad(), record_mixers(model) as calls:
         forward()
-    found = examine(model, forward, ids.shape[1], calls, model)
+    found = examine(model, forward, calls, model)
     assert (list(found.reads), found.output) == SEQUENTIAL[:2]
 
 

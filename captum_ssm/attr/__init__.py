@@ -1,6 +1,8 @@
 """The attribution methods, as Captum ``Attribution`` classes; one file each."""
 
 from captum_ssm.attr.attribution import ImplicitAttentionAttribution
+from captum_ssm.attr.embeddings import LayerImplicitAttentionAttribution
+from captum_ssm.attr.generation import LLMImplicitAttention
 from captum_ssm.attr.layer import LayerImplicitAttention
 from captum_ssm.attr.raw import RawImplicitAttention
 from captum_ssm.attr.rollout import ImplicitAttentionRollout
@@ -8,6 +10,8 @@ from captum_ssm.attr.rollout import ImplicitAttentionRollout
 __all__ = [
     "ImplicitAttentionAttribution",
     "ImplicitAttentionRollout",
+    "LLMImplicitAttention",
     "LayerImplicitAttention",
+    "LayerImplicitAttentionAttribution",
     "RawImplicitAttention",
 ]

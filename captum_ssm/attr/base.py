@@ -237,6 +237,7 @@ class ImplicitAttentionMethod(GradientAttribution):
             for start in range(0, max(count, 1), size):
                 some = partial(select_examples, count=count, rows=slice(start, start + size))
                 batch = tokens if size >= count else tokens[start : start + size]
+                refuse_bad_inputs(self.model, batch)
                 parts.append(
                     self._attribute(batch, some(target), some(contrast), some(args), some(query), show_progress)
                 )
@@ -282,37 +283,41 @@ class ImplicitAttentionMethod(GradientAttribution):
     ) -> Tensor:
         model = self.model
         refuse_bad_state(model)
-        refuse_bad_inputs(model, inputs)
         target, contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
         args = tuple(map(free_of_inference_mode, additional_forward_args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._run(inputs, target, contrast, args, advance)
             run = partial(scores, self.forward_func, inputs, *args)
-            wiring = examine(model, run, inputs.shape[1], calls, self.forward_func)
-            real = real_tokens(self.forward_func, inputs, args, calls)
+            wiring = examine(model, run, calls, self.forward_func)
+            real = real_tokens(self.forward_func, args, calls)
             with torch.no_grad():
                 positions = as_weights(query, calls[-1].y) if query is not None else _positions(gradients[-1])
                 refuse_padding(positions, real)
-                return self._explain(calls, gradients, wiring, real, positions, advance)
+
+                def layer(number: int) -> Decomposition:
+                    advance()
+                    return decompose(calls[number], self.tolerance, real)
+
+                return self._explain(calls, layer, gradients, wiring, real, positions)
 
     def _explain(
         self,
         calls: list[MixerCall],
+        decomposition: Callable[[int], Decomposition],
         gradients: Sequence[Tensor | None],
         wiring: Wiring,
         real: Tensor,
         positions: Tensor,
-        advance: Callable[[], object] = lambda: None,
     ) -> Tensor:
-        """Decompose the calls and return the scores.
+        """Return the scores.
 
         Args:
             calls: The mixers' calls.
+            decomposition: Of a call, by its number.
             gradients: Of the explained score at each call's output, (..., B, L, E), or None.
             wiring: What the calls read.
             real: 1 at real tokens and 0 at padding, (B, L).
             positions: Weights of the explained positions (..., B, L).
-            advance: Called for each layer.
 
         Returns:
             (..., B, L): dimensions in front of B are those of the gradients and positions.
@@ -322,10 +327,9 @@ class ImplicitAttentionMethod(GradientAttribution):
 
         def layer(number: int) -> LayerView:
             call = calls[number]
-            decomposed = decompose(call, self.tolerance, real)
+            decomposed = decomposition(number)
             self.fidelity[call.name] = decomposed.error
             terms.update(known_terms(decomposed, self.attention))
-            advance()
             wire = find_wire(self.model, call.name, call.mixer, call.state)
             return view(decomposed, self.attention, self.without, real, gradients[number], wire)
 
@@ -489,20 +493,16 @@ def refuse_unknown_terms(known: set[str], attention: Attention, without: Sequenc
         )
 
 
-def real_tokens(
-    forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], calls: Sequence[MixerCall]
-) -> Tensor:
+def real_tokens(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[MixerCall]) -> Tensor:
     """Return 1 at real tokens and 0 at padding, (B, L).
 
     For a transformers model the mask is the additional forward argument. Any other callable may make one of its own:
     it is the one that the mixers got.
     """
-    if is_language_model(forward_func):
-        masks = [mask for mask in args if isinstance(mask, Tensor)]
-    else:
-        found = [call.kwargs.get("attention_mask") for call in calls]
-        masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == inputs.shape[:2]]
-    return masks[0].bool().to(torch.float32) if masks else torch.ones(inputs.shape[:2], device=inputs.device)
+    y = calls[-1].y
+    found = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
+    masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
+    return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], device=y.device)
 
 
 def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
@@ -555,7 +555,7 @@ def refuse_padding(positions: Tensor, real: Tensor) -> None:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[], object]]:
-    """Yield a function that advances a bar by one step; it appears only after two seconds."""
-    with tqdm(total=total, desc=name, unit="layer", delay=2, leave=False, disable=not show) as bar:
+def progress_bar(name: str, total: int, show: bool, unit: str = "layer") -> Iterator[Callable[..., object]]:
+    """Yield a function that advances a bar by a number of steps, or one; it appears only after two seconds."""
+    with tqdm(total=total, desc=name, unit=unit, delay=2, leave=False, disable=not show) as bar:
         yield bar.update

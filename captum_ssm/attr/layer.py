@@ -108,7 +108,7 @@ class LayerImplicitAttention(LayerAttribution):
             call = called[0] if len(called) == 1 else None
             if call is None:
                 raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
-            real = real_tokens(self.forward_func, tokens, args, calls)
+            real = real_tokens(self.forward_func, args, calls)
             layer = decompose(call, self.tolerance, real)
             self.fidelity = {layer.name: layer.error}
             refuse_unknown_terms(known_terms(layer, self.attention), self.attention, self.without)

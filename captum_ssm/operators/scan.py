@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,10 @@ class Scan(Recurrence):
         B, L, H, P = x.shape
         a, b, c = self.products
         N = max(p.shape[3] for p in (a, b, c))
-        step, T = (_by_states, max(_STATES // (B * H * N), 16)) if P == 1 else (_by_matrix, matrix_size(a))
+        if P == 1 or (P <= N and a.shape[3] > 1):  # a matrix for each channel pays off where many columns share it
+            step, T = _by_states, max(_STATES // (B * H * N * P), 16)
+        else:
+            step, T = _by_matrix, matrix_size(a)
         T = self.chunk or min(T, L)
         h = x.new_zeros(B, H, N, P)
         outputs = []
@@ -75,7 +79,7 @@ class Scan(Recurrence):
         return torch.cat(outputs, dim=1)
 
 
-_STATES = 2**18
+_STATES = 2**17
 """Number of states of a chunk that fit a processor's cache."""
 
 
@@ -93,11 +97,58 @@ def _by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) 
     Returns:
         Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T·H·N·P).
     """
+    y, h = _States.apply(a, b, c, x, h, lag)  # type: ignore[no-untyped-call]
+    return y, h
+
+
+class _States(torch.autograd.Function):
+    """The chunk of :func:`_by_states`, and its gradient: the same recurrence from the last token to the first.
+
+    With ``g`` the gradient at the states, ``g_t = a_{t+1} g_{t+1} + c_t dF/dy_t``, the gradients of the coefficients
+    are ``dF/da_t = g_t h_{t-1}``, ``dF/db_t = g_t x_t`` and ``dF/dc_t = dF/dy_t h_t``. The states are computed anew
+    rather than kept, and each gradient takes one pass over them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+        before, states = _states(a, b, x, h)
+        return (c.unsqueeze(-1) * (before if lag else states)).sum(-2), states[:, -1].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.lag = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, c, x, h = ctx.saved_tensors
+        before, states = _states(a, b, x, h)
+        reads = (c.unsqueeze(-1) * dy.unsqueeze(-2)).expand_as(states)  # what each read adds to the gradient
+        last = dh.unsqueeze(1)
+        if ctx.lag:  # token t reads the state before it
+            writes = torch.cat([reads[:, 1:], last], dim=1)
+        else:
+            writes = torch.cat([reads[:, :-1], reads[:, -1:] + last], dim=1)
+        g = prefix(a.unsqueeze(-1).roll(-1, 1).flip(1), writes.flip(1)).flip(1)
+        first = a[:, 0].unsqueeze(-1) * g[:, 0] + (reads[:, 0] if ctx.lag else 0)
+        gradients = (
+            (g * before).sum(-1),
+            (g * x.unsqueeze(-2)).sum(-1),
+            (dy.unsqueeze(-2) * (before if ctx.lag else states)).sum(-1),
+            (b.unsqueeze(-1) * g).sum(-2),
+            first,
+        )
+        return *(d.sum_to_size(t.shape) for d, t in zip(gradients, (a, b, c, x, h))), None
+
+
+def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states before and after each token of a chunk, (B, T, H, N, P) each."""
     a, writes = a.unsqueeze(-1), (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])
     first = writes[:, :1] + a[:, :1] * h.unsqueeze(1)
     states = prefix(a, torch.cat([first, writes[:, 1:]], dim=1))
-    read = torch.cat([h.unsqueeze(1), states[:, :-1]], dim=1) if lag else states
-    return (c.unsqueeze(-1) * read).sum(-2), states[:, -1]
+    return torch.cat([h.unsqueeze(1), states[:, :-1]], dim=1), states
 
 
 def prefix(a: Tensor, v: Tensor) -> Tensor:

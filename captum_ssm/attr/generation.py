@@ -1,0 +1,210 @@
+"""Explain a whole generation: every generated token by the prompt and by what was generated before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_ssm._captum import LLMAttributionResult
+from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar, real_tokens, refuse_bad_inputs, refuse_bad_state
+from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm.errors import InvalidInputError
+from captum_ssm.fidelity import decompose
+from captum_ssm.readout import is_language_model, language_logits
+from captum_ssm.structure import examine
+
+_PASS = 2**22
+"""How much one backward pass of several tokens may span, in tokens times channels: what a processor's cache holds."""
+
+
+class LLMImplicitAttention:
+    """Explain every token of a generated text in one call.
+
+    The counterpart of Captum's ``LLMGradientAttribution`` for the methods of this package, with the same call and the
+    same result. The model runs once over prompt and answer; each generated token's log-probability is then explained
+    by all tokens before it, several at a time, instead of one run of the model for each of them.
+
+    Args:
+        method: Any of this package's methods, made of a transformers language model as it is.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        InvalidInputError: If the method does not explain a transformers language model.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from captum_ssm import ImplicitAttentionAttribution, LLMImplicitAttention, models
+        >>> model = AutoModelForCausalLM.from_pretrained(models.REVIEWS)
+        >>> tokenizer = AutoTokenizer.from_pretrained(models.REVIEWS)
+        >>> method = ImplicitAttentionAttribution(model, rectify=None)
+        >>> result = LLMImplicitAttention(method, tokenizer).attribute("a gorgeous", target=" witty film")
+        >>> result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
+        True
+    """
+
+    def __init__(self, method: ImplicitAttentionMethod, tokenizer: Any) -> None:
+        output = getattr(method.forward_func, "get_output_embeddings", None)
+        if not is_language_model(method.forward_func) or output is None or output() is None:
+            raise InvalidInputError(
+                "A generation is explained through a transformers language model as it is, such as "
+                f"{type(method).__name__}(model); this method's forward_func is {type(method.forward_func).__name__}."
+            )
+        self.method = method
+        self.tokenizer = tokenizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model."""
+        return self.method.model
+
+    def attribute(
+        self,
+        inp: Any,
+        target: str | Tensor | None = None,
+        gen_args: dict[str, Any] | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> LLMAttributionResult:
+        """Return what each generated token comes from.
+
+        Args:
+            inp: The prompt: a text, its token ids (L,) or (1, L), or Captum's ``TextTokenInput``.
+            target: The answer, a text or its token ids; None lets the model generate it.
+            gen_args: Arguments of ``model.generate`` for that; by default 25 tokens, each the most probable.
+            show_progress: Show a progress bar if the call takes more than two seconds.
+
+        Returns:
+            Captum's result. ``token_attr`` (generated tokens, prompt and generated tokens): row i has the scores of
+            generated token i, for its log-probability; tokens that come after it have exactly 0. ``seq_attr`` is the
+            sum of the rows: what the whole answer comes from. ``input_tokens`` are the prompt and the answer but for
+            its last token, ``output_tokens`` the answer. It plots with ``plot_token_attr()`` and ``plot_seq_attr()``.
+
+        Raises:
+            InvalidInputError: If the prompt or the answer is empty, or has ids that the model does not know.
+            ModelStateError, UnsupportedModelError, FidelityError: As in the method's own ``attribute``.
+
+        Cost: one forward pass; for a method with gradients one backward pass of the model's decomposition for each
+        generated token, and two passes of the recurrences, all of the generated tokens' at once.
+        """
+        device = next(self.model.parameters()).device
+        prompt = self._ids(inp, special=True).to(device)
+        answer = self._generate(prompt, gen_args) if target is None else self._ids(target, special=False).to(device)
+        if prompt.shape[1] == 0 or answer.shape[1] == 0:
+            raise InvalidInputError("The prompt or the answer has no token; pass at least one word of each.")
+        ids = torch.cat([prompt, answer], dim=1)
+        scores = self.explain(ids, prompt.shape[1], show_progress=show_progress)
+        tokens = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        return LLMAttributionResult(
+            seq_attr=scores.sum(0),
+            token_attr=scores,
+            input_tokens=tokens[:-1],
+            output_tokens=tokens[prompt.shape[1] :],
+        )
+
+    def explain(self, ids: Tensor, start: int, *, show_progress: bool = False) -> Tensor:
+        """Return the scores of every token from ``start`` on.
+
+        Args:
+            ids: Prompt and answer (1, L).
+            start: Number of the first explained token, at least 1.
+            show_progress: As in :meth:`attribute`.
+
+        Returns:
+            (L - start, L - 1): row i has the scores for token start + i.
+        """
+        method, model = self.method, self.model
+        refuse_bad_state(model)
+        refuse_bad_inputs(model, ids)
+        inputs, answer = ids[:, :-1], ids[0, start:]
+        positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
+        with torch.inference_mode(False):
+            inputs = inputs.clone()
+            with torch.enable_grad(), record_mixers(model, rewrite=True) as recorded, head_input(model) as hidden:
+                logits = language_logits(model, inputs)
+                scores = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
+            calls = [call.detach() for call in recorded]
+            wiring = examine(model, lambda: language_logits(model, inputs), calls, model)
+            real = real_tokens(model, (), calls)
+            decomposition = cache(lambda number: decompose(calls[number], method.tolerance, real))
+            rows = []
+            with progress_bar(type(self).__name__, len(positions), show_progress, "token") as advance:
+                for part, gradients in self._gradients(scores, hidden[-1], positions, recorded):
+                    query = F.one_hot(positions[part], inputs.shape[1]).to(real).unsqueeze(1)  # (M, 1, L)
+                    with torch.no_grad():
+                        rows.append(method._explain(calls, decomposition, gradients, wiring, real, query).squeeze(1))
+                    advance(len(query))
+        return torch.cat(rows).detach()
+
+    def _gradients(
+        self, scores: Tensor, hidden: Tensor, positions: Tensor, calls: list[MixerCall]
+    ) -> Iterator[tuple[slice, list[Tensor | None]]]:
+        """Yield parts of the explained tokens, and their gradients at each call's output, (M, 1, L, E).
+
+        What follows the last mixer acts on each token alone, and each score is read at a position of its own: so one
+        backward pass to the head's input gives the gradients of all scores there, each at its position.
+        """
+        if self.method.gradient_at == "last layer":
+            yield slice(0, len(positions)), [None] * len(calls)
+            return
+        (at_head,) = torch.autograd.grad(scores.sum(), hidden, retain_graph=True)
+        outputs = [call.y for call in calls]
+        L, E = hidden.shape[1:]
+        size = max(1, _PASS // (L * E * 32))
+        for start in range(0, len(positions), size):
+            part = slice(start, start + size)
+            one_hot = F.one_hot(positions[part], L).to(at_head)
+            each = one_hot[:, None, :, None] * at_head  # (M, 1, L, E)
+
+            def backward(gradient: Tensor) -> tuple[Tensor | None, ...]:
+                return torch.autograd.grad(hidden, outputs, gradient, retain_graph=True, allow_unused=True)
+
+            if size > 1:
+                found = torch.func.vmap(backward)(each)
+            else:
+                found = tuple(g if g is None else g.unsqueeze(0) for g in backward(each[0]))
+            zero = each.new_zeros(())
+            filled = [zero.expand(len(each), *y.shape) if g is None else g for y, g in zip(outputs, found)]
+            yield part, [g.to(torch.promote_types(g.dtype, torch.float32)) for g in filled]
+
+    def _ids(self, text: Any, *, special: bool) -> Tensor:
+        """Return token ids (1, L) of a text, of ids, or of Captum's text input."""
+        if isinstance(text, str):
+            text = self.tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids
+        elif hasattr(text, "to_model_input"):
+            text = text.to_model_input()
+            text = text if isinstance(text, Tensor) else text["input_ids"]
+        if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() not in (1, 2):
+            raise InvalidInputError(
+                "A prompt or an answer is a text, token ids (L,) or (1, L), or Captum's TextTokenInput, not "
+                f"{type(text).__name__}."
+            )
+        ids = text if text.dim() == 2 else text.unsqueeze(0)
+        if len(ids) != 1:
+            raise InvalidInputError(f"One generation is explained at a time, but got a batch of {len(ids)}.")
+        return ids.long()
+
+    def _generate(self, prompt: Tensor, gen_args: dict[str, Any] | None) -> Tensor:
+        """Let the model answer, (1, generated tokens)."""
+        options = {"max_new_tokens": 25, "do_sample": False} if gen_args is None else gen_args
+        generate: Any = self.model.generate
+        with torch.no_grad():
+            ids = generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        return ids[:, prompt.shape[1] :]
+
+
+@contextmanager
+def head_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record what the output embeddings of a language model get, while the context is open."""
+    recorded: list[Tensor] = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+    try:
+        yield recorded
+    finally:
+        hook.remove()
