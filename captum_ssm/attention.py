@@ -153,10 +153,10 @@ class ImplicitAttention:
         fused = self.u.new_zeros(len(weights), B, L, L)
         for tokens, channels in _blocks(weights[0], whole=self.core.mixes_channels):
             rows, columns = _columns(self.core, self.v, tokens, channels)
-            for matrix, u in zip(fused, weights):
+            for number, u in enumerate(weights):
                 entries = columns * u[:, rows, channels]
                 entries = entries if entrywise is None else entrywise(entries)
-                matrix[:, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
+                fused[number, :, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
         return fused.reshape(*several, B, L, L)
 
     def lengths(self, output: Chain) -> Tensor:

@@ -1,5 +1,22 @@
-"""Pictures of explanations: coloured text in the terminal, as HTML and as a figure."""
+"""Pictures of explanations: coloured text, heat maps between tokens, and the flow of relevance through layers.
 
+Figures are matplotlib's own, made without pyplot: nothing opens a window or changes a setting. Characters that its font
+lacks, such as Chinese ones in the default font, become boxes; name one that has them in
+``matplotlib.rcParams["font.family"]``.
+"""
+
+from captum_ssm.visualization.flow import flow_figure, rollout_steps
+from captum_ssm.visualization.matrices import layers_figure, token_heatmap
 from captum_ssm.visualization.text import Passage, Piece, text_figure, text_html, text_terminal
 
-__all__ = ["Passage", "Piece", "text_figure", "text_html", "text_terminal"]
+__all__ = [
+    "Passage",
+    "Piece",
+    "flow_figure",
+    "layers_figure",
+    "rollout_steps",
+    "text_figure",
+    "text_html",
+    "text_terminal",
+    "token_heatmap",
+]

@@ -83,6 +83,10 @@ class Passage:
         pieces.append(Piece(text[at:]))
         return cls(tuple(piece for piece in pieces if piece.text), title, facts)
 
+    def _repr_html_(self) -> str:
+        """Show the passage in a notebook."""
+        return text_html(self, page=False)
+
     @property
     def scale(self) -> float:
         """The largest absolute score, which gets the full colour."""
@@ -121,35 +125,47 @@ def text_terminal(passage: Passage) -> Text:
     return text
 
 
-def text_html(passage: Passage) -> str:
-    """Return a self-contained HTML page; hovering over a piece shows its score. All text is escaped."""
+def text_html(passage: Passage, *, page: bool = True) -> str:
+    """Return the passage as HTML; hovering over a piece shows its score. All text is escaped.
+
+    Args:
+        passage: What to show.
+        page: Return a whole page, to be written to a file. Else one ``<div>`` with its style, to be put into a page or
+            a notebook; its rules apply to nothing else.
+
+    Returns:
+        HTML that needs nothing from elsewhere.
+    """
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in (passage.facts or {}).items())
+    heading = "h1" if page else "p"  # a heading of the page, but not of one that it is put into
+    fragment = f"""<div class="captum-ssm">
+<style>
+.captum-ssm {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff; padding: 1rem; }}
+.captum-ssm .title {{ font-size: 1.3rem; font-weight: bold; margin: 0.5em 0; }}
+.captum-ssm .text {{ font-size: 1.2rem; line-height: 2.1; white-space: pre-wrap; overflow-wrap: anywhere; }}
+.captum-ssm .text span, .captum-ssm .legend span {{ padding: 0.15em 0.2em; border-radius: 0.25em; }}
+.captum-ssm .legend {{ font-size: 0.85rem; }}
+.captum-ssm dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; font-size: 0.9rem; }}
+.captum-ssm dt {{ color: #5a5a5a; }}
+.captum-ssm dd {{ margin: 0; overflow-wrap: anywhere; }}
+</style>
+<{heading} class="title">{escape(passage.title)}</{heading}>
+<p class="text">{"".join(_span(passage, piece) for piece in passage.pieces)}</p>
+<p class="legend">{"".join(_span(passage, piece) for piece in passage.legend)}</p>
+<dl>{facts}</dl>
+</div>
+"""
+    if not page:
+        return fragment
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(passage.title or "Explanation")}</title>
-<style>
-.passage {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff;
-  max-width: 46rem; margin: 2rem auto; padding: 1rem; }}
-.passage h1 {{ font-size: 1.3rem; }}
-.passage .text {{ font-size: 1.2rem; line-height: 2.1; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.passage .text span, .passage .legend span {{ padding: 0.15em 0.2em; border-radius: 0.25em; }}
-.passage .legend {{ font-size: 0.85rem; }}
-.passage dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; font-size: 0.9rem; }}
-.passage dt {{ color: #5a5a5a; }}
-.passage dd {{ margin: 0; overflow-wrap: anywhere; }}
-</style>
 </head>
-<body>
-<main class="passage">
-<h1>{escape(passage.title)}</h1>
-<p class="text">{"".join(_span(passage, piece) for piece in passage.pieces)}</p>
-<p class="legend">{"".join(_span(passage, piece) for piece in passage.legend)}</p>
-<dl>{facts}</dl>
-</main>
-</body>
+<body style="max-width: 48rem; margin: 2rem auto">
+{fragment}</body>
 </html>
 """
 
