@@ -7,10 +7,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_ssm import (
@@ -18,6 +20,7 @@ from captum_ssm import (
     ImplicitAttentionAttribution,
     ImplicitAttentionRollout,
     InvalidInputError,
+    LLMImplicitAttention,
     ModelStateError,
     RawImplicitAttention,
     UnsupportedModelError,
@@ -26,7 +29,7 @@ from captum_ssm import (
 )
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.readout import scores
-from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal
+from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal, token_heatmap
 
 METHODS: dict[str, Callable[..., ImplicitAttentionMethod]] = {
     "attribution": lambda score, model, o: ImplicitAttentionAttribution(
@@ -76,6 +79,16 @@ def parser() -> argparse.ArgumentParser:
         "--target", default=None, help="token or class to explain, by name or number (default: the prediction)"
     )
     command.add_argument(
+        "--contrast", default=None, metavar="TARGET", help="explain why the target and not this one, by name or number"
+    )
+    command.add_argument(
+        "--generate",
+        type=int,
+        default=None,
+        metavar="N",
+        help="let the model write up to N tokens after the text, and explain each of them",
+    )
+    command.add_argument(
         "--score",
         choices=["log-probability", "logit"],
         default="log-probability",
@@ -120,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Explain one text and show it.
+    """Explain one text, or what a model writes after it, and show it.
 
     Raises:
         CommandError: If the model cannot be loaded, the text has no token, the target is unknown, or a file cannot be
@@ -133,45 +146,115 @@ def explain(options: argparse.Namespace) -> None:
 
     reader = Reader.load(options.model or str(models.REVIEWS), options.dtype, options.device)
     encoding = reader.encode(options.text)
+    make = explain_prediction if options.generate is None else explain_generation
+    passage, details, figure = make(options, reader, encoding)
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(f"\n[bold]{_plain(passage.title)}[/bold]\n")
+    console.print(text_terminal(passage))
+    console.print()
+    console.print(text_terminal(Passage(passage.legend)))
+    console.print()
+    for line in details:
+        console.print(_plain(line), soft_wrap=True)
+    for name, value in (passage.facts or {}).items():
+        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}", soft_wrap=True)
+    for path, write in ((options.html, partial(_write_html, passage)), (options.png, partial(_write_figure, figure))):
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+            except (OSError, ValueError) as error:
+                raise CommandError(f"cannot write {str(path)!r}: {error}") from error
+            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}", soft_wrap=True)
+
+
+Explained = tuple[Passage, list[str], Callable[[], Figure]]
+"""The coloured text, further lines about it, and what makes its picture."""
+
+
+def explain_prediction(options: argparse.Namespace, reader: Reader, encoding: Encoding) -> Explained:
+    """Explain one prediction: a class, or the next token."""
     with torch.no_grad():
         logits = scores(reader.model, encoding.ids, encoding.mask)[0].float()
     target = int(logits.argmax()) if options.target is None else reader.target(options.target, len(logits))
+    contrast = None if options.contrast is None else reader.target(options.contrast, len(logits))
+    if contrast == target:
+        raise CommandError(f"the contrast is the target itself, {reader.name(target)!r}; name another one.")
 
     def score(ids: Tensor, mask: Tensor) -> Tensor:
         logits = scores(reader.model, ids, mask)
         return logits.log_softmax(-1) if options.score == "log-probability" else logits
 
     method = METHODS[options.method](score, reader.model, options)
-    relevance = method.attribute(encoding.ids, target, encoding.mask, show_progress=True)[0]
-
-    layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
+    relevance = method.attribute(encoding.ids, target, encoding.mask, contrast=contrast, show_progress=True)[0]
+    other = "" if contrast is None else reader.name(contrast)
     facts = {
         "prediction": reader.prediction(logits),
-        "explained": f"{options.score} of {reader.name(target)!r}",
+        "explained": f"{options.score} of {reader.name(target)!r}" + (f" less that of {other!r}" if other else ""),
+        **facts_of(method, options, reader),
+    }
+    facts |= encoding.unseen(reader, relevance)
+    title = f"Why {reader.name(target)!r}" + (f" and not {other!r}?" if other else "?")
+    passage = Passage.from_offsets(options.text, encoding.offsets, relevance, title, facts)
+    return passage, [], lambda: text_figure(passage)
+
+
+def explain_generation(options: argparse.Namespace, reader: Reader, encoding: Encoding) -> Explained:
+    """Let the model write on, and explain every token that it wrote."""
+    if options.target is not None or options.contrast is not None:
+        raise CommandError("--generate explains what the model writes; leave --target and --contrast out.")
+    if options.score != "log-probability":
+        raise CommandError("--generate explains log-probabilities; leave --score out.")
+    if reader.classifies:
+        raise CommandError("the model is a classifier and generates no text; leave --generate out.")
+    if options.generate < 1:
+        raise CommandError(f"--generate takes a number of tokens, at least 1, not {options.generate}.")
+    method = METHODS[options.method](reader.model, None, options)
+    llm = LLMImplicitAttention(method, reader.tokenizer)
+    answer = llm.generate(encoding.ids, {"max_new_tokens": options.generate, "do_sample": False})
+    ids = torch.cat([encoding.ids, answer], dim=1)
+    start = encoding.ids.shape[1]
+    rows = llm.explain(ids, start, show_progress=True)  # (generated, all tokens but the last)
+
+    tokens = [reader.name(token) for token in ids[0].tolist()]
+    width = max(map(len, tokens[start:]))
+    details = ["every token that was written, and what spoke most for (+) and against (-) it:"]
+    for token, row in zip(tokens[start:], rows):
+        strongest = row.abs().topk(min(4, len(row))).indices.tolist()
+        details.append(f"  {token:<{width}}  " + ", ".join(f"{tokens[j]} {float(row[j]):+.2g}" for j in strongest))
+    facts = {
+        "written": reader.tokenizer.decode(answer[0]),
+        "explained": f"log-probability of each of {len(rows)} tokens; the text is coloured by their sum",
+        **facts_of(method, options, reader),
+    }
+    summed = rows.sum(0)[:start]
+    facts |= encoding.unseen(reader, summed)
+    title = f"Where {facts['written'].strip()!r} comes from"
+    passage = Passage.from_offsets(options.text, encoding.offsets, summed, title, facts)
+    label = "score for the log-probability"
+    return (
+        passage,
+        [*details, ""],
+        lambda: token_heatmap(
+            torch.nn.functional.pad(rows, (0, 1)).cpu(),  # the last token explains nothing
+            tokens[start:],
+            tokens,
+            reads="before itself",
+            label=label,
+            title=title,
+        ),
+    )
+
+
+def facts_of(method: ImplicitAttentionMethod, options: argparse.Namespace, reader: Reader) -> dict[str, str]:
+    """Return what there is to say about a method that has explained."""
+    layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
+    return {
         "method": f"{type(method).__name__}: {describe(options)}",
-        **encoding.unseen(reader, relevance),
         "exactness": f"largest relative error over {len(method.fidelity)} layers {largest:.1e} ({layer})",
         "model": reader.source,
     }
-    title = f"Why {reader.name(target)!r}?"
-    passage = Passage.from_offsets(options.text, encoding.offsets, relevance, title, facts)
-
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(f"\n[bold]{_plain(title)}[/bold]\n")
-    console.print(text_terminal(passage))
-    console.print()
-    console.print(text_terminal(Passage(passage.legend)))
-    console.print()
-    for name, value in facts.items():
-        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}", soft_wrap=True)
-    for path, write in ((options.html, _write_html), (options.png, _write_png)):
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(passage, path)
-            except (OSError, ValueError) as error:
-                raise CommandError(f"cannot write {str(path)!r}: {error}") from error
-            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}", soft_wrap=True)
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -306,10 +389,10 @@ def _write_html(passage: Passage, path: Path) -> None:
     path.write_text(text_html(passage), encoding="utf-8")
 
 
-def _write_png(passage: Passage, path: Path) -> None:
-    figure = text_figure(passage)
+def _write_figure(figure: Callable[[], Figure], path: Path) -> None:
+    drawn = figure()
     with path.open("wb") as file:
-        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
+        drawn.savefig(file, format=path.suffix.lstrip(".") or "png")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class LLMImplicitAttention:
         """
         device = next(self.model.parameters()).device
         prompt = self._ids(inp, special=True).to(device)
-        answer = self._generate(prompt, gen_args) if target is None else self._ids(target, special=False).to(device)
+        answer = self.generate(prompt, gen_args) if target is None else self._ids(target, special=False).to(device)
         if prompt.shape[1] == 0 or answer.shape[1] == 0:
             raise InvalidInputError("The prompt or the answer has no token; pass at least one word of each.")
         ids = torch.cat([prompt, answer], dim=1)
@@ -189,12 +189,20 @@ class LLMImplicitAttention:
             raise InvalidInputError(f"One generation is explained at a time, but got a batch of {len(ids)}.")
         return ids.long()
 
-    def _generate(self, prompt: Tensor, gen_args: dict[str, Any] | None) -> Tensor:
-        """Let the model answer, (1, generated tokens)."""
+    def generate(self, prompt: Tensor, gen_args: dict[str, Any] | None = None) -> Tensor:
+        """Let the model answer a prompt (1, L).
+
+        Args:
+            prompt: Token ids.
+            gen_args: Arguments of ``model.generate``; by default 25 tokens, each the most probable.
+
+        Returns:
+            The answer's token ids (1, generated tokens).
+        """
         options = {"max_new_tokens": 25, "do_sample": False} if gen_args is None else gen_args
-        generate: Any = self.model.generate
+        answer: Any = self.model.generate
         with torch.no_grad():
-            ids = generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            ids = answer(prompt, attention_mask=torch.ones_like(prompt), **options)
         return ids[:, prompt.shape[1] :]
 
 
