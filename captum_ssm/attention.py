@@ -18,7 +18,7 @@ from torch import Tensor
 from captum_ssm.operators import Chain, Operator
 
 Entrywise = Callable[[Tensor], Tensor]
-"""A function of each entry of each channel's matrix, such as ``torch.abs``."""
+"""A function f of each entry of each channel's matrix, ``f(t x) = t f(x)`` for t > 0, such as ``torch.abs``."""
 
 _BLOCK = 2**21
 """Entries of a block of columns: bounds the memory of everything below to some tens of megabytes."""
@@ -153,10 +153,13 @@ class ImplicitAttention:
         fused = self.u.new_zeros(len(weights), B, L, L)
         for tokens, channels in _blocks(weights[0], whole=self.core.mixes_channels):
             rows, columns = _columns(self.core, self.v, tokens, channels)
-            for number, u in enumerate(weights):
-                entries = columns * u[:, rows, channels]
-                entries = entries if entrywise is None else entrywise(entries)
-                fused[number, :, rows, tokens] += entries.sum(-1).permute(1, 2, 0)
+            u = weights[:, :, rows, channels]
+            if entrywise is None:
+                entries = torch.einsum("mbid,jbid->mbij", u, columns)
+            else:  # f(u x) = max(u, 0) f(x) + max(-u, 0) f(-x): two products of matrices, however many weights
+                entries = torch.einsum("mbid,jbid->mbij", u.clamp(min=0), entrywise(columns))
+                entries += torch.einsum("mbid,jbid->mbij", (-u).clamp(min=0), entrywise(-columns))
+            fused[:, :, rows, tokens] += entries
         return fused.reshape(*several, B, L, L)
 
     def lengths(self, output: Chain) -> Tensor:

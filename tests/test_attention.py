@@ -102,7 +102,9 @@ def test_the_bias_of_a_factor_is_no_part_of_the_matrix(seed: int, P: int) -> Non
     assert_close(ImplicitAttention(core.without("bias"), u, v).apply(s), ImplicitAttention(core, u, v).apply(s))
 
 
-FUNCTIONS: list[Callable[[Tensor], Tensor]] = [torch.abs, torch.relu, torch.square, lambda t: (-t).clamp(min=0)]
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    torch.abs, torch.relu, lambda t: (-t).clamp(min=0), lambda t: 2 * t.clamp(min=0) - 0.3 * t,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

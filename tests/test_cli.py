@@ -11,10 +11,16 @@ import pytest
 import torch
 from families import S6, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import captum_ssm
-from captum_ssm import cli
+from captum_ssm import ImplicitAttentionAttribution, cli
 from captum_ssm.models import REVIEWS
 
 GOOD, BAD = "A gorgeous, witty, seductive movie.", "A complete waste of time."
@@ -68,6 +74,58 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data if self.inside else ""
+
+
+# --- Contrast and generation --------------------------------------------------------------------------------------
+
+
+def test_a_contrast_explains_one_word_against_another(run: Any) -> None:
+    shown = run(GOOD, "--contrast", "negative")
+    assert shown.status == 0 and "Why 'positive' and not 'negative'?" in shown.out
+    assert shown.fact("explained") == "log-probability of 'positive' less that of 'negative'"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS), AutoTokenizer.from_pretrained(REVIEWS)
+    ids = tokenizer(GOOD, return_tensors="pt").input_ids
+    target, contrast = tokenizer.convert_tokens_to_ids(["positive", "negative"])
+    direction = torch.zeros(model.config.vocab_size)
+    direction[target], direction[contrast] = 1, -1
+    difference = ImplicitAttentionAttribution(lambda ids: model(ids).logits[:, -1] @ direction, model, rectify=None)
+    expected = float(difference.attribute(ids)[0, -1])
+    assert shown.fact("not shown").endswith(f"<sentiment> {expected:+.2g}")
+    assert shown.fact("not shown") != run(GOOD).fact("not shown")
+
+
+def test_a_contrast_that_is_no_other_word_is_refused(run: Any) -> None:
+    assert_refused(run(GOOD, "--contrast", "positive"), "the contrast is the target itself, 'positive'")
+    assert_refused(run(GOOD, "--contrast", "not-a-word"), "'not-a-word' is not one token")
+
+
+@pytest.mark.parametrize("method", ["attribution", "rollout", "raw"])
+def test_a_generation_is_explained_token_by_token(run: Any, tmp_path: Path, method: str) -> None:
+    page, picture = tmp_path / "page.html", tmp_path / "picture.png"
+    shown = run("A gorgeous movie. It is", "--generate", 5, "--method", method, "--html", page, "--png", picture)
+    assert shown.status == 0 and not shown.err
+    rows = re.findall(r"^  (\S+) +(\S+ [+-][\d.e-]+(?:, \S+ [+-][\d.e-]+)*)$", shown.out, re.MULTILINE)
+    assert len(rows) == 5
+    written = re.search(r"^written +(.+)$", shown.out, re.MULTILINE)
+    assert written and f"Where {written.group(1).strip()!r} comes from" in shown.out
+    assert [row[0] for row in rows] == re.findall(r"\w+|[^\w\s]", written.group(1))
+    assert "log-probability of each of 5 tokens" in shown.flat and "largest relative error over" in shown.flat
+    assert Text(page.read_text(encoding="utf-8")).text.strip() == "A gorgeous movie. It is"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    (["--target", "positive"], "leave --target and --contrast out"),
+    (["--contrast", "positive"], "leave --target and --contrast out"),
+    (["--score", "logit"], "leave --score out"),
+])  # fmt: skip
+def test_what_a_generation_cannot_take_is_refused(run: Any, options: list[str], part: str) -> None:
+    assert_refused(run(GOOD, "--generate", 3, *options), part)
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_a_generation_of_no_token_is_refused(run: Any, count: int) -> None:
+    assert_refused(run(GOOD, "--generate", count), f"at least 1, not {count}")
 
 
 # --- The shipped model --------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerGradientXActivation, format_additional_forward_args, log_usage
 from captum_ssm.attr.attribution import ImplicitAttentionAttribution, Rectify
-from captum_ssm.attr.base import Attention, Target, single_tensor
+from captum_ssm.attr.base import Attention, Target, refuse_bad_inputs, single_tensor
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.readout import is_language_model
 
 
 class LayerImplicitAttentionAttribution(LayerGradientXActivation):
@@ -97,7 +98,10 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
         method = ImplicitAttentionAttribution(self.forward_func, self._model, **self._options)
         args = format_additional_forward_args(additional_forward_args)
         with torch.inference_mode(False), without_cache(self._model):
-            per_token = method._attribute(single_tensor(inputs), target, None, args, None, False)
+            tokens = single_tensor(inputs)
+            if is_language_model(self.forward_func):
+                refuse_bad_inputs(self._model, tokens)
+            per_token = method._attribute(tokens, target, None, args, None, False)
         self.fidelity = method.fidelity
         width: int = self.layer.weight.shape[-1]
         return (per_token / width).unsqueeze(-1).repeat(1, 1, width)

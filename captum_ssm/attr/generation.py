@@ -12,9 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm._captum import LLMAttributionResult
-from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar, real_tokens, refuse_bad_inputs, refuse_bad_state
+from captum_ssm.attr.base import (
+    ImplicitAttentionMethod,
+    free_of_inference_mode,
+    progress_bar,
+    real_tokens,
+    refuse_bad_inputs,
+    refuse_bad_state,
+)
 from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.errors import InvalidInputError
+from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import decompose
 from captum_ssm.readout import is_language_model, language_logits
 from captum_ssm.structure import examine
@@ -49,6 +56,11 @@ class LLMImplicitAttention:
     """
 
     def __init__(self, method: ImplicitAttentionMethod, tokenizer: Any) -> None:
+        if not isinstance(method, ImplicitAttentionMethod):
+            raise InvalidInputError(
+                f"A generation is explained by a method of all layers, such as ImplicitAttentionAttribution(model), not "
+                f"{type(method).__name__}."
+            )
         output = getattr(method.forward_func, "get_output_embeddings", None)
         if not is_language_model(method.forward_func) or output is None or output() is None:
             raise InvalidInputError(
@@ -121,13 +133,20 @@ class LLMImplicitAttention:
         method, model = self.method, self.model
         refuse_bad_state(model)
         refuse_bad_inputs(model, ids)
-        inputs, answer = ids[:, :-1], ids[0, start:]
-        positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
+        if not 1 <= start < ids.shape[1]:
+            raise InvalidInputError(f"The first explained token must be 1 to {ids.shape[1] - 1}, not {start}.")
         with torch.inference_mode(False):
-            inputs = inputs.clone()
+            ids = free_of_inference_mode(ids)
+            inputs, answer = ids[:, :-1], ids[0, start:]
+            positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
             with torch.enable_grad(), record_mixers(model, rewrite=True) as recorded, head_input(model) as hidden:
                 logits = language_logits(model, inputs)
                 scores = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
+            if not bool(scores.isfinite().all()):
+                raise ModelStateError(
+                    "The log-probability of a generated token is NaN or infinite. Check the model's weights for NaN or "
+                    "infinity, or run the model in a wider floating-point type."
+                )
             calls = [call.detach() for call in recorded]
             wiring = examine(model, lambda: language_logits(model, inputs), calls, model)
             real = real_tokens(model, (), calls)

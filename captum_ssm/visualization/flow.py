@@ -127,12 +127,12 @@ def flow_figure(
         name = "the explained tokens" if others else f"'{labels[explained]}'"
         title = f"Where the relevance of {name} comes from"
     figure.suptitle(title, fontsize=12, parse_math=False)
-    note = "Followed from the top down: the wider a line, the more relevance it hands on."
-    if (nodes < 0).any() or (flow < 0).any():
-        note += " Red: negative."
+    notes = ["Followed from the top down: the wider a line, the more relevance it hands on."]
     if hidden := int(there.sum() - drawn.sum()):
-        note += f"\nNot drawn: {hidden} of {there.sum()} lines, which carry less than {100 * threshold:.3g} % each."
-    upper.set_title(note, fontsize=9, color="#5a5a5a")
+        notes.append(f"Not drawn: {hidden} of {there.sum()} lines, which carry less than {100 * threshold:.3g} % each.")
+    if (flow < 0).any():
+        notes.append("Blue is positive, red negative.")
+    upper.set_title("\n".join(notes), fontsize=9, color="#5a5a5a")
     return figure
 
 

@@ -24,10 +24,11 @@ from captum_ssm.visualization.tokens import (
 )
 
 Reads = Literal["up to itself", "before itself", "all"]
-"""Which keys a query can read; the queries are the last of the keys.
+"""Which keys a query can read.
 
-* ``"up to itself"``: the keys before it and itself, as in the attention of a causal layer;
-* ``"before itself"``: the keys before it alone, as a generated token is predicted from them;
+* ``"up to itself"``: the last query reads every key, each one before it one key less: the attention of a causal layer,
+  or ``token_attr`` of :class:`~captum_ssm.LLMImplicitAttention`, whose keys end before the last generated token;
+* ``"before itself"``: likewise, but none reads the last key: generated tokens as queries, and all tokens as keys;
 * ``"all"``: every key, as in a layer that reads in both directions, or where the keys are the prompt alone.
 
 Entries that cannot exist are left blank.

@@ -23,10 +23,10 @@ _SIZE, _INCHES = 7, 0.12  # of a label's font in points, and what it needs along
 
 
 def as_array(numbers: Matrix) -> Array:
-    """Return a copy of the numbers, detached, on the CPU and in float64."""
+    """Return the numbers, detached, on the CPU and in float64."""
     if isinstance(numbers, Tensor):
         numbers = numbers.detach().to("cpu").double().numpy()
-    return np.array(numbers, dtype=np.float64)
+    return np.asarray(numbers, dtype=np.float64)
 
 
 def as_square_matrices(matrices: Sequence[Matrix] | Matrix) -> Array:
