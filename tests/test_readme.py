@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from captum_ssm import supported, unregister
 
 README = Path(__file__).parents[1] / "README.md"
-FIRST, CALLABLE, ADAPTER = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+FIRST, CALLABLE, CONTRAST, GENERATION, ADAPTER = BLOCKS
 
 
 @pytest.fixture
@@ -25,8 +27,15 @@ def test_the_examples_explain_the_shipped_model() -> None:
     names: dict[str, Any] = {}
     exec(FIRST, names)
     assert names["scores"].shape == names["inputs"].input_ids.shape
-    exec(CALLABLE, names)
-    assert names["scores"].shape == names["inputs"].input_ids.shape
+    for block in (CALLABLE, CONTRAST):
+        del names["scores"]
+        exec(block, names)
+        assert names["scores"].shape == names["inputs"].input_ids.shape
+    exec(GENERATION, names)
+    result = names["result"]
+    assert result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
+    assert len(result.input_tokens) == names["prompt"].shape[1] + len(result.output_tokens) - 1
+    plt.close(names["figure"])
 
 
 def test_the_example_of_an_adapter_holds_every_law(restored_registry: None, capsys: pytest.CaptureFixture[str]) -> None:

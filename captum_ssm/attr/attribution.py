@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.attention import ExplicitAttention, ImplicitAttention, TokenMatrix
-from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
+from captum_ssm.attr.base import ImplicitAttentionMethod
+from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.wiring import Wiring
 

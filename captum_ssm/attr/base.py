@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,97 +22,25 @@ from captum_ssm._captum import (
 )
 from captum_ssm.aggregate import RolledLayer, rollout
 from captum_ssm.attention import TokenMatrix
+from captum_ssm.attr.inputs import (
+    Target,
+    as_weights,
+    free_of_inference_mode,
+    real_tokens,
+    refuse_bad_inputs,
+    refuse_bad_state,
+    refuse_padding,
+    select_examples,
+    single_tensor,
+)
+from captum_ssm.attr.view import Attention, LayerView, check_attention, known_terms, refuse_unknown_terms, view
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import Decomposition, decompose
-from captum_ssm.operators import Chain
-from captum_ssm.readout import is_language_model, scores
+from captum_ssm.readout import scores
 from captum_ssm.registry import find_mixers
 from captum_ssm.structure import examine
-from captum_ssm.wiring import Wire, Wiring, find_wire
-
-Attention = Literal["unified", "scan"]
-"""Which matrices: of the whole layer between its projections, or of its recurrence alone."""
-
-Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """One layer, cut into what follows the attention, the attention, and what enters it.
-
-    Args:
-        name: Dotted name of the layer in the model.
-        output: From the attention's channels to the model's width, a tokenwise chain.
-        core: The attention of every channel, a channelwise chain; it mixes channels too where the layer has a
-            projection between two factors that mix tokens (RWKV).
-        v: What enters the core, (B, L, input channels); 0 at padding.
-        real: 1 at real tokens and 0 at padding, (B, L, 1).
-        gradient: Of the explained score with respect to the layer's output, (B, L, E), or None.
-        wire: How the layer's output joins the residual stream.
-        embedded: Share of ``v`` at each token that comes straight from the embeddings, (B, L).
-    """
-
-    name: str
-    output: Chain
-    core: Chain
-    v: Tensor
-    real: Tensor
-    gradient: Tensor | None
-    wire: Wire
-    embedded: Tensor
-
-    @property
-    def channels(self) -> int:
-        """D, the number of channels that leave the core."""
-        size = self.core.sizes[0]
-        return self.v.shape[-1] if size is None else size
-
-    @property
-    def u(self) -> Tensor:
-        """Gradient of the score with respect to the core's output, (B, L, D)."""
-        if self.gradient is None:
-            raise ValueError("This layer was recorded without a gradient.")
-        return self.output.adjoint(self.gradient)
-
-
-def view(
-    layer: Decomposition,
-    attention: Attention,
-    without: Sequence[str],
-    real: Tensor,
-    gradient: Tensor | None = None,
-    wire: Wire = Wire(),  # noqa: B008  a frozen value
-) -> LayerView:
-    """Cut a decomposed layer as the caller wants to see it.
-
-    Args:
-        layer: The decomposed call.
-        attention: ``"unified"`` takes all between the projections as the core, ``"scan"`` the recurrence alone
-            and without its skip (Ali et al. 2024).
-        without: Names of factors or terms to leave out of the core; ``"bias"`` also out of what enters it.
-        real: 1 at real tokens and 0 at padding, (B, L).
-        gradient: As in :class:`LayerView`.
-        wire: Likewise.
-    """
-    output, core, into = _cut(layer.chain, attention)
-    if attention == "scan" and "skip" in core.terms:
-        core = core.without("skip")
-    core = core.without(*(term for term in without if term in core.terms))
-    real = real.to(layer.x).unsqueeze(-1)
-    v = into.apply(layer.x, bias="bias" not in without) * real
-    embedded = layer.x.new_zeros(layer.x.shape[:2])
-    if wire.embeddings is not None:
-        x = torch.zeros_like(layer.x)
-        x[..., wire.embeddings] = layer.x[..., wire.embeddings]
-        lengths = [into.apply(part).norm(dim=-1) for part in (x, layer.x - x)]
-        embedded = torch.where(sum(lengths) > 0, lengths[0] / sum(lengths), 0)
-    return LayerView(layer.name, output, core, v, real, gradient, wire, embedded)
-
-
-def _cut(chain: Chain, attention: Attention) -> tuple[Chain, Chain, Chain]:
-    """Return output side, core and input side of a layer."""
-    return chain.split(chain.mixers[0] if attention == "scan" else None)
+from captum_ssm.wiring import Wiring, find_wire
 
 
 class ImplicitAttentionMethod(GradientAttribution):
@@ -388,144 +314,6 @@ class ImplicitAttentionMethod(GradientAttribution):
         return [*[None] * (len(calls) - len(found)), *found]
 
 
-def check_attention(attention: str) -> None:
-    """Raise if there is no such attention.
-
-    Raises:
-        InvalidInputError: With the names of those that there are.
-    """
-    if attention not in get_args(Attention):
-        raise InvalidInputError(f"attention must be 'unified' or 'scan', not {attention!r}.")
-
-
-def single_tensor(inputs: Any) -> Tensor:
-    """Return the one tensor of ``inputs``, detached and usable with autograd.
-
-    Raises:
-        AssertionError: If inputs is not made of tensors, as in Captum's own methods.
-        InvalidInputError: If inputs is not a single tensor.
-    """
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    assert all(isinstance(tensor, Tensor) for tensor in tensors), (
-        f"inputs must be a tensor or a tuple of one, not {type(inputs).__name__}."
-    )
-    if len(tensors) != 1:
-        raise InvalidInputError(
-            f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
-            "the model needs as additional_forward_args."
-        )
-    return free_of_inference_mode(tensors[0].detach())
-
-
-def free_of_inference_mode(value: Any) -> Any:
-    """Return a copy of a tensor that was made in inference mode, which autograd refuses; all else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def select_examples(value: Any, count: int, rows: slice) -> Any:
-    """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one."""
-    if rows.start == 0 and rows.stop >= count:
-        return value
-    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
-        return tuple(select_examples(part, count, rows) for part in value)
-    each = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[rows] if each and len(value) == count else value
-
-
-def refuse_bad_state(model: nn.Module) -> None:
-    """Raise if a module of the model is in training mode (the root may be: a fresh wrapper is).
-
-    Raises:
-        ModelStateError: If dropout or a fused training kernel could be active.
-    """
-    training = [
-        name for name, module in model.named_modules() if module.training and (name or not any(model.children()))
-    ]
-    if training:
-        raise ModelStateError(
-            f"The model is in training mode (layer '{training[0]}'), so its outputs may be random or come from another "
-            "kernel. Call model.eval() first."
-        )
-
-
-def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
-    """Raise if the inputs are empty, of the wrong kind, or name tokens that the model does not have.
-
-    Raises:
-        InvalidInputError: In each of these cases.
-    """
-    expected = "(batch, tokens, width)" if inputs.is_floating_point() else "(batch, tokens)"
-    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
-        raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
-    if inputs.numel() == 0:
-        raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
-    if inputs.is_floating_point():
-        if not bool(inputs.isfinite().all()):
-            raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
-        return
-    embeddings = getattr(model, "get_input_embeddings", None)
-    size = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
-    low, high = int(inputs.min()), int(inputs.max())
-    if low < 0 or (size is not None and high >= size):
-        raise InvalidInputError(
-            f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}."
-            " Does the tokenizer belong to this model?"
-        )
-
-
-def known_terms(layer: Decomposition, attention: Attention) -> set[str]:
-    """Return the names of all that can be left out of a layer's attention."""
-    _, core, into = _cut(layer.chain, attention)
-    return {*core.terms, *(term for term in into.terms if term == "bias")}
-
-
-def refuse_unknown_terms(known: set[str], attention: Attention, without: Sequence[str]) -> None:
-    """Raise if an option names a factor that the attention of no layer has.
-
-    Raises:
-        InvalidInputError: With the names that can be left out.
-    """
-    unknown = [term for term in without if term not in known]
-    if unknown:
-        raise InvalidInputError(
-            f"The {attention} attention of no layer has a factor named {unknown[0]!r}; what can be left out of this "
-            f"model's: {', '.join(sorted(known))}."
-        )
-
-
-def real_tokens(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[MixerCall]) -> Tensor:
-    """Return 1 at real tokens and 0 at padding, (B, L).
-
-    For a transformers model the mask is the additional forward argument. Any other callable may make one of its own:
-    it is the one that the mixers got.
-    """
-    y = calls[-1].y
-    found = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
-    masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
-    return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], device=y.device)
-
-
-def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
-    """Return explained positions as weights (B, L).
-
-    Raises:
-        InvalidInputError: If a position lies outside the sequence or the shape does not fit.
-    """
-    shape = inputs.shape[:2]
-    query = torch.as_tensor(query, device=inputs.device)
-    if query.shape == shape and query.is_floating_point():
-        return query.to(torch.promote_types(query.dtype, torch.float32))
-    if query.is_floating_point() or query.dim() > 1 or (query.dim() == 1 and len(query) != shape[0]):
-        raise InvalidInputError(
-            f"query must be a position, one position for each of {shape[0]} examples, or weights of shape "
-            f"{tuple(shape)}; got {query.dtype} of shape {tuple(query.shape)}."
-        )
-    if not bool(((-shape[1] <= query) & (query < shape[1])).all()):
-        raise InvalidInputError(f"query {query.tolist()} lies outside the {shape[1]} tokens.")
-    position = (query % shape[1]).expand(shape[0])
-    return F.one_hot(position, shape[1]).to(torch.float32)
-
-
 def _positions(gradient: Tensor | None) -> Tensor:
     """Return the explained positions (B, L): the length of the gradient at each token, summing to 1."""
     if gradient is None:
@@ -538,20 +326,6 @@ def _positions(gradient: Tensor | None) -> Tensor:
             "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
         )
     return length / total
-
-
-def refuse_padding(positions: Tensor, real: Tensor) -> None:
-    """Raise if a position that is explained is padding.
-
-    Raises:
-        InvalidInputError: With what leads to that.
-    """
-    if bool((positions * (1 - real)).any()):
-        raise InvalidInputError(
-            "The explained score is read at padding, or `query` names padding. A transformers classifier that is given "
-            "embeddings reads the last position, whatever the mask says: pad on the left, pass token ids, or explain "
-            "sequences one by one."
-        )
 
 
 @contextmanager

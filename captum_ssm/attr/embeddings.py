@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerGradientXActivation, format_additional_forward_args, log_usage
 from captum_ssm.attr.attribution import ImplicitAttentionAttribution, Rectify
-from captum_ssm.attr.base import Attention, Target, refuse_bad_inputs, single_tensor
+from captum_ssm.attr.inputs import Target, refuse_bad_inputs, single_tensor
+from captum_ssm.attr.view import Attention
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.readout import is_language_model
 
@@ -102,7 +103,8 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
             if is_language_model(self.forward_func):
                 refuse_bad_inputs(self._model, tokens)
             per_token = method._attribute(tokens, target, None, args, None, False)
-        self.fidelity = method.fidelity
+        self.fidelity.clear()  # the one dictionary: Captum works with a copy of the method
+        self.fidelity.update(method.fidelity)
         width: int = self.layer.weight.shape[-1]
         return (per_token / width).unsqueeze(-1).repeat(1, 1, width)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, TokenMatrix
-from captum_ssm.attr.base import LayerView
+from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.operators import Chain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm._captum import LLMAttributionResult
-from captum_ssm.attr.base import (
-    ImplicitAttentionMethod,
-    free_of_inference_mode,
-    progress_bar,
-    real_tokens,
-    refuse_bad_inputs,
-    refuse_bad_state,
-)
+from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar
+from captum_ssm.attr.inputs import free_of_inference_mode, real_tokens, refuse_bad_inputs, refuse_bad_state
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import decompose
@@ -50,7 +45,8 @@ class LLMImplicitAttention:
         >>> model = AutoModelForCausalLM.from_pretrained(models.REVIEWS)
         >>> tokenizer = AutoTokenizer.from_pretrained(models.REVIEWS)
         >>> method = ImplicitAttentionAttribution(model, rectify=None)
-        >>> result = LLMImplicitAttention(method, tokenizer).attribute("a gorgeous", target=" witty film")
+        >>> prompt = tokenizer("a gorgeous", return_tensors="pt", add_special_tokens=False).input_ids
+        >>> result = LLMImplicitAttention(method, tokenizer).attribute(prompt, target=" witty film")
         >>> result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
         True
     """
@@ -58,8 +54,8 @@ class LLMImplicitAttention:
     def __init__(self, method: ImplicitAttentionMethod, tokenizer: Any) -> None:
         if not isinstance(method, ImplicitAttentionMethod):
             raise InvalidInputError(
-                f"A generation is explained by a method of all layers, such as ImplicitAttentionAttribution(model), not "
-                f"{type(method).__name__}."
+                "A generation is explained by a method of all layers, such as ImplicitAttentionAttribution(model), "
+                f"not by {type(method).__name__}."
             )
         output = getattr(method.forward_func, "get_output_embeddings", None)
         if not is_language_model(method.forward_func) or output is None or output() is None:
@@ -86,7 +82,8 @@ class LLMImplicitAttention:
         """Return what each generated token comes from.
 
         Args:
-            inp: The prompt: a text, its token ids (L,) or (1, L), or Captum's ``TextTokenInput``.
+            inp: The prompt: a text, which gets the tokenizer's special tokens; its token ids (L,) or (1, L); or
+                Captum's ``TextTokenInput``.
             target: The answer, a text or its token ids; None lets the model generate it.
             gen_args: Arguments of ``model.generate`` for that; by default 25 tokens, each the most probable.
             show_progress: Show a progress bar if the call takes more than two seconds.
@@ -180,16 +177,13 @@ class LLMImplicitAttention:
             one_hot = F.one_hot(positions[part], L).to(at_head)
             each = one_hot[:, None, :, None] * at_head  # (M, 1, L, E)
 
-            def backward(gradient: Tensor) -> tuple[Tensor | None, ...]:
-                return torch.autograd.grad(hidden, outputs, gradient, retain_graph=True, allow_unused=True)
+            def backward(gradient: Tensor) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(hidden, outputs, gradient, retain_graph=True, materialize_grads=True)
 
-            if size > 1:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
                 found = torch.func.vmap(backward)(each)
-            else:
-                found = tuple(g if g is None else g.unsqueeze(0) for g in backward(each[0]))
-            zero = each.new_zeros(())
-            filled = [zero.expand(len(each), *y.shape) if g is None else g for y, g in zip(outputs, found)]
-            yield part, [g.to(torch.promote_types(g.dtype, torch.float32)) for g in filled]
+            yield part, [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
 
     def _ids(self, text: Any, *, special: bool) -> Tensor:
         """Return token ids (1, L) of a text, of ids, or of Captum's text input."""
@@ -218,6 +212,8 @@ class LLMImplicitAttention:
         Returns:
             The answer's token ids (1, generated tokens).
         """
+        refuse_bad_state(self.model)
+        refuse_bad_inputs(self.model, prompt)
         options = {"max_new_tokens": 25, "do_sample": False} if gen_args is None else gen_args
         answer: Any = self.model.generate
         with torch.no_grad():

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, format_additional_forward_args, log_usage
 from captum_ssm.attention import dense
-from captum_ssm.attr.base import (
-    Attention,
-    check_attention,
-    known_terms,
-    real_tokens,
-    refuse_bad_inputs,
-    refuse_bad_state,
-    refuse_unknown_terms,
-    single_tensor,
-    view,
-)
 from captum_ssm.attr.fusion import Fusion, fuse
+from captum_ssm.attr.inputs import real_tokens, refuse_bad_inputs, refuse_bad_state, single_tensor
+from captum_ssm.attr.view import Attention, check_attention, known_terms, refuse_unknown_terms, view
 from captum_ssm.capture import record_mixers
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.fidelity import decompose

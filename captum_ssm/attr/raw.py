@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from captum_ssm.aggregate import mean_row
 from captum_ssm.attention import TokenMatrix
-from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
+from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
+from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.wiring import Wiring
 

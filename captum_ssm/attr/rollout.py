@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_ssm.attention import ScaledAttention, TokenMatrix
-from captum_ssm.attr.base import ImplicitAttentionMethod, LayerView
+from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
+from captum_ssm.attr.view import LayerView
 from captum_ssm.wiring import Wiring
 
 

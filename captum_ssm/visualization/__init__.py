@@ -1,8 +1,8 @@
 """Pictures of explanations: coloured text, heat maps between tokens, and the flow of relevance through layers.
 
-Figures are matplotlib's own, made without pyplot: nothing opens a window or changes a setting. Characters that its font
-lacks, such as Chinese ones in the default font, become boxes; name one that has them in
-``matplotlib.rcParams["font.family"]``.
+Figures are matplotlib's own, made without pyplot: nothing opens a window or changes a setting (in a notebook that uses
+no pyplot, ``%matplotlib inline`` lets it show them). Characters that its font lacks, such as Chinese ones in the
+default font, become boxes; name one that has them in ``matplotlib.rcParams["font.family"]``.
 """
 
 from captum_ssm.visualization.flow import flow_figure, rollout_steps

@@ -1,0 +1,138 @@
+"""What a call is given: checked, and brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_ssm.capture import MixerCall
+from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.readout import is_language_model
+
+Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
+
+
+def single_tensor(inputs: Any) -> Tensor:
+    """Return the one tensor of ``inputs``, detached and usable with autograd.
+
+    Raises:
+        AssertionError: If inputs is not made of tensors, as in Captum's own methods.
+        InvalidInputError: If inputs is not a single tensor.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    assert all(isinstance(tensor, Tensor) for tensor in tensors), (
+        f"inputs must be a tensor or a tuple of one, not {type(inputs).__name__}."
+    )
+    if len(tensors) != 1:
+        raise InvalidInputError(
+            f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
+            "the model needs as additional_forward_args."
+        )
+    return free_of_inference_mode(tensors[0].detach())
+
+
+def free_of_inference_mode(value: Any) -> Any:
+    """Return a copy of a tensor that was made in inference mode, which autograd refuses; all else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def select_examples(value: Any, count: int, rows: slice) -> Any:
+    """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one."""
+    if rows.start == 0 and rows.stop >= count:
+        return value
+    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        return tuple(select_examples(part, count, rows) for part in value)
+    each = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[rows] if each and len(value) == count else value
+
+
+def refuse_bad_state(model: nn.Module) -> None:
+    """Raise if a module of the model is in training mode (the root may be: a fresh wrapper is).
+
+    Raises:
+        ModelStateError: If dropout or a fused training kernel could be active.
+    """
+    training = [
+        name for name, module in model.named_modules() if module.training and (name or not any(model.children()))
+    ]
+    if training:
+        raise ModelStateError(
+            f"The model is in training mode (layer '{training[0]}'), so its outputs may be random or come from another "
+            "kernel. Call model.eval() first."
+        )
+
+
+def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
+    """Raise if the inputs are empty, of the wrong kind, or name tokens that the model does not have.
+
+    Raises:
+        InvalidInputError: In each of these cases.
+    """
+    expected = "(batch, tokens, width)" if inputs.is_floating_point() else "(batch, tokens)"
+    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
+        raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
+    if inputs.numel() == 0:
+        raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
+    if inputs.is_floating_point():
+        if not bool(inputs.isfinite().all()):
+            raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
+        return
+    embeddings = getattr(model, "get_input_embeddings", None)
+    size = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
+    low, high = int(inputs.min()), int(inputs.max())
+    if low < 0 or (size is not None and high >= size):
+        raise InvalidInputError(
+            f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}."
+            " Does the tokenizer belong to this model?"
+        )
+
+
+def real_tokens(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[MixerCall]) -> Tensor:
+    """Return 1 at real tokens and 0 at padding, (B, L).
+
+    For a transformers model the mask is the additional forward argument. Any other callable may make one of its own:
+    it is the one that the mixers got.
+    """
+    y = calls[-1].y
+    found = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
+    masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
+    return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], device=y.device)
+
+
+def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
+    """Return explained positions as weights (B, L).
+
+    Raises:
+        InvalidInputError: If a position lies outside the sequence or the shape does not fit.
+    """
+    shape = inputs.shape[:2]
+    query = torch.as_tensor(query, device=inputs.device)
+    if query.shape == shape and query.is_floating_point():
+        return query.to(torch.promote_types(query.dtype, torch.float32))
+    if query.is_floating_point() or query.dim() > 1 or (query.dim() == 1 and len(query) != shape[0]):
+        raise InvalidInputError(
+            f"query must be a position, one position for each of {shape[0]} examples, or weights of shape "
+            f"{tuple(shape)}; got {query.dtype} of shape {tuple(query.shape)}."
+        )
+    if not bool(((-shape[1] <= query) & (query < shape[1])).all()):
+        raise InvalidInputError(f"query {query.tolist()} lies outside the {shape[1]} tokens.")
+    position = (query % shape[1]).expand(shape[0])
+    return F.one_hot(position, shape[1]).to(torch.float32)
+
+
+def refuse_padding(positions: Tensor, real: Tensor) -> None:
+    """Raise if a position that is explained is padding.
+
+    Raises:
+        InvalidInputError: With what leads to that.
+    """
+    if bool((positions * (1 - real)).any()):
+        raise InvalidInputError(
+            "The explained score is read at padding, or `query` names padding. A transformers classifier that is given "
+            "embeddings reads the last position, whatever the mask says: pad on the left, pass token ids, or explain "
+            "sequences one by one."
+        )
