@@ -12,6 +12,7 @@ from captum._utils.common import (
 from captum._utils.common import _format_output as format_output
 from captum._utils.common import _is_tuple as is_tuple
 from captum._utils.common import _select_targets
+from captum._utils.gradient import compute_gradients
 from captum.attr import GradientAttribution, LayerAttribution, LayerGradientXActivation, LLMAttributionResult
 from captum.log import log_usage as _log_usage
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "LLMAttributionResult",
     "LayerAttribution",
     "LayerGradientXActivation",
+    "compute_gradients",
     "format_additional_forward_args",
     "format_output",
     "is_tuple",

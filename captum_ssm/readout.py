@@ -60,7 +60,7 @@ def _scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Ten
             f"A transformers model takes one additional forward argument, its attention mask, but got {len(args)}. "
             "For more, wrap it: ImplicitAttentionAttribution(lambda ids, *args: ..., model=model)."
         )
-    mask = _attention_mask(inputs, args[0]) if args and args[0] is not None else None
+    mask = attention_mask(inputs, args[0]) if args and args[0] is not None else None
     logits = language_logits(forward_func, inputs, mask)
     if logits.dim() == 2:
         return logits
@@ -77,7 +77,12 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
     return logits
 
 
-def _attention_mask(inputs: Tensor, mask: Any) -> Tensor:
+def attention_mask(inputs: Tensor, mask: Any) -> Tensor:
+    """Return the mask of a call, checked.
+
+    Raises:
+        InvalidInputError: If it does not fit the inputs or leaves a sequence empty.
+    """
     if not isinstance(mask, Tensor) or mask.shape != inputs.shape[:2]:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidInputError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.errors import InvalidInputError, UnsupportedModelError
 from captum_ssm.registry import find_mixers, supported_families
 from captum_ssm.wiring import EMBEDDINGS, Stream, Wiring
 
@@ -67,6 +67,7 @@ def examine(
 
     Raises:
         UnsupportedModelError: If tokens are mixed elsewhere; the message names the innermost such module.
+        InvalidInputError: If the model runs more than once.
 
     Cost: one forward pass and 2 log2(L) backward passes of what is not a mixer, once for each model, and again
     where its modules or calls changed or the input is more than twice as long; one forward pass for each function.
@@ -80,12 +81,24 @@ def examine(
         return known.wirings[reader]
     with ExitStack() as marked:
         flows, wiring = _record(model, forward, length, marked)
+        _refuse_several_runs(calls, wiring)
         if known is None:
             _refuse_mixing(flows, length)
     if length > 1:  # a single token proves nothing
         known = _EXAMINED[model] = known or _Examined(length, [ref(module) for module in modules], names)
         known.wirings[reader] = wiring
     return wiring
+
+
+def _refuse_several_runs(calls: list[MixerCall], wiring: Wiring) -> None:
+    """Raise if a mixer that ran before starts from the embeddings once more."""
+    for number, call in enumerate(calls):
+        again = any(call.mixer is earlier.mixer for earlier in calls[:number])
+        if again and wiring.reads[number] <= {EMBEDDINGS}:
+            raise InvalidInputError(
+                "forward_func runs the model more than once, so its output comes from several attentions. Explain one "
+                "run: for a difference of two of its outputs pass `contrast`."
+            )
 
 
 def _refuse_mixing(flows: list[_Flow], length: int) -> None:

@@ -210,6 +210,17 @@ def test_the_model_runs_once(method: Any, eight: Tensor) -> None:
     assert set(runs) == {(1, 7)}
 
 
+def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    own = captum_ssm.attr.generation.decompose
+    monkeypatch.setattr(captum_ssm.attr.generation, "_PASS", 1)
+    monkeypatch.setattr(
+        captum_ssm.attr.generation, "decompose", lambda call, *args: (done.append(call.name), own(call, *args))[1]
+    )
+    explain(signed, build("mamba"), eight, 4)
+    assert sorted(done) == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
+
+
 @every_method
 def test_the_error_of_every_layer_is_there_to_see(method: Any, eight: Tensor) -> None:
     model = build("mamba")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from captum_ssm import ImplicitAttentionAttribution, UnsupportedModelError
+from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, UnsupportedModelError
 from captum_ssm.capture import record_mixers
 from captum_ssm.structure import examine
 from captum_ssm.wiring import Wiring
@@ -441,3 +441,23 @@ def test_a_check_leaves_parameters_gradients_and_hooks_as_they_were(ids: Tensor,
             check(fresh, inputs)
     with unchanged(model, ids):
         check(model, ids)
+
+
+# --- One run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_runs_the_model_twice_is_refused(family: nn.Module, ids: Tensor) -> None:
+    """Its output comes from two attentions; the last one alone would be half of the answer."""
+
+    def run(ids: Tensor) -> Tensor:
+        return family(input_ids=ids, use_cache=False).logits
+
+    twice = ImplicitAttentionAttribution(lambda ids: run(ids)[:, -1, 3] - run(ids)[:, 4, 5], family)
+    with pytest.raises(InvalidInputError, match="runs the model more than once.*contrast"):
+        twice.attribute(ids)
+
+    def once(ids: Tensor) -> Tensor:
+        logits = run(ids)
+        return logits[:, -1, 3] - logits[:, 4, 5]
+
+    assert ImplicitAttentionAttribution(once, family).attribute(ids).isfinite().all()

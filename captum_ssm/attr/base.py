@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from captum_ssm._captum import (
     GradientAttribution,
+    compute_gradients,
     format_additional_forward_args,
     format_output,
     is_tuple,
@@ -30,6 +31,7 @@ from captum_ssm.attr.inputs import (
     refuse_bad_inputs,
     refuse_bad_state,
     refuse_padding,
+    refuse_wrong_counts,
     select_examples,
     single_tensor,
 )
@@ -37,7 +39,7 @@ from captum_ssm.attr.view import Attention, LayerView, check_attention, known_te
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import Decomposition, decompose
-from captum_ssm.readout import scores
+from captum_ssm.readout import attention_mask, is_language_model, scores
 from captum_ssm.registry import find_mixers
 from captum_ssm.structure import examine
 from captum_ssm.wiring import Wiring, find_wire
@@ -159,7 +161,11 @@ class ImplicitAttentionMethod(GradientAttribution):
             size = max(count, 1) if internal_batch_size is None else internal_batch_size
             if size < 1:
                 raise InvalidInputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
-            parts = []
+            if size < count:
+                refuse_wrong_counts(count, (target, contrast), query)
+                if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
+                    attention_mask(tokens, args[0])
+            parts, worst = [], dict[str, float]()
             for start in range(0, max(count, 1), size):
                 some = partial(select_examples, count=count, rows=slice(start, start + size))
                 batch = tokens if size >= count else tokens[start : start + size]
@@ -167,6 +173,8 @@ class ImplicitAttentionMethod(GradientAttribution):
                 parts.append(
                     self._attribute(batch, some(target), some(contrast), some(args), some(query), show_progress)
                 )
+                worst = {name: max(error, worst.get(name, 0.0)) for name, error in self.fidelity.items()}
+            self.fidelity = worst
             per_token = torch.cat(parts)
         if tokens.is_floating_point():
             width = tokens.shape[-1]
@@ -208,6 +216,11 @@ class ImplicitAttentionMethod(GradientAttribution):
         progress: bool,
     ) -> Tensor:
         model = self.model
+        if self.gradient_func is not compute_gradients:
+            raise InvalidInputError(
+                "gradient_func was replaced, but the methods of this package do not call it. To explain a neuron, pass "
+                "a callable that returns it as forward_func, with model=."
+            )
         refuse_bad_state(model)
         target, contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
         args = tuple(map(free_of_inference_mode, additional_forward_args or ()))
@@ -273,6 +286,9 @@ class ImplicitAttentionMethod(GradientAttribution):
             output = scores(self.forward_func, inputs, *args)
             score = self._select(output, target)
             if contrast is not None:
+                assert target is not None or score.dim() < 2, (
+                    "Target not provided when necessary: a contrast needs one."
+                )
                 score = score - self._select(output, contrast)
             gradients = self._gradients(score, calls)
         return [call.detach() for call in calls], gradients

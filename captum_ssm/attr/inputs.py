@@ -40,14 +40,35 @@ def free_of_inference_mode(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+_INTERPRETABLE = "InterpretableEmbeddingBase"
+"""What Captum puts in the place of an embedding layer: a fresh module, in training mode, that computes nothing."""
+
+
 def select_examples(value: Any, count: int, rows: slice) -> Any:
-    """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one."""
+    """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one.
+
+    Of several arguments only tensors have parts, as for Captum.
+    """
     if rows.start == 0 and rows.stop >= count:
         return value
     if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
-        return tuple(select_examples(part, count, rows) for part in value)
+        return tuple(select_examples(part, count, rows) if isinstance(part, Tensor) else part for part in value)
     each = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
     return value[rows] if each and len(value) == count else value
+
+
+def refuse_wrong_counts(count: int, targets: tuple[Any, ...], query: Any) -> None:
+    """Raise if there are several targets or explained positions, and not as many as examples.
+
+    Raises:
+        AssertionError: For targets, as Captum does.
+        InvalidInputError: For positions.
+    """
+    for target in targets:
+        several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
+        assert not several or len(target) == count, f"There are {len(target)} targets for {count} examples."
+    if isinstance(query, Tensor) and query.dim() > 0 and len(query) != count:
+        raise InvalidInputError(f"query has the positions of {len(query)} examples, but there are {count}.")
 
 
 def refuse_bad_state(model: nn.Module) -> None:
@@ -57,7 +78,9 @@ def refuse_bad_state(model: nn.Module) -> None:
         ModelStateError: If dropout or a fused training kernel could be active.
     """
     training = [
-        name for name, module in model.named_modules() if module.training and (name or not any(model.children()))
+        name
+        for name, module in model.named_modules()
+        if module.training and (name or not any(model.children())) and type(module).__name__ != _INTERPRETABLE
     ]
     if training:
         raise ModelStateError(
