@@ -453,7 +453,7 @@ def test_a_function_that_runs_the_model_twice_is_refused(family: nn.Module, ids:
         return family(input_ids=ids, use_cache=False).logits
 
     twice = ImplicitAttentionAttribution(lambda ids: run(ids)[:, -1, 3] - run(ids)[:, 4, 5], family)
-    with pytest.raises(InvalidInputError, match="runs the model more than once.*contrast"):
+    with pytest.raises(InvalidInputError, match=r"runs the model more than once.*contrast"):
         twice.attribute(ids)
 
     def once(ids: Tensor) -> Tensor:
