@@ -1,4 +1,4 @@
-"""Record what enters and leaves the token mixers of a model: the only hooks of the package.
+"""Record what enters and leaves the token mixers of a model: the hooks that an explanation needs.
 
 Nothing inside a mixer is hooked: transformers and the native packages call functions with the parameters of
 their submodules, whose hooks then never fire. An adapter recomputes the gates from the mixer's input.
@@ -120,6 +120,18 @@ def record_mixers(
 
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
         yield calls
+
+
+@contextmanager
+def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record what the output embeddings of a language model get, while the context is open."""
+    recorded: list[Tensor] = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+    try:
+        yield recorded
+    finally:
+        hook.remove()
 
 
 def _rewritten(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:

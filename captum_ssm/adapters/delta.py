@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.adapters.reading import padding, parameters
+from captum_ssm.adapters.reading import padding, parameters, to_heads
 from captum_ssm.gates import activation, inverse_length, inverse_rms, secant
 from captum_ssm.operators import CausalConv, Chain, DeltaScan, Diagonal, Operator, Projection
 from captum_ssm.registry import register
@@ -122,7 +122,7 @@ def _delta_rule(
     acts = [secant(mixer.activation, u) for u in pre]
     queries, keys, values = (act * u for act, u in zip(acts, pre))
 
-    heads = [t.unflatten(-1, (Hk, -1)).repeat_interleave(H // Hk, dim=2) for t in (queries, keys)]  # (B, L, H, N)
+    heads = [to_heads(t.unflatten(-1, (Hk, -1)), H) for t in (queries, keys)]  # (B, L, H, N)
     q, k = (t * inverse_length(t, _EPS) for t in heads)
     a, write = log_decay.exp(), beta.unsqueeze(-1) * k
     scan = DeltaScan(a=a, b=write, c=q * q.shape[-1] ** -0.5, recall=a * k, erase=write, head_size=P)

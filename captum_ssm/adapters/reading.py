@@ -25,3 +25,9 @@ def padding(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
     """
     mask = kwargs.get("attention_mask")
     return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}
+
+
+def to_heads(t: Tensor, H: int) -> Tensor:
+    """Return ``t`` (B, L, groups, N) for H heads: a group serves consecutive heads, and one alone stays shared."""
+    groups = t.shape[2]
+    return t if groups == 1 else t.repeat_interleave(H // groups, dim=2)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.adapters.reading import padding, parameters
+from captum_ssm.adapters.reading import padding, parameters, to_heads
 from captum_ssm.gates import inverse_rms, secant
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
 from captum_ssm.registry import register
@@ -110,8 +110,7 @@ def s6(
 
     reads = torch.einsum("blhp,hrp->blhr", (act * pre).unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
     low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
-    if H > 1:  # of one head B and C stay shared
-        b, c = (read.repeat_interleave(P, dim=2) for read in (b, c))
+    b, c = (to_heads(read, H * P) for read in (b, c))
     delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])
     step, decay = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
 

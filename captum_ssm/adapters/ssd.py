@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.adapters.reading import padding, parameters
+from captum_ssm.adapters.reading import padding, parameters, to_heads
 from captum_ssm.gates import inverse_rms, secant
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
 from captum_ssm.registry import register
@@ -54,9 +54,7 @@ def ssd(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     act = masked(secant(mixer.activation, pre))  # the bias of the convolution puts something into padding again
 
     v, b, c = (act * pre).split([D, G * N, G * N], dim=-1)
-    b, c = (t.unflatten(-1, (G, N)) for t in (b, c))
-    if G > 1:  # of one group B and C stay shared
-        b, c = (t.repeat_interleave(H // G, dim=2) for t in (b, c))  # (B, L, H, N)
+    b, c = (to_heads(t.unflatten(-1, (G, N)), H) for t in (b, c))  # (B, L, H, N)
     delta = F.softplus(low + weights["dt_bias"]).clamp(*mixer.time_step_limit)
     step, decay = delta.unsqueeze(-1), -weights["A_log"].exp().view(1, 1, H, 1)  # (B, L, H, 1), (1, 1, H, 1)
     scan = Scan(

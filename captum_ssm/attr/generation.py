@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from captum_ssm._captum import LLMAttributionResult
 from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar
 from captum_ssm.attr.inputs import free_of_inference_mode, real_tokens, refuse_bad_inputs, refuse_bad_state
-from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm.capture import MixerCall, record_head, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import decompose
 from captum_ssm.readout import is_language_model, language_logits
@@ -136,7 +135,9 @@ class LLMImplicitAttention:
             ids = free_of_inference_mode(ids)
             inputs, answer = ids[:, :-1], ids[0, start:]
             positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
-            with torch.enable_grad(), record_mixers(model, rewrite=True) as recorded, head_input(model) as hidden:
+            hold = method.gradient_at == "last layer"  # no gradient is asked for
+            mixers = record_mixers(model, hold=hold, rewrite=not hold)
+            with torch.enable_grad(), mixers as recorded, record_head(model) as hidden:
                 logits = language_logits(model, inputs)
                 scores = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
             if not bool(scores.isfinite().all()):
@@ -219,15 +220,3 @@ class LLMImplicitAttention:
         with torch.no_grad():
             ids = answer(prompt, attention_mask=torch.ones_like(prompt), **options)
         return ids[:, prompt.shape[1] :]
-
-
-@contextmanager
-def head_input(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Record what the output embeddings of a language model get, while the context is open."""
-    recorded: list[Tensor] = []
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
-    try:
-        yield recorded
-    finally:
-        hook.remove()
