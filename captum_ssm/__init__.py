@@ -4,6 +4,7 @@ from captum_ssm import adapters as adapters
 from captum_ssm import models
 from captum_ssm.attr import (
     ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
     LayerImplicitAttention,
     LayerImplicitAttentionAttribution,
@@ -13,6 +14,7 @@ from captum_ssm.attr import (
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.kernels import reference_kernels
 from captum_ssm.registry import register, supported, unregister
+from captum_ssm.relevance.functions import register_rule, unregister_rule
 from captum_ssm.wiring import Wire, register_wire, unregister_wire
 
 __version__ = "0.1.0"
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FidelityError",
     "ImplicitAttentionAttribution",
+    "ImplicitAttentionRelevance",
     "ImplicitAttentionRollout",
     "InvalidInputError",
     "LLMImplicitAttention",
@@ -32,8 +35,10 @@ __all__ = [
     "models",
     "reference_kernels",
     "register",
+    "register_rule",
     "register_wire",
     "supported",
     "unregister",
+    "unregister_rule",
     "unregister_wire",
 ]

@@ -48,9 +48,18 @@ class MixerCall:
         return replace(self, x=self.x.detach(), y=self.y.detach(), state=state)
 
 
+Rewrite = Callable[[MixerCall], Tensor]
+"""What a mixer's call hands on in the place of its output."""
+
+
 @contextmanager
 def record_mixers(
-    model: nn.Module, *, hold: bool = False, rewrite: bool = False, seen: Callable[[], object] = lambda: None
+    model: nn.Module,
+    *,
+    hold: bool = False,
+    rewrite: Rewrite | None = None,
+    plain: Callable[[Any], Any] | None = None,
+    seen: Callable[[], object] = lambda: None,
 ) -> Iterator[list[MixerCall]]:
     """Record every call of every supported token mixer while the context is open.
 
@@ -60,8 +69,9 @@ def record_mixers(
     Args:
         model: The model to watch. Its hooks are removed when the context is left, whatever happens.
         hold: Run all mixers without a graph: what follows a mixer sees its output as a constant.
-        rewrite: Run all mixers without a graph, and give their outputs the graph of their decomposition: the same
-            gradients, where transformers' own may take far longer.
+        rewrite: Run all mixers without a graph, and hand on what this makes of their calls, such as
+            :func:`decomposed`.
+        plain: What becomes of the arguments that a mixer's own code runs on; the recorded call has the originals.
         seen: Called after each call, for a progress bar.
 
     Yields:
@@ -72,7 +82,7 @@ def record_mixers(
         ModelStateError: If a mixer is called with a cache that already holds a state.
     """
     calls: list[MixerCall] = []
-    modes: list[bool] = []
+    entered: list[tuple[bool, Any, Any]] = []
     states: dict[str, Tensor] = {}
     met: list[Any] = []
     names: dict[nn.Module, list[str]] = {}
@@ -84,7 +94,7 @@ def record_mixers(
         paths = names[mixer]
         return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
 
-    def enter(mixer: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(mixer: nn.Module, args: Any, kwargs: Any) -> Any:
         _, arguments = _arguments(mixer, args, kwargs)
         name = name_of(mixer)
         new = [value for value in arguments.values() if not any(value is old for old in met)]
@@ -94,18 +104,20 @@ def record_mixers(
                 f"Layer '{name}' was called with a cache that already holds a state, so its output depends on "
                 "tokens that are not among the inputs. Pass the whole sequence, without a cache."
             )
-        modes.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(modes[-1] and not (hold or rewrite) and len(calls) > 0)
+        entered.append((torch.is_grad_enabled(), args, kwargs))
+        torch.set_grad_enabled(entered[-1][0] and not (hold or rewrite) and len(calls) > 0)
+        return (args, kwargs) if plain is None else plain((args, kwargs))
 
     def leave(mixer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        torch.set_grad_enabled(modes.pop())
+        mode, args, kwargs = entered.pop()
+        torch.set_grad_enabled(mode)
         x, rest = _arguments(mixer, args, kwargs)
         y = output if isinstance(output, Tensor) else output[0]
-        if rewrite and len(calls) > 0:
-            y = _rewritten(mixer, x, rest, y)
-        y = y if y.requires_grad else y.detach().requires_grad_()
         name = name_of(mixer)
-        calls.append(MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name))))
+        call = MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name)))
+        y = y if rewrite is None else rewrite(call)
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        calls.append(replace(call, y=y))
         seen()
         return y if isinstance(output, Tensor) else (y, *output[1:])
 
@@ -134,13 +146,16 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _rewritten(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
-    """Return the output ``y`` with the graph of the mixer's decomposition at ``x``."""
-    adapter = find_adapter(mixer)
+def decomposed(call: MixerCall) -> Tensor:
+    """Return a mixer's output with the graph of its decomposition.
+
+    The gradients are those of the layer's own code, where that may take far longer.
+    """
+    adapter = find_adapter(call.mixer)
     assert adapter is not None
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    chained = adapter(mixer, wide, kwargs).apply(wide, bias=True).to(y.dtype)
-    return y + (chained - chained.detach())
+    wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+    chained = adapter(call.mixer, wide, call.kwargs).apply(wide, bias=True).to(call.y.dtype)
+    return call.y + (chained - chained.detach())
 
 
 def _arguments(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

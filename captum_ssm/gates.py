@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from captum_ssm.errors import UnsupportedModelError
 
@@ -42,12 +43,23 @@ def secant(activation: str, u: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: If the activation has no such form here.
     """
+    if has_torch_function_unary(u):  # a rule of relevance may hold it
+        return handle_torch_function(secant, (u,), activation, u)
+    return secant_of(activation)(u)
+
+
+def secant_of(activation: str) -> Callable[[Tensor], Tensor]:
+    """Return the function behind :func:`secant`.
+
+    Raises:
+        UnsupportedModelError: If the activation has no such form here.
+    """
     if activation not in _SECANTS:
         raise UnsupportedModelError(
             f"The activation {activation!r} has no gate form; known: {', '.join(_SECANTS)}. Register an adapter of "
             "your own for this layer (captum_ssm.register)."
         )
-    return _SECANTS[activation](u)
+    return _SECANTS[activation]
 
 
 def activation(name: str, u: Tensor) -> Tensor:
@@ -81,6 +93,16 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def inverse_length(x: Tensor, eps: float) -> Tensor:
     """Return the scale of a Euclidean norm, ``1 / sqrt(sum(x²) + eps)``, shape (..., 1)."""
     return torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def upper_bound(x: Tensor) -> Tensor:
+    """Return a constant at or above ``x``: what exponents are kept relative to, where it cancels in the end.
+
+    It is ``x`` itself; where relevance compares an input with a reference, the larger of the two.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(upper_bound, (x,), x)
+    return x
 
 
 def running_max(step: Tensor, values: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from captum_ssm.attr.embeddings import LayerImplicitAttentionAttribution
 from captum_ssm.attr.generation import LLMImplicitAttention
 from captum_ssm.attr.layer import LayerImplicitAttention
 from captum_ssm.attr.raw import RawImplicitAttention
+from captum_ssm.attr.relevance import ImplicitAttentionRelevance
 from captum_ssm.attr.rollout import ImplicitAttentionRollout
 
 __all__ = [
     "ImplicitAttentionAttribution",
+    "ImplicitAttentionRelevance",
     "ImplicitAttentionRollout",
     "LLMImplicitAttention",
     "LayerImplicitAttention",

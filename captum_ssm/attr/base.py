@@ -45,7 +45,94 @@ from captum_ssm.structure import examine
 from captum_ssm.wiring import Wiring, find_wire
 
 
-class ImplicitAttentionMethod(GradientAttribution):
+class ModelMethod(GradientAttribution):
+    """What every method that explains a model's score has: the model, the score, and the state it must be in.
+
+    Args:
+        forward_func: A transformers model as it is, any other ``torch.nn.Module``, or any callable that
+            returns what Captum expects: one score for each example, or a tensor that ``target`` selects from.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
+        tolerance: Allowed relative error of the decomposition; None chooses by the model's type
+            (:data:`captum_ssm.fidelity.TOLERANCE`).
+
+    Attributes:
+        fidelity: After a call, the relative error of every layer's decomposition by layer name.
+
+    Raises:
+        InvalidInputError: If ``forward_func`` is not a module and no ``model`` is given.
+        UnsupportedModelError: If the model has no supported layer.
+    """
+
+    one_score = True
+    """Whether the target has to select one score for each example."""
+
+    def __init__(
+        self, forward_func: Callable[..., Any], model: nn.Module | None = None, *, tolerance: float | None = None
+    ) -> None:
+        super().__init__(forward_func)
+        self._model = model
+        self.tolerance = tolerance
+        self.fidelity: dict[str, float] = {}
+        find_mixers(self.model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose layers are explained, read when it is needed."""
+        if self._model is not None:
+            return self._model
+        if isinstance(self.forward_func, nn.Module):
+            return self.forward_func
+        raise InvalidInputError(
+            "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
+            f"{type(self).__name__}(forward_func, model=model)."
+        )
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: forward functions that return futures have no gradient.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
+
+    def _refuse_replaced_gradient(self) -> None:
+        if self.gradient_func is not compute_gradients:
+            raise InvalidInputError(
+                "gradient_func was replaced, but the methods of this package do not call it. To explain a neuron, pass "
+                "a callable that returns it as forward_func, with model=."
+            )
+
+    def _score(self, output: Tensor, target: Target, contrast: Target) -> Tensor:
+        """Return the explained score of each example, less the contrast's if there is one."""
+        score = self._select(output, target)
+        if contrast is not None:
+            assert target is not None or score.dim() < 2, "Target not provided when necessary: a contrast needs one."
+            score = score - self._select(output, contrast)
+        return score
+
+    def _select(self, output: Tensor, target: Target) -> Tensor:
+        """Return the explained score of each example, (B,), as Captum selects it."""
+        assert isinstance(output, Tensor), (
+            f"forward_func must return a tensor, not {type(output).__name__}; return its logits, for example."
+        )
+        try:
+            score = select_targets(output, target)
+        except (IndexError, RuntimeError) as error:
+            raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
+        one_each = score.dim() == 0 or score[0].numel() == 1
+        assert one_each or (target is None and not self.one_score), (
+            f"Target not provided when necessary: the output has shape {tuple(output.shape)}, so a target must "
+            "select one score for each example."
+        )
+        if not bool(score.isfinite().all()):
+            raise ModelStateError(
+                "The explained score is NaN or infinite. Check the model's weights and the inputs for NaN or "
+                "infinity, or run the model in a wider floating-point type."
+            )
+        return score
+
+
+class ImplicitAttentionMethod(ModelMethod):
     """Explain a score by the implicit attention of a model's gated-linear layers.
 
     Every method takes the same constructor and the same :meth:`attribute`; they differ in how a layer becomes
@@ -94,26 +181,10 @@ class ImplicitAttentionMethod(GradientAttribution):
         without: Sequence[str] = (),
         tolerance: float | None = None,
     ) -> None:
-        super().__init__(forward_func)
+        super().__init__(forward_func, model, tolerance=tolerance)
         check_attention(attention)
-        self._model = model
         self.attention: Attention = attention
         self.without = (without,) if isinstance(without, str) else tuple(without)
-        self.tolerance = tolerance
-        self.fidelity: dict[str, float] = {}
-        find_mixers(self.model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model whose layers are explained, read when it is needed."""
-        if self._model is not None:
-            return self._model
-        if isinstance(self.forward_func, nn.Module):
-            return self.forward_func
-        raise InvalidInputError(
-            "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
-            f"{type(self).__name__}(forward_func, model=model)."
-        )
 
     @log_usage
     def attribute(
@@ -181,14 +252,6 @@ class ImplicitAttentionMethod(GradientAttribution):
             per_token = (per_token / width).to(tokens.dtype).unsqueeze(-1).repeat(1, 1, width)
         return format_output(is_tuple(inputs), (per_token.detach().contiguous(),))
 
-    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
-        """Not offered: forward functions that return futures have no gradient.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
-
     @abstractmethod
     def _matrix(self, layer: LayerView) -> TokenMatrix:
         """Return the layer's matrix between tokens."""
@@ -216,11 +279,7 @@ class ImplicitAttentionMethod(GradientAttribution):
         progress: bool,
     ) -> Tensor:
         model = self.model
-        if self.gradient_func is not compute_gradients:
-            raise InvalidInputError(
-                "gradient_func was replaced, but the methods of this package do not call it. To explain a neuron, pass "
-                "a callable that returns it as forward_func, with model=."
-            )
+        self._refuse_replaced_gradient()
         refuse_bad_state(model)
         target, contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
         args = tuple(map(free_of_inference_mode, additional_forward_args or ()))
@@ -284,35 +343,9 @@ class ImplicitAttentionMethod(GradientAttribution):
         hold = self.gradient_at == "last layer"
         with torch.enable_grad(), record_mixers(self.model, hold=hold, seen=advance) as calls:
             output = scores(self.forward_func, inputs, *args)
-            score = self._select(output, target)
-            if contrast is not None:
-                assert target is not None or score.dim() < 2, (
-                    "Target not provided when necessary: a contrast needs one."
-                )
-                score = score - self._select(output, contrast)
+            score = self._score(output, target, contrast)
             gradients = self._gradients(score, calls)
         return [call.detach() for call in calls], gradients
-
-    def _select(self, output: Tensor, target: Target) -> Tensor:
-        """Return the explained score of each example, (B,), as Captum selects it."""
-        assert isinstance(output, Tensor), (
-            f"forward_func must return a tensor, not {type(output).__name__}; return its logits, for example."
-        )
-        try:
-            score = select_targets(output, target)
-        except (IndexError, RuntimeError) as error:
-            raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
-        one_each = score.dim() == 0 or score[0].numel() == 1
-        assert one_each or (target is None and self.gradient_at == "last layer"), (
-            f"Target not provided when necessary: the output has shape {tuple(output.shape)}, so a target must "
-            "select one score for each example."
-        )
-        if not bool(score.isfinite().all()):
-            raise ModelStateError(
-                "The explained score is NaN or infinite. Check the model's weights and the inputs for NaN or "
-                "infinity, or run the model in a wider floating-point type."
-            )
-        return score
 
     def _gradients(self, score: Tensor, calls: list[MixerCall]) -> list[Tensor | None]:
         """Return the gradient of the score at each mixer's output, or None where it is not needed."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_ssm._captum import LLMAttributionResult
 from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar
 from captum_ssm.attr.inputs import free_of_inference_mode, real_tokens, refuse_bad_inputs, refuse_bad_state
-from captum_ssm.capture import MixerCall, record_head, record_mixers
+from captum_ssm.capture import MixerCall, decomposed, record_head, record_mixers
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.fidelity import decompose
 from captum_ssm.readout import is_language_model, language_logits
@@ -136,7 +136,7 @@ class LLMImplicitAttention:
             inputs, answer = ids[:, :-1], ids[0, start:]
             positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
             hold = method.gradient_at == "last layer"  # no gradient is asked for
-            mixers = record_mixers(model, hold=hold, rewrite=not hold)
+            mixers = record_mixers(model, hold=hold, rewrite=None if hold else decomposed)
             with torch.enable_grad(), mixers as recorded, record_head(model) as hidden:
                 logits = language_logits(model, inputs)
                 scores = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))

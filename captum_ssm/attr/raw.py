@@ -33,7 +33,7 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         Ali, Zimerman & Wolf 2024 (arXiv 2403.01590), section 4 ("raw attention").
     """
 
-    gradient_at = "last layer"
+    gradient_at, one_score = "last layer", False
 
     def __init__(
         self,

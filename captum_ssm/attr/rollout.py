@@ -32,7 +32,7 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         Abnar & Zuidema 2020 (arXiv 2005.00928); Zimerman, Ali & Wolf 2025 (arXiv 2405.16504).
     """
 
-    gradient_at = "last layer"
+    gradient_at, one_score = "last layer", False
 
     def __init__(
         self,

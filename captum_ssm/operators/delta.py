@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,26 +51,28 @@ class DeltaScan(Recurrence):
 
     coefficients = ("a", "b", "c", "recall", "erase")
 
-    def _transposed(self) -> DeltaScan:
+    def transposed(self) -> DeltaScan:
+        """Return the delta scan whose matrix is this one's, transposed and read backwards in time."""
         a, b, c, recall, erase = self.map(lambda f: f.flip(1), axis=1).products
         # the transition between two neighbours belongs to the later one, which is now the earlier
         a, recall, erase = (p.map(lambda f: f.roll(1, 1), axis=1) for p in (a, recall, erase))
         return replace(self, a=a, b=c, c=b, recall=erase, erase=recall)
 
-    def _mix(self, x: Tensor) -> Tensor:
-        """Run the recurrence on ``x`` (B, L, H, P): a loop over chunks that hands on the state."""
+    def chunk_size(self, x: Tensor) -> int:
+        """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
+        return self.chunk or min(matrix_size(self.products[0]), x.shape[1])
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the recurrence on ``x`` (B, L, H, P), see :meth:`Recurrence.chunks`."""
         B, L, H, P = x.shape
-        products = self.products
-        N = max(p.shape[3] for p in products)
-        T = self.chunk or min(matrix_size(products[0]), L)
-        h = x.new_zeros(B, H, N, P)
-        outputs = []
+        products, T = self.products, self.chunk_size(x)
+        h = x.new_zeros(B, H, max(p.shape[3] for p in products), P)
         for start in range(0, L, T):
             stop = min(start + T, L)
+            before = h
             a, b, c, recall, erase = (p.tokens(start, stop) for p in products)
             y, h = _delta_chunk(a, b, c, recall, erase, x[:, start:stop], h)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1)
+            yield y, before
 
 
 def _delta_chunk(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import mul
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from captum_ssm.operators.base import Index, Operator, one_hot, since, take
 
@@ -89,11 +90,11 @@ class HeadOperator(Operator):
         """Return the operator of these heads, by number, as it is otherwise."""
 
     @abstractmethod
-    def _mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tensor:
         """Return every head's matrix times ``x`` (B, L, H, P), without the direct paths."""
 
     @abstractmethod
-    def _transposed(self: SelfHead) -> SelfHead:
+    def transposed(self: SelfHead) -> SelfHead:
         """Return the operator whose matrix is this one's, transposed and read backwards in time."""
 
     @property
@@ -108,7 +109,7 @@ class HeadOperator(Operator):
         if D != H * P:
             raise ValueError(f"The scan has {H} heads of {P} channels, but the input has {D} channels.")
         columns = x.reshape(-1, B, L, H, P).permute(1, 2, 3, 4, 0)  # (B, L, H, P, J)
-        y = self._mix(columns.flatten(3)).view(columns.shape).permute(4, 0, 1, 2, 3).reshape(x.shape)
+        y = self.mix(columns.flatten(3)).view(columns.shape).permute(4, 0, 1, 2, 3).reshape(x.shape)
         for direct in (self.bonus, self.skip):
             if direct is not None:
                 y = y + direct * x
@@ -116,7 +117,7 @@ class HeadOperator(Operator):
 
     def adjoint(self, u: Tensor) -> Tensor:
         """Return the transposed output for ``u`` (..., B, L, D): the same kind of pass, last token to first."""
-        backwards = self._transposed()
+        backwards = self.transposed()
         skip, bonus = (s if s is None or s.dim() < 2 else s.flip(-2) for s in (self.skip, self.bonus))
         return replace(backwards, skip=skip, bonus=bonus).apply(u.flip(-2)).flip(-2)
 
@@ -175,10 +176,38 @@ class Recurrence(HeadOperator):
         """H, the number of heads."""
         return max(p.shape[2] for p in self.products)
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors of all coefficients, in the order of :attr:`products`."""
+        return tuple(factor for product in self.products for factor in product.factors)
+
+    def with_factors(self: SelfRecurrence, factors: Sequence[Tensor]) -> SelfRecurrence:
+        """Return the recurrence with these factors in the place of :attr:`factors`, without direct paths."""
+        rest = iter(factors)
+        products = (replace(p, factors=tuple(next(rest) for _ in p.factors)) for p in self.products)
+        named: dict[str, Any] = dict(zip(self.coefficients, products))
+        return replace(self, **named, skip=None, bonus=None)
+
     def map(self: SelfRecurrence, function: Callable[[Tensor], Tensor], axis: int) -> SelfRecurrence:
         """Apply ``function`` to every factor of every coefficient that is not shared along ``axis``."""
         mapped: dict[str, Any] = {name: p.map(function, axis) for name, p in zip(self.coefficients, self.products)}
         return replace(self, **mapped)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Run the recurrence on ``x`` (B, L, H, P)."""
+        return recur(self, x, self.factors)
+
+    @abstractmethod
+    def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the recurrence on ``x`` (B, L, H, P) chunk by chunk.
+
+        Yields:
+            The outputs of a chunk (B, T, H, P), and the state before it (B, H, N, P).
+        """
+
+    @abstractmethod
+    def chunk_size(self, x: Tensor) -> int:
+        """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
 
     def after(self: SelfRecurrence, start: int) -> SelfRecurrence:
         """Return the recurrence from token ``start`` on, with no state before it."""
@@ -187,6 +216,20 @@ class Recurrence(HeadOperator):
 
     def _take_heads(self: SelfRecurrence, head: Tensor) -> SelfRecurrence:
         return self.map(lambda f: f[:, :, head.to(f.device)], axis=2)
+
+
+def recur(scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    """Run a recurrence on ``x`` (B, L, H, P): a function by itself, that a rule of relevance can take over.
+
+    Args:
+        scan: The recurrence.
+        x: Its input.
+        factors: Its own :attr:`Recurrence.factors`.
+    """
+    tensors = (x, *factors)
+    if has_torch_function(tensors):
+        return handle_torch_function(recur, tensors, scan, x, factors)
+    return torch.cat([y for y, _ in scan.chunks(x)], dim=1)
 
 
 def decays_between(a: Tensor) -> Tensor:
@@ -237,9 +280,10 @@ class Attention(HeadOperator):
     def _matrix(self, like: Tensor, tokens: slice) -> Tensor:
         return self.weights[..., tokens].permute(3, 0, 2, 1)
 
-    def _transposed(self) -> Attention:
+    def transposed(self) -> Attention:
+        """Return the attention whose matrix is this one's, transposed and read backwards in time."""
         return replace(self, weights=self.weights.transpose(-1, -2).flip(-1, -2))
 
-    def _mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tensor:
         """Weigh ``x`` (B, L, H, P)."""
         return torch.einsum("bhij,bjhp->bihp", self.weights, x)

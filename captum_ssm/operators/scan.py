@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,30 +54,38 @@ class Scan(Recurrence):
         if self.lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, not {self.lag}.")
 
-    def _transposed(self) -> Scan:
+    def transposed(self) -> Scan:
+        """Return the scan whose matrix is this one's, transposed and read backwards in time."""
         a, b, c = self.map(lambda f: f.flip(1), axis=1).products
         if self.lag == 0:  # the decay between two neighbours belongs to the later one, which is now the earlier
             a = a.map(lambda f: f.roll(1, 1), axis=1)
         return replace(self, a=a, b=c, c=b)
 
-    def _mix(self, x: Tensor) -> Tensor:
-        """Run the recurrence on ``x`` (B, L, H, P): a loop over chunks that hands on the state."""
+    def by_states(self, x: Tensor) -> bool:
+        """Whether ``x`` (B, L, H, P) goes through all states: a matrix pays off where many columns share it."""
+        a, *others = self.products
+        P, N = x.shape[3], max(p.shape[3] for p in (a, *others))
+        return P == 1 or (P <= N and a.shape[3] > 1)
+
+    def chunk_size(self, x: Tensor) -> int:
+        """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
+        B, L, H, P = x.shape
+        N = max(p.shape[3] for p in self.products)
+        T = max(_STATES // (B * H * N * P), 16) if self.by_states(x) else matrix_size(self.products[0])
+        return self.chunk or min(T, L)
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the recurrence on ``x`` (B, L, H, P), see :meth:`Recurrence.chunks`."""
         B, L, H, P = x.shape
         a, b, c = self.products
-        N = max(p.shape[3] for p in (a, b, c))
-        if P == 1 or (P <= N and a.shape[3] > 1):  # a matrix for each channel pays off where many columns share it
-            step, T = _by_states, max(_STATES // (B * H * N * P), 16)
-        else:
-            step, T = _by_matrix, matrix_size(a)
-        T = self.chunk or min(T, L)
-        h = x.new_zeros(B, H, N, P)
-        outputs = []
+        step, T = _by_states if self.by_states(x) else _by_matrix, self.chunk_size(x)
+        h = x.new_zeros(B, H, max(p.shape[3] for p in (a, b, c)), P)
         for start in range(0, L, T):
             stop = min(start + T, L)
+            before = h
             at, bt, ct = (p.tokens(start, stop) for p in (a, b, c))
             y, h = step(at, bt, ct, x[:, start:stop], h, self.lag)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1)
+            yield y, before
 
 
 _STATES = 2**17

@@ -1,0 +1,369 @@
+"""The rules of relevance for a recurrence, in linear time and without a loop over tokens.
+
+Every product of ``h_t = a_t h_{t-1} - erase_t w_t + b_t x_t``, ``w_t = <recall_t, h_{t-1}>``, ``y_t = <c_t, h_t>`` has
+two factors that may change. With the mean of the other factor as each one's multiplier, the multiplier ``g_t`` of the
+state runs backwards through the same recurrence with mean coefficients, and each coefficient's is ``g`` times the mean
+of what it is multiplied by::
+
+    x_t: <b_t, g_t>          a_t: g_t . h_{t-1}           c_t: <h_t, dy_t>
+    b_t: <g_t, x_t>          recall_t: -<h_{t-1}, k_t>    erase_t: -<g_t, w_t>
+
+with ``k_t = <erase_t, g_t>``. All are contractions of two families of states, ``h`` and ``g``, that need not be there
+as such: each is a sum of decayed outer products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
+from captum_ssm.operators.scan import decays, earlier, heads_first, prefix
+
+_NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
+"""Gauss's two points on (0, 1). The mean over them of a product's gradient, each factor on the line from reference to
+value, is the Shapley value of up to four factors."""
+
+
+def linear_scan(scan: Recurrence, x: Tensor) -> Tensor:
+    """Return a recurrence's output for ``x`` (B, L, H, P), with nothing kept for the gradient: it is the adjoint."""
+    y: Tensor = _Linear.apply(x, scan)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scan: Recurrence) -> Tensor:
+        ctx.scan = scan
+        return scan.mix(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.scan.transposed().mix(gradient.flip(1)).flip(1), None
+
+
+def difference_of_scans(
+    scan: Recurrence, value: tuple[Tensor, Sequence[Tensor]], reference: tuple[Tensor, Sequence[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Return a recurrence's outputs for a value and a reference; the first with the multipliers as its gradient.
+
+    Args:
+        scan: The recurrence; its own coefficients are not used.
+        value: Input (B, L, H, P) and factors of the coefficients.
+        reference: Likewise.
+    """
+    (x, factors), (other_x, other_factors) = value, reference
+    y, other = _Difference.apply(scan, other_x, x, *factors, *other_factors)  # type: ignore[no-untyped-call]
+    return y, other
+
+
+class _Difference(torch.autograd.Function):
+    """Two runs of a recurrence forwards; backwards one, with mean coefficients."""
+
+    @staticmethod
+    def forward(ctx: Any, scan: Recurrence, other_x: Tensor, x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.structure = scan.with_factors([f.new_empty((0,) * 4) for f in scan.factors])
+        half = len(factors) // 2
+        runs = [list(run) for run in (
+            scan.with_factors(factors[:half]).chunks(x), scan.with_factors(factors[half:]).chunks(other_x)
+        )]  # fmt: skip
+        before = [torch.stack([h for _, h in run]) for run in runs]
+        ctx.save_for_backward(other_x, x, *before, *factors)
+        y, other = (torch.cat([y for y, _ in run], dim=1) for run in runs)
+        ctx.mark_non_differentiable(other)
+        return y, other
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        other_x, x, before, other_before, *factors = ctx.saved_tensors
+        half = len(factors) // 2
+        scans = [ctx.structure.with_factors(some) for some in (factors[:half], factors[half:])]
+        dx, into = torch.empty_like(x), [torch.zeros_like(f) for f in factors[:half]]
+        T, G = scans[0].chunk_size(x), torch.zeros_like(before[0])
+        for number in reversed(range(len(before))):
+            part = slice(number * T, min((number + 1) * T, x.shape[1]))
+            value, other = (
+                _Side(s.map(lambda f, part=part: f[:, part], axis=1), inputs[:, part], h[number])
+                for s, inputs, h in zip(scans, (x, other_x), (before, other_before))
+            )
+            dx[:, part], gradients, G = _chunk_gradients(value, other, dy[:, part], G)
+            for total, gradient in zip(into, gradients):
+                where = total[:, part] if total.shape[1] > 1 else total
+                where += gradient
+        return None, None, dx, *into, *[None] * half
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One chunk of the value's run, or of the reference's: its recurrence, input (B, T, H, P) and state before it."""
+
+    scan: Recurrence
+    x: Tensor
+    h: Tensor
+
+
+def _chunk_gradients(value: _Side, other: _Side, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Run one chunk backwards.
+
+    Args:
+        value: The chunk.
+        other: The reference's.
+        dy: Multipliers of the output (B, T, H, P).
+        G: Multipliers of the state after the chunk (B, H, N, P).
+
+    Returns:
+        Multipliers of the input, of every factor of every coefficient, and of the state before the chunk.
+    """
+    sides, T = (value, other), dy.shape[1]
+    N = value.h.shape[2]
+    products = [side.scan.products for side in sides]
+    evaluated = [[p.tokens(0, T) for p in side] for side in products]
+    means = [(v + r) / 2 for v, r in zip(*evaluated)]
+    means[1] = _Shares(*(p[1] for p in products)).mean().expand(-1, T, -1, -1)  # b is one of three factors with x
+
+    rest = [[heads_first(t, N) for t in side[1:]] for side in [*evaluated, means]]
+    xs, dy = [side.x.transpose(1, 2) for side in sides], dy.transpose(1, 2)
+    lag = getattr(value.scan, "lag", 0)
+    by_states = isinstance(value.scan, Scan) and value.scan.by_states(value.x)
+    run = _explicit if by_states else _implicit
+    after, before, recalled = zip(*(run(side[0], r, x, s.h) for side, r, x, s in zip(evaluated, rest, xs, sides)))
+    g, found, first = (_explicit_adjoint if by_states else _implicit_adjoint)(means[0], rest[2], dy, G, lag)
+
+    read = before if lag else after
+    gradients = [
+        _mean(g.inner(state) for state in before),  # a
+        [g.onto_keys(x) for x in xs],  # b, by the value's and the reference's x
+        _mean(state.onto_keys(dy) for state in read),  # c
+    ]
+    if isinstance(value.scan, DeltaScan):
+        gradients += [-_mean(state.onto_keys(found) for state in before), -g.onto_keys(_mean(recalled))]
+    dx = g.onto_values(rest[2][0]).transpose(1, 2)
+    return dx, _to_factors(products, evaluated, gradients), first
+
+
+class _States(Protocol):
+    """A state (N, P) for each token of a chunk, known by what it does. Shapes (B, H, T, ...)."""
+
+    def onto_keys(self, p: Tensor) -> Tensor:
+        """Return ``sum_p state[n, p] p``, (B, H, T, N), for ``p`` (B, H, T, P)."""
+
+    def onto_values(self, q: Tensor) -> Tensor:
+        """Return ``sum_n state[n, p] q``, (B, H, T, P), for ``q`` (B, H, T, N)."""
+
+    def inner(self, other: Any) -> Tensor:
+        """Return ``sum_p`` of the product of two states, (B, H, T, N), or the sum over n too, (B, H, T, 1)."""
+
+
+@dataclass(frozen=True)
+class _Explicit:
+    """States (B, H, T, N, P) themselves: best where few channels share a state's decay."""
+
+    h: Tensor
+
+    def onto_keys(self, p: Tensor) -> Tensor:
+        return (self.h * p.unsqueeze(-2)).sum(-1)
+
+    def onto_values(self, q: Tensor) -> Tensor:
+        return (self.h * q.unsqueeze(-1)).sum(-2)
+
+    def inner(self, other: _Explicit) -> Tensor:
+        return (self.h * other.h).sum(-1)
+
+
+def _explicit(a: Tensor, rest: Sequence[Tensor], x: Tensor, h: Tensor) -> tuple[_Explicit, _Explicit, None]:
+    """Return the states after and before each token of a chunk that starts from ``h``."""
+    decay = heads_first(a, a.shape[3]).unsqueeze(-1)
+    writes = (rest[0].unsqueeze(-1) * x.unsqueeze(-2)).expand(*x.shape[:3], *h.shape[2:]).clone()
+    writes[:, :, 0] += decay[:, :, 0] * h
+    states = _along_tokens(decay, writes)
+    return _Explicit(states), _Explicit(torch.cat([h.unsqueeze(2), states[:, :, :-1]], dim=2)), None
+
+
+def _explicit_adjoint(
+    a: Tensor, rest: Sequence[Tensor], dy: Tensor, G: Tensor, lag: int
+) -> tuple[_Explicit, None, Tensor]:
+    """Return the multipliers of the states of a chunk that ``G`` comes after, and of the state before it."""
+    decay = heads_first(a, a.shape[3]).unsqueeze(-1)
+    reads = (rest[1].unsqueeze(-1) * dy.unsqueeze(-2)).expand(*dy.shape[:3], *G.shape[2:])
+    writes = torch.cat([reads[:, :, 1:], G.unsqueeze(2)], dim=2) if lag else reads.clone()
+    if not lag:
+        writes[:, :, -1] += G
+    g = _along_tokens(decay.roll(-1, 2).flip(2), writes.flip(2)).flip(2)
+    return _Explicit(g), None, decay[:, :, 0] * g[:, :, 0] + (reads[:, :, 0] if lag else 0)
+
+
+def _along_tokens(decay: Tensor, writes: Tensor) -> Tensor:
+    return prefix(decay.transpose(1, 2), writes.transpose(1, 2)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Implicit:
+    """States that are sums of outer products, ``sum_s M_ts beta_s xi_s + m_t E``: best where many channels share them.
+
+    Args:
+        terms: Decays M (B, H, T, S, N or 1), keys beta (B, H, S, N), values xi (B, H, S, P).
+        m: Decay of the state at the edge of the chunk (B, H, T, N or 1).
+        E: That state (B, H, N, P).
+    """
+
+    terms: Sequence[tuple[Tensor, Tensor, Tensor]]
+    m: Tensor
+    E: Tensor
+
+    def onto_keys(self, p: Tensor) -> Tensor:
+        found = self.m * (p @ self.E.mT)
+        for M, beta, xi in self.terms:
+            found = found + _spread(M, p @ xi.mT, beta)
+        return found
+
+    def onto_values(self, q: Tensor) -> Tensor:
+        found = (q * self.m) @ self.E
+        for M, beta, xi in self.terms:
+            weights = (
+                (q @ beta.mT) * M.squeeze(-1)
+                if M.shape[-1] == 1
+                else torch.einsum("...tn,...tsn,...sn->...ts", q, M, beta)
+            )
+            found = found + weights @ xi
+        return found
+
+    def inner(self, other: _Implicit) -> Tensor:
+        each = self.m.shape[-1] > 1
+        edges = (self.E * other.E).sum(-1).unsqueeze(2)  # (B, H, 1, N)
+        found = self.m * other.m * (edges if each else edges.sum(-1, keepdim=True))
+        for one, two in ((self, other), (other, self)):
+            for M, beta, xi in one.terms:
+                crossed = (
+                    _spread(M, None, beta * (xi @ two.E.mT)) * two.m
+                    if each
+                    else (M.squeeze(-1) @ (beta * (xi @ two.E.mT)).sum(-1, keepdim=True)) * two.m
+                )
+                found = found + crossed
+        for M, beta, xi in self.terms:
+            for K, gamma, eta in other.terms:
+                if each:
+                    rows = torch.einsum("...ij,...jn,...tjn->...tin", xi @ eta.mT, gamma, K)
+                    found = found + torch.einsum("...tin,...in,...tin->...tn", M, beta, rows)
+                else:
+                    pairs = (beta @ gamma.mT) * (xi @ eta.mT)
+                    found = found + ((M.squeeze(-1) @ pairs) * K.squeeze(-1)).sum(-1, keepdim=True)
+        return found
+
+
+def _spread(M: Tensor, weights: Tensor | None, keys: Tensor) -> Tensor:
+    """Return ``sum_s M_tsn weights_ts keys_sn``."""
+    if weights is None:
+        return torch.einsum("...tsn,...sn->...tn", M, keys)
+    if M.shape[-1] == 1:
+        return (M.squeeze(-1) * weights) @ keys
+    return torch.einsum("...tsn,...ts,...sn->...tn", M, weights, keys)
+
+
+def _implicit(a: Tensor, rest: Sequence[Tensor], x: Tensor, h: Tensor) -> tuple[_Implicit, _Implicit, Tensor | None]:
+    """Return the states after and before each token of a chunk that starts from ``h``, and what is recalled."""
+    between, since = decays(a)
+    ahead, until = earlier(between, since)
+    b, _, *delta = rest
+    after, before = _Implicit([(between, b, x)], since, h), _Implicit([(ahead, b, x)], until, h)
+    if not delta:
+        return after, before, None
+    recall, erase = delta
+    R = _between(recall, ahead, erase)
+    w = torch.linalg.solve_triangular(R, before.onto_values(recall), upper=False, unitriangular=True)
+    after = replace(after, terms=[*after.terms, (between, -erase, w)])
+    return after, replace(before, terms=[*before.terms, (ahead, -erase, w)]), w
+
+
+def _implicit_adjoint(
+    a: Tensor, rest: Sequence[Tensor], dy: Tensor, G: Tensor, lag: int
+) -> tuple[_Implicit, Tensor | None, Tensor]:
+    """Return the multipliers of a chunk's states, of what is recalled, and of the state before the chunk."""
+    between, since = decays(a)
+    ahead, until = earlier(between, since)
+    now, later = (M.transpose(2, 3) for M in (between, ahead))
+    _, c, *delta = rest
+    g = _Implicit([(later if lag else now, c, dy)], between[:, :, -1], G)
+    start = [((until if lag else since) * c, dy)]
+    k = None
+    if delta:
+        recall, erase = delta
+        R = _between(recall, ahead, erase)
+        k = torch.linalg.solve_triangular(R.mT, g.onto_values(erase), upper=True, unitriangular=True)
+        g = replace(g, terms=[*g.terms, (later, -recall, k)])
+        start.append((-until * recall, k))
+    first = since[:, :, -1].unsqueeze(-1) * G
+    for keys, found in start:
+        first = first + keys.mT @ found
+    return g, k, first
+
+
+def _between(rows: Tensor, M: Tensor, columns: Tensor) -> Tensor:
+    """Return ``[t, s] = sum_n rows_tn M_tsn columns_sn``."""
+    if M.shape[-1] == 1:
+        return (rows @ columns.mT) * M.squeeze(-1)
+    return torch.einsum("...tn,...tsn,...sn->...ts", rows, M, columns)
+
+
+def _mean(pair: Any) -> Tensor:
+    one, two = pair
+    return (one + two) / 2
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The factors of one coefficient on the way from the reference to the value."""
+
+    value: Product
+    other: Product
+
+    def at(self, node: float) -> list[Tensor]:
+        """Return the factors at a point of the line."""
+        return [r if v is r else torch.lerp(r, v, node) for v, r in zip(self.value.factors, self.other.factors)]
+
+    def mean(self) -> Tensor:
+        """Return the multiplier of one more factor."""
+        total: Any = 0
+        for node in _NODES:
+            total = total + torch.stack(torch.broadcast_tensors(*self.at(node))).prod(0) / len(_NODES)
+        result: Tensor = total
+        return result
+
+    def gradients(self, gradient: Callable[[float], Tensor]) -> list[Tensor]:
+        """Return the factors' multipliers from that of their product, at each point of the line."""
+        found: list[Any] = [0] * len(self.value.factors)
+        for node in _NODES:
+            at, whole = self.at(node), gradient(node) / len(_NODES)
+            for k, factor in enumerate(at):
+                part = whole
+                for j, f in enumerate(at):
+                    part = part * f if j != k else part
+                found[k] = found[k] + part.sum_to_size(factor.shape)
+        return found
+
+
+def _to_factors(products: Any, evaluated: Any, gradients: Sequence[Any]) -> list[Tensor]:
+    """Return the multipliers of all factors from those of the coefficients (B, H, T, N or 1)."""
+    found: list[Tensor] = []
+    for k, (value, other) in enumerate(zip(*products)):
+        shares = _Shares(value, other)
+        if k == 1:
+            with_value, with_other = (g.transpose(1, 2) for g in gradients[1])
+            found += shares.gradients(partial(torch.lerp, with_other, with_value))
+            continue
+        gradient = gradients[k].transpose(1, 2)
+        if value.exponential:
+            exponents = [replace(p, exponential=False).tokens(0, gradient.shape[1]) for p in (value, other)]
+            gradient = gradient * _quotient_of_exponentials(*exponents, *(side[k] for side in evaluated))
+        found += shares.gradients(lambda _, gradient=gradient: gradient)  # type: ignore[misc]
+    return found
+
+
+def _quotient_of_exponentials(x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Return ``(exp(x) - exp(r)) / (x - r)``, smooth at ``x = r``."""
+    difference = x - r
+    return z * torch.where(difference == 0, 1, torch.expm1(difference) / torch.where(difference == 0, 1, difference))

@@ -1,0 +1,368 @@
+"""The two rules of relevance: what every function does to a value and what it is compared with.
+
+Each rule gives every function a linear form whose coefficients are constants of this input, so that for every tensor
+of the model ``value - reference = sum of multiplier * (input - input's reference)``. The multipliers are the gradient
+that autograd then finds; that the sum is right holds for each function, and so for the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.operators import Recurrence
+from captum_ssm.relevance.functions import ALIASES, CASTS, KINDS, LIKE
+from captum_ssm.relevance.quotient import quotient
+from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
+from captum_ssm.relevance.traced import Traced, constants, references, traced, values
+
+GateRule = Literal["half", "value"]
+"""Who gets the relevance of a product with a gate: both factors half of it, or the value all."""
+
+_INVERSES = {"rsqrt", "reciprocal"}
+
+
+class Rule(ABC):
+    """What every function does to what is traced.
+
+    Attributes:
+        held: Names of the functions that decide something, such as which experts a token is sent to, and would have
+            decided otherwise for the reference; the reference follows the input's decision.
+    """
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+
+    @abstractmethod
+    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+        """Return a function of each entry, ``kind`` as in :class:`Traced`."""
+
+    @abstractmethod
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
+        """Return a function that is linear in each of two traced arguments."""
+
+    @abstractmethod
+    def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the output of a recurrence for ``x`` (B, L, H, P), either of which, or both, may be traced."""
+
+    def upper_bound(self, x: Traced) -> Tensor:
+        """Return a constant at or above the value and the reference."""
+        return torch.maximum(x.value.detach(), x.reference)
+
+    def secant(self, name: str, u: Traced) -> Tensor:
+        """Return the gate that an activation puts on its own input."""
+        function: Callable[..., Tensor] = KINDS["secant"]  # type: ignore[assignment]
+        return function(name, u)
+
+    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``func`` gives for these arguments, some of which are traced."""
+        if func.__name__ == "__get__":  # of a property, such as the shape
+            name = func.__self__.__name__  # type: ignore[attr-defined]
+            return self._linear(func, args, kwargs) if KINDS.get(name) else func(*values(args))
+        if func.__name__ == "__set__":
+            return None
+        core = func.__name__.strip("_")
+        name = ALIASES.get(core, core)
+        if name in ("secant", "recur", "upper_bound"):
+            return getattr(self, name)(*args)
+        inside = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        if (
+            inside or core in ("iadd", "isub", "imul", "idiv", "itruediv", "ipow", "setitem")
+        ) and name != "requires_grad":
+            return self._in_place(func, name, args, kwargs)
+        if name in LIKE and len(args) > 1:
+            args = (args[0], *constants(args[1:]))
+            if not isinstance(args[0], Traced):
+                return func(*args, **kwargs)
+        if name in CASTS:
+            return self._cast(func, args, kwargs)
+        return self._apply(func, name, args, kwargs)
+
+    def _apply(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind, live = KINDS.get(name), traced((args, kwargs))
+        if callable(kind):
+            try:
+                return kind(*args, **kwargs)
+            except (NotImplementedError, TypeError) as error:
+                raise _unknown(func, str(error)) from error
+        if kind == "linear" or (kind == "product" and len(live) == 1):
+            return self._linear(func, args, kwargs)
+        if kind == "product" and len(live) == 2:
+            dtype = torch.promote_types(live[0].value.dtype, live[1].value.dtype)
+            fixed_args, fixed_kwargs = constants((args, kwargs), dtype)
+            return self.product(_of_two(func, args, kwargs, fixed_args, fixed_kwargs), *live)
+        if kind == "elementwise" and len(live) == 1:
+            made = "inverse" if name in _INVERSES else "activated"
+            return self.elementwise(_of_one(func, args, kwargs), live[0], made)
+        if kind == "constant":
+            return func(*constants(args), **constants(kwargs))
+        return self._decide(func, name, args, kwargs)
+
+    def _linear(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        live = traced((args, kwargs))
+        dtype = live[0].value.dtype
+        for other in live[1:]:
+            dtype = torch.promote_types(dtype, other.value.dtype)
+        value_args, value_kwargs = values((args, kwargs), dtype)
+        reference_args, reference_kwargs = references((args, kwargs), dtype)
+        value = func(*value_args, **value_kwargs)
+        with torch.no_grad():
+            reference = func(*reference_args, **reference_kwargs)
+        kept = len(live) == 1 and func.__name__ not in _CONTRACTIONS
+        return self.pair(value, reference, live[0].kind if kept else None)
+
+    def pair(self, value: Any, reference: Any, kind: str | None = None) -> Any:
+        """Return tensors, or sequences of them, as traced ones."""
+        if isinstance(value, Tensor):
+            return Traced.of(value, reference, self, kind) if value.is_floating_point() else value
+        if isinstance(value, (list, tuple)):
+            return tuple(self.pair(v, r, kind) for v, r in zip(value, reference))
+        return value
+
+    def _in_place(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = args[0]
+        if not isinstance(target, Traced):
+            target = Traced.adopt(target, self, traced((args, kwargs))[0].value.dtype)
+        if KINDS.get(name) == "linear":
+            dtype = target.value.dtype
+            value_args, value_kwargs = values((args, kwargs), dtype)
+            reference_args, reference_kwargs = references((args, kwargs), dtype)
+            func(*value_args, **value_kwargs)
+            with torch.no_grad():
+                func(*reference_args, **reference_kwargs)
+            return target
+        changed = self._apply(getattr(torch.Tensor, name), name, args, kwargs)
+        target.value.copy_(values(changed))
+        with torch.no_grad():
+            target.reference.copy_(references(changed))
+        return target
+
+    def _cast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Change the type, but to none that is narrower: the explanation is of the function, not of its rounding."""
+        x = args[0]
+        value = func(*values(args), **values(kwargs))
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return self._decide(func, "cast", args, kwargs)
+        if torch.promote_types(value.dtype, x.value.dtype) != value.dtype:
+            return x
+        return self.pair(value, func(*references(args), **references(kwargs)), x.kind)
+
+    def _decide(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a function decides for the input; note it if it would decide otherwise for the reference."""
+        if name == "data_ptr":
+            raise _unknown(func, "a kernel reads the memory of the tensor")
+        chosen = func(*constants(args), **constants(kwargs))
+        if isinstance(chosen, tuple) and len(chosen) == 2 and not _is_float(chosen[1]) and name in _SELECTIONS:
+            return self._select(func, name, chosen, args, kwargs)
+        if _is_float(chosen) or (isinstance(chosen, (list, tuple)) and any(map(_is_float, chosen))):
+            raise _unknown(func, "")
+        self._note(name, chosen, func(*references(args), **references(kwargs)))
+        return chosen
+
+    def _select(self, func: Callable[..., Any], name: str, chosen: Any, args: Any, kwargs: Any) -> Any:
+        """Return the entries that ``topk``, ``sort`` or ``max`` choose, and their numbers, chosen by the input."""
+        x, numbers = args[0], chosen[1]
+        dim = kwargs.get("dim", args[_SELECTIONS[name]] if len(args) > _SELECTIONS[name] else -1)
+        whole = numbers.dim() == x.dim()
+        index = numbers if whole else numbers.unsqueeze(dim)
+        entries = x.gather(dim, index)
+        self._note(name, numbers, func(*references(args), **references(kwargs))[1])
+        return type(chosen)((entries if whole else entries.squeeze(dim), numbers))
+
+    def _note(self, name: str, chosen: Any, other: Any) -> None:
+        same = torch.equal(chosen, other) if isinstance(chosen, Tensor) else chosen == other
+        if not same:
+            self.held.add(name)
+
+
+_CONTRACTIONS = {"linear", "matmul", "__matmul__", "einsum", "conv1d", "sum", "mean", "bmm", "mm", "_grouped_mm"}
+"""Functions whose result is no longer what their argument was."""
+
+_SELECTIONS = {"topk": 2, "sort": 1, "max": 1, "min": 1, "median": 1, "kthvalue": 2}
+"""Functions that give entries and their numbers, with the position of the argument that is the axis."""
+
+
+class Difference(Rule):
+    """Compare with a reference: at a product each factor's change times the mean of the other.
+
+    ``ab - a'b' = (a + a')/2 (b - b') + (b + b')/2 (a - a')``, which is the Shapley value of two factors, and at a
+    function of each entry the difference quotient ``(f(x) - f(x')) / (x - x')``, DeepLIFT's rescale rule.
+    """
+
+    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+        """Return the function with the difference quotient as its multiplier."""
+        value, reference = x.value.detach(), x.reference
+        y, z = function(value), function(reference)
+        return self.pair(_linear_form(x.value, y, quotient(function, value, reference, y, z)), z, kind)
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
+        """Return the product with a mean of the other factor as each factor's multiplier.
+
+        Of a number and one over something positive, a quotient, each mean is weighed by the size of the denominators,
+        ``a/b - a'/b' = (2 (a - a') - (a/b + a'/b') (b - b')) / (b + b')``: all is bounded where a denominator is small.
+        """
+        a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
+        value, reference = function(a, b), function(r, s)
+        if x.kind == "inverse" or y.kind == "inverse":
+            inverse = (b, s) if y.kind == "inverse" else (a, r)
+            weights = _weights(*inverse)  # of the value's factor and of the reference's in the multiplier of the other
+            other = weights if y.kind == "inverse" else weights[::-1]
+            mean_y, mean_x = other[0] * b + other[1] * s, other[1] * a + other[0] * r
+        else:
+            mean_y, mean_x = (b + s) / 2, (a + r) / 2
+        linear = function(x.value, mean_y) + function(mean_x, y.value)
+        return self.pair(_with_value(linear, value), reference)
+
+    def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the recurrence with the same rule at every product of every step."""
+        value, reference = difference_of_scans(scan, values((x, factors)), references((x, factors)))
+        return self.pair(value, reference)
+
+
+class Frozen(Rule):
+    """Hold the gates: the model is then affine in its embeddings, and the reference is what it gives for 0.
+
+    A function of each entry that is 0 at 0, as an activation is, becomes a gate ``f(x)/x`` on its own input; any other,
+    as a sigmoid, an exponential or an inverse root, is a constant. The coefficients of recurrences and the weights of
+    attentions are constants.
+
+    Args:
+        gates: What a product with a gate does: ``"half"`` gives each factor half of it (MambaLRP), ``"value"`` holds
+            the factor that came out of an activation. Of two others each gets half.
+    """
+
+    def __init__(self, gates: GateRule = "half") -> None:
+        super().__init__()
+        self.gates = gates
+
+    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+        """Return the function as a gate on its own input, or as a constant."""
+        value = x.value.detach()
+        y, zero = function(value), torch.zeros_like(value)
+        origin = function(zero[..., :1])
+        if bool((origin != 0).any()):
+            return y
+        slope = quotient(function, value, zero, y, zero)
+        return self.pair(_linear_form(x.value, y, slope), slope * x.reference, kind)
+
+    def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
+        """Return the product with each factor's share."""
+        a, b = x.value.detach(), y.value.detach()
+        share = 0.5
+        if self.gates == "value" and x.kind != y.kind:
+            share = float(y.kind is not None)
+        to_x, to_y = share * b, (1 - share) * a
+        linear = function(x.value, to_x) + function(to_y, y.value)
+        reference = function(x.reference, to_x) + function(to_y, y.reference)
+        return self.pair(linear, reference)
+
+    def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the recurrence with its coefficients held."""
+        held = scan.with_factors(constants(factors))
+        if not isinstance(x, Traced):
+            return held.mix(x)
+        with torch.no_grad():
+            reference = held.mix(x.reference)
+        return self.pair(linear_scan(held, x.value), reference)
+
+    def secant(self, name: str, u: Traced) -> Tensor:
+        """Return the gate that an activation puts on its own input, held."""
+        return super().secant(name, u.value.detach())  # type: ignore[arg-type]
+
+    def upper_bound(self, x: Traced) -> Tensor:
+        """Return the value."""
+        return x.value.detach()
+
+
+class _Value(torch.autograd.Function):
+    """A value with the gradient of a linear form that differs from it by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, linear: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Slope(torch.autograd.Function):
+    """A value ``y`` with a given slope in ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return torch.where(slope == 0, 0, gradient * slope), None, None
+
+
+def _weights(s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``r / (s + r)`` and ``s / (s + r)``; a half each if the signs differ."""
+    alike = s * r > 0
+    total = torch.where(alike, s + r, 1)
+    return torch.where(alike, r / total, 0.5), torch.where(alike, s / total, 0.5)
+
+
+def _with_value(linear: Tensor, value: Tensor) -> Tensor:
+    return _Value.apply(linear, value)  # type: ignore[no-untyped-call]
+
+
+def _linear_form(x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return _Slope.apply(x, y, slope)  # type: ignore[no-untyped-call]
+
+
+def _of_one(func: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function of its one traced argument."""
+    position = next((k for k, arg in enumerate(args) if isinstance(arg, Traced)), None)
+    if position is None:
+        name = next(name for name, arg in kwargs.items() if isinstance(arg, Traced))
+        return lambda t: func(*args, **{**kwargs, name: t})
+    return lambda t: func(*args[:position], t, *args[position + 1 :], **kwargs)
+
+
+def _of_two(
+    func: Callable[..., Any], args: Any, kwargs: Any, fixed_args: Any, fixed_kwargs: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function of its two traced arguments."""
+    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+    fixed, _ = torch.utils._pytree.tree_flatten((fixed_args, fixed_kwargs))
+    first, second = (k for k, leaf in enumerate(leaves) if isinstance(leaf, Traced))
+
+    def of_two(x: Tensor, y: Tensor) -> Tensor:
+        filled = list(fixed)
+        filled[first], filled[second] = x, y
+        put_args, put_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
+        result: Tensor = func(*put_args, **put_kwargs)
+        return result
+
+    return of_two
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _unknown(func: Callable[..., Any], why: str) -> UnsupportedModelError:
+    """Return the error for a function that no rule is known for, with the module that called it."""
+    frame, module = sys._getframe(1), None
+    while frame is not None and module is None:
+        owner = frame.f_locals.get("self")
+        module = owner if isinstance(owner, nn.Module) else None
+        frame = frame.f_back  # type: ignore[assignment]
+    where = f" in {type(module).__name__}" if module is not None else ""
+    return UnsupportedModelError(
+        f"No rule of relevance is known for the function {func.__name__!r}{where}{': ' + why if why else ''}. Register "
+        f"one: captum_ssm.register_rule, for this function or for the whole module."
+    )

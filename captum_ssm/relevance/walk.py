@@ -1,0 +1,214 @@
+"""Run a model on an input and its reference at once, and follow the relevance back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm.errors import FidelityError, UnsupportedModelError
+from captum_ssm.fidelity import TOLERANCE, relative_error
+from captum_ssm.operators import Operator
+from captum_ssm.registry import find_adapter, find_mixers
+from captum_ssm.relevance.functions import MODULES
+from captum_ssm.relevance.traced import Traced, constants, traced
+
+
+@contextmanager
+def embedded(model: nn.Module, ids: Tensor, become: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Put other vectors in the place of the embeddings of these ids, while the context is open.
+
+    Args:
+        model: The model.
+        ids: Token ids (B, L). The embedding that is called with them is the one that is meant.
+        become: What becomes of the embedding module and its output.
+
+    Yields:
+        The vectors that were put in, one entry for each call of the embedding.
+    """
+    found: list[Tensor] = []
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> Any:
+        if not (args and isinstance(args[0], Tensor) and torch.equal(args[0], ids)):
+            return None
+        found.append(become(module, output))
+        return found[-1]
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(leave).remove)
+        yield found
+
+
+@contextmanager
+def follow(
+    model: nn.Module,
+    checked: Callable[[MixerCall], object],
+    *,
+    whole: bool = True,
+    checkpoints: bool = False,
+    apart: list[Traced] | None = None,
+    entering: Callable[[str, str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Let what is traced flow through a model while the context is open: its mixers by their decomposition.
+
+    Args:
+        model: The model. All is as before when the context is left.
+        checked: Called with each mixer's real call, on the input alone.
+        whole: Whether the gates of the mixers are traced too.
+        checkpoints: Keep no more than what enters each block, and run the block again for the gradient. The context
+            must then be open until the gradient is there.
+        apart: Gets what passes a recurrence by its direct path, cut off from the input; None leaves it in the flow.
+        entering: Called with a mixer's name, the name of each factor of its chain, and what enters the factor.
+    """
+    again: list[bool] = []
+
+    def rewrite(call: MixerCall) -> Tensor:
+        if not isinstance(call.x, Traced):
+            return call.y
+        if traced(call.kwargs):
+            raise UnsupportedModelError(
+                f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
+                "depend on the tokens, and its adapter takes them as constants."
+            )
+        adapter = find_adapter(call.mixer)
+        assert adapter is not None
+        if not again:
+            real = MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs)
+            checked(real)
+        chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
+        x: Tensor = call.x
+        for name, operator in reversed(list(chain.factors.items())):
+            if entering is not None and not again:
+                entering(call.name, name, x)
+            x = operator.apply(x, bias=True) if apart is None else _cut_skip(operator, x, apart)
+        return x
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            rule = next((MODULES[c.__name__] for c in type(module).__mro__ if c.__name__ in MODULES), None)
+            if rule is not None:
+                stack.enter_context(patch.object(module, "forward", _ruled(name, module, rule)))
+        if checkpoints:
+            for block in blocks(model):
+                stack.enter_context(patch.object(block, "forward", _checkpointed(block.forward, again)))
+        stack.enter_context(record_mixers(model, rewrite=rewrite, plain=_plainly(model)))
+        yield
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model: the members of its lists of modules that have a mixer inside.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+    """
+    mixers = set(find_mixers(model).values())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = [block for each in lists for block in each if mixers & set(block.modules()) and block not in mixers]
+    found = [b for b in found if not any(b is not other and b in set(other.modules()) for other in found)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of blocks, so there is nothing to checkpoint; leave checkpoints out."
+        )
+    return list(dict.fromkeys(found))
+
+
+def _plain(mixer: nn.Module, x: Traced) -> Tensor:
+    """Return the value in the type of the mixer's parameters."""
+    dtype = next((p.dtype for p in mixer.parameters() if p.is_floating_point()), x.value.dtype)
+    return x.value.detach().to(dtype)
+
+
+def _plainly(model: nn.Module) -> Callable[[Any], Any]:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def plain(nested: Any) -> Any:
+        leaves, spec = tree_flatten(nested)
+        return tree_unflatten(
+            [leaf.value.detach().to(dtype) if isinstance(leaf, Traced) else leaf for leaf in leaves], spec
+        )
+
+    return plain
+
+
+def _cut_skip(operator: Operator, x: Tensor, apart: list[Traced]) -> Tensor:
+    """Apply an operator, its direct path from a leaf of its own."""
+    skip = getattr(operator, "skip", None)
+    if skip is None:
+        return operator.apply(x, bias=True)
+    direct = skip * x
+    leaf = Traced.of(direct.value.detach().requires_grad_(), direct.reference, direct.rule)
+    apart.append(leaf)
+    return operator.without("skip").apply(x, bias=True) + leaf
+
+
+@contextmanager
+def _noted(stack: list[bool]) -> Iterator[None]:
+    stack.append(True)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def _ruled(name: str, module: nn.Module, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward pass of a module that has a rule of its own; its own code checks it."""
+    own, plain = module.forward, _plainly(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not traced((args, kwargs)):
+            return own(*args, **kwargs)
+        made = rule(module, *args, **kwargs)
+        plain_args, plain_kwargs = plain((args, kwargs))
+        with torch.no_grad():
+            exact = own(*plain_args, **plain_kwargs)
+        error, allowed = relative_error(constants(made), exact), TOLERANCE.get(exact.dtype, 1e-4)
+        if not error <= allowed:
+            raise FidelityError(
+                name, error, allowed, f"a wrong rule for {type(module).__name__} (captum_ssm.register_rule)"
+            )
+        return made
+
+    return forward
+
+
+_HERE = object()
+"""Stands for what is traced among what a block returns."""
+
+
+def _checkpointed(own: Callable[..., Any], again: list[bool]) -> Callable[..., Any]:
+    """Return a block's forward that keeps its arguments alone, as plain tensors, which a checkpoint understands."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        live = traced((args, kwargs))
+        if not live:
+            return own(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        rule, places = live[0].rule, [k for k, leaf in enumerate(leaves) if isinstance(leaf, Traced)]
+        shape: list[Any] = []
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            pairs = iter(zip(tensors[::2], tensors[1::2]))
+            filled = [Traced.of(*next(pairs), rule) if k in places else leaf for k, leaf in enumerate(leaves)]
+            inner_args, inner_kwargs = tree_unflatten(filled, spec)
+            with _noted(again) if shape else nullcontext():  # the second time it runs for the gradient
+                out, out_spec = tree_flatten(own(*inner_args, **inner_kwargs))
+            shape[:] = [out_spec, [_HERE if isinstance(leaf, Traced) else leaf for leaf in out]]
+            return tuple(t for leaf in out if isinstance(leaf, Traced) for t in (leaf.value, leaf.reference))
+
+        flat = checkpoint(
+            run, *[t for k in places for t in (leaves[k].value, leaves[k].reference)], use_reentrant=False
+        )
+        out_spec, rest = shape
+        pairs = iter(zip(flat[::2], flat[1::2]))
+        return tree_unflatten([Traced.of(*next(pairs), rule) if leaf is _HERE else leaf for leaf in rest], out_spec)
+
+    return forward
