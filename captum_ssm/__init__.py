@@ -8,7 +8,9 @@ from captum_ssm.attr import (
     ImplicitAttentionRollout,
     LayerImplicitAttention,
     LayerImplicitAttentionAttribution,
+    LayerImplicitAttentionRelevance,
     LLMImplicitAttention,
+    NeuronImplicitAttentionRelevance,
     RawImplicitAttention,
 )
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
@@ -28,7 +30,9 @@ __all__ = [
     "LLMImplicitAttention",
     "LayerImplicitAttention",
     "LayerImplicitAttentionAttribution",
+    "LayerImplicitAttentionRelevance",
     "ModelStateError",
+    "NeuronImplicitAttentionRelevance",
     "RawImplicitAttention",
     "UnsupportedModelError",
     "Wire",

@@ -13,7 +13,13 @@ from captum._utils.common import _format_output as format_output
 from captum._utils.common import _is_tuple as is_tuple
 from captum._utils.common import _select_targets
 from captum._utils.gradient import compute_gradients
-from captum.attr import GradientAttribution, LayerAttribution, LayerGradientXActivation, LLMAttributionResult
+from captum.attr import (
+    GradientAttribution,
+    LayerAttribution,
+    LayerGradientXActivation,
+    LLMAttributionResult,
+    NeuronAttribution,
+)
 from captum.log import log_usage as _log_usage
 from torch import Tensor
 
@@ -22,6 +28,7 @@ __all__ = [
     "LLMAttributionResult",
     "LayerAttribution",
     "LayerGradientXActivation",
+    "NeuronAttribution",
     "compute_gradients",
     "format_additional_forward_args",
     "format_output",

@@ -18,6 +18,7 @@ from torch import Tensor
 from captum_ssm import (
     FidelityError,
     ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
     InvalidInputError,
     LLMImplicitAttention,
@@ -27,11 +28,12 @@ from captum_ssm import (
     __version__,
     models,
 )
-from captum_ssm.attr.base import ImplicitAttentionMethod
+from captum_ssm.attr.base import ModelMethod
 from captum_ssm.readout import scores
 from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal, token_heatmap
 
-METHODS: dict[str, Callable[..., ImplicitAttentionMethod]] = {
+METHODS: dict[str, Callable[..., ModelMethod]] = {
+    "relevance": lambda score, model, o: ImplicitAttentionRelevance(score, model, gate_rule=o.gates),
     "attribution": lambda score, model, o: ImplicitAttentionAttribution(
         score, model, rectify=None if o.rectify == "none" else o.rectify, attention=o.attention, without=o.without
     ),
@@ -43,6 +45,20 @@ METHODS: dict[str, Callable[..., ImplicitAttentionMethod]] = {
     ),
 }
 
+_OF_MATRICES = ("attribution", "rollout", "raw")
+
+OWN: dict[str, tuple[tuple[str, ...], Any]] = {
+    "reference": (("relevance",), None),
+    "gates": (("relevance",), "half"),
+    "rectify": (("attribution",), "none"),
+    "fusion": (("rollout", "raw"), "absolute"),
+    "attention": (_OF_MATRICES, "unified"),
+    "without": (_OF_MATRICES, ()),
+}
+"""Options that not every method has: which ones have them, and the default."""
+
+SPECIAL = ("unk", "pad", "mask")
+"""Special tokens of a tokenizer that may stand for a missing word; the first that there is, is the default."""
 
 _INSTALL = "this needs transformers and rich: pip install 'captum-ssm[cli]'"
 
@@ -55,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after an error that it has named."""
     options = parser().parse_args(arguments)
     try:
+        settle(options)
         explain(options)
     except (CommandError, FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError) as error:
         print(f"captum-ssm: error: {error}", file=sys.stderr)
@@ -94,31 +111,48 @@ def parser() -> argparse.ArgumentParser:
         default="log-probability",
         help="of the target; what all logits have in common decides nothing (default: %(default)s)",
     )
-    command.add_argument("--method", choices=sorted(METHODS), default="attribution", help="default: %(default)s")
+    command.add_argument(
+        "--method", choices=sorted(METHODS), default=None, help="default: relevance; with --generate, attribution"
+    )
+    command.add_argument(
+        "--reference",
+        default=None,
+        metavar="WORD",
+        help="relevance: what the text is compared with, a token in the place of each of its tokens: unk, pad or mask "
+        "(the tokenizer's), a word, or an id; none: frozen gates (default: the first of unk, pad, mask that there is, "
+        "else none)",
+    )
+    command.add_argument(
+        "--gates",
+        choices=["half", "value"],
+        default=None,
+        help="relevance with --reference none: who gets the relevance of a product with a gate, both half or the value "
+        "all (default: half)",
+    )
     command.add_argument(
         "--rectify",
         choices=["channel", "token", "none"],
-        default="none",
-        help="attribution: where negative contributions are dropped (default: %(default)s)",
+        default=None,
+        help="attribution: where negative contributions are dropped (default: none)",
     )
     command.add_argument(
         "--fusion",
         choices=["absolute", "mean", "positive", "norm"],
-        default="absolute",
-        help="rollout and raw: how channels become one matrix (default: %(default)s)",
+        default=None,
+        help="rollout and raw: how channels become one matrix (default: absolute)",
     )
     command.add_argument(
         "--attention",
         choices=["unified", "scan"],
-        default="unified",
-        help="of the whole layer, or of its recurrence alone (default: %(default)s)",
+        default=None,
+        help="attribution, rollout and raw: of the whole layer, or of its recurrence alone (default: unified)",
     )
     command.add_argument(
         "--without",
         nargs="+",
-        default=[],
+        default=None,
         metavar="FACTOR",
-        help="leave out factors of the attention: conv, act, gate, skip, ...",
+        help="attribution, rollout and raw: leave out factors of the attention: conv, act, gate, skip, ...",
     )
     command.add_argument(
         "--dtype",
@@ -130,6 +164,33 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
     return top
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Choose the method where none was asked for, and give its options their defaults.
+
+    Raises:
+        CommandError: If an option belongs to another method.
+    """
+    chosen = options.method is not None
+    if not chosen:
+        options.method = "relevance" if options.generate is None else "attribution"
+    elif options.method == "relevance" and options.generate is not None:
+        raise CommandError(
+            "--method relevance explains one prediction, not what is generated; leave --generate out, or explain the "
+            f"generation by --method {_either(_OF_MATRICES)}."
+        )
+    for name, (methods, default) in OWN.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.method not in methods:
+            which = options.method if chosen else f"{options.method}, the default here"
+            remedy = f"add --method {_either(methods)}, or leave --{name} out"
+            if methods == ("relevance",) and options.generate is not None:
+                remedy = f"leave --{name} out"
+            raise CommandError(f"--{name} is no option of the method {which}; {remedy}.")
+        elif name == "gates" and options.reference != "none":
+            raise CommandError("--gates is for frozen gates; add --reference none, or leave --gates out.")
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -158,7 +219,7 @@ def explain(options: argparse.Namespace) -> None:
     for line in details:
         console.print(_plain(line), soft_wrap=True)
     for name, value in (passage.facts or {}).items():
-        console.print(f"[dim]{name:<11}[/dim]{_plain(value)}", soft_wrap=True)
+        console.print(f"[dim]{name:<13}[/dim]{_plain(value)}", soft_wrap=True)
     for path, write in ((options.html, partial(_write_html, passage)), (options.png, partial(_write_figure, figure))):
         if path is not None:
             try:
@@ -166,7 +227,7 @@ def explain(options: argparse.Namespace) -> None:
                 write(path)
             except (OSError, ValueError) as error:
                 raise CommandError(f"cannot write {str(path)!r}: {error}") from error
-            console.print(f"[dim]{'written':<11}[/dim]{_plain(str(path))}", soft_wrap=True)
+            console.print(f"[dim]{'written':<13}[/dim]{_plain(str(path))}", soft_wrap=True)
 
 
 Explained = tuple[Passage, list[str], Callable[[], Figure]]
@@ -176,27 +237,40 @@ Explained = tuple[Passage, list[str], Callable[[], Figure]]
 def explain_prediction(options: argparse.Namespace, reader: Reader, encoding: Encoding) -> Explained:
     """Explain one prediction: a class, or the next token."""
     with torch.no_grad():
-        logits = scores(reader.model, encoding.ids, encoding.mask)[0].float()
+        logits = scores(reader.model, encoding.ids, encoding.mask)[0]
     target = int(logits.argmax()) if options.target is None else reader.target(options.target, len(logits))
     contrast = None if options.contrast is None else reader.target(options.contrast, len(logits))
     if contrast == target:
         raise CommandError(f"the contrast is the target itself, {reader.name(target)!r}; name another one.")
 
-    def score(ids: Tensor, mask: Tensor) -> Tensor:
-        logits = scores(reader.model, ids, mask)
+    def of_logits(logits: Tensor) -> Tensor:
         return logits.log_softmax(-1) if options.score == "log-probability" else logits
 
+    def score(ids: Tensor, mask: Tensor) -> Tensor:
+        return of_logits(scores(reader.model, ids, mask))
+
+    reference = reader.reference(options.reference) if options.method == "relevance" else None
     method = METHODS[options.method](score, reader.model, options)
-    relevance = method.attribute(encoding.ids, target, encoding.mask, contrast=contrast, show_progress=True)[0]
+    explain = partial(method.attribute, encoding.ids, target, encoding.mask, contrast=contrast, show_progress=True)
+    adds_up = {}
+    if isinstance(method, ImplicitAttentionRelevance):
+        scored = of_logits(logits)
+        value = float(scored[target] if contrast is None else scored[target] - scored[contrast])
+        baselines = None if reference is None else encoding.replaced(reference)
+        relevance, adds_up["completeness"] = complete(method, partial(explain, baselines=baselines), value)
+        adds_up["reference"] = encoding.compared(reader, reference)
+    else:
+        relevance = explain()
     other = "" if contrast is None else reader.name(contrast)
     facts = {
-        "prediction": reader.prediction(logits),
+        "prediction": reader.prediction(logits.float()),
         "explained": f"{options.score} of {reader.name(target)!r}" + (f" less that of {other!r}" if other else ""),
+        **adds_up,
         **facts_of(method, options, reader),
     }
-    facts |= encoding.unseen(reader, relevance)
+    facts |= encoding.unseen(reader, relevance[0])
     title = f"Why {reader.name(target)!r}" + (f" and not {other!r}?" if other else "?")
-    passage = Passage.from_offsets(options.text, encoding.offsets, relevance, title, facts)
+    passage = Passage.from_offsets(options.text, encoding.offsets, relevance[0], title, facts)
     return passage, [], lambda: text_figure(passage)
 
 
@@ -247,18 +321,52 @@ def explain_generation(options: argparse.Namespace, reader: Reader, encoding: En
     )
 
 
-def facts_of(method: ImplicitAttentionMethod, options: argparse.Namespace, reader: Reader) -> dict[str, str]:
+def complete(
+    method: ImplicitAttentionRelevance, explain: Callable[..., tuple[Tensor, Tensor]], value: float
+) -> tuple[Tensor, str]:
+    """Explain by relevance; return the scores (1, L) and in words how they add up.
+
+    Args:
+        method: What explains.
+        explain: Its ``attribute``, given all but one argument.
+        value: F(text), what is explained.
+
+    Raises:
+        CommandError: If the model calls a function that has no rule.
+    """
+    try:
+        relevance, missing = explain(return_convergence_delta=True)
+    except UnsupportedModelError as error:
+        raise CommandError(f"{error} Or choose another method: --method attribution.") from error
+    terms, delta = {name: float(term) for name, term in method.terms.items()}, float(missing)
+    total = float(relevance.sum())
+    whole = total + sum(terms.values())
+    said = f"the scores sum to {total:+.4f}"
+    for name, term in terms.items():
+        held = f" ({', '.join(sorted(method.held))})" if name == "decisions" else ""
+        said += f", the term of {name}{held} is {term:+.4f}"
+    said += f", together {whole:+.4f}" if terms else ""
+    explained = f"F(text) = {value:+.4f}"
+    if "bias" not in terms:
+        difference = whole - delta
+        explained = f"F(text) - F(reference) = {value:.4f} - ({value - difference:.4f}) = {difference:+.4f}"
+    return relevance, f"{said}; {explained}; gap {delta:+.1e}"
+
+
+def facts_of(method: ModelMethod, options: argparse.Namespace, reader: Reader) -> dict[str, str]:
     """Return what there is to say about a method that has explained."""
     layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
     return {
-        "method": f"{type(method).__name__}: {describe(options)}",
+        "method": f"{type(method).__name__}: {describe(method, options)}",
         "exactness": f"largest relative error over {len(method.fidelity)} layers {largest:.1e} ({layer})",
         "model": reader.source,
     }
 
 
-def describe(options: argparse.Namespace) -> str:
+def describe(method: ModelMethod, options: argparse.Namespace) -> str:
     """Return the method's options in words."""
+    if isinstance(method, ImplicitAttentionRelevance):
+        return f"frozen gates, rule {method.gate_rule}" if "bias" in method.terms else "difference to a reference"
     choice = f"rectify {options.rectify}" if options.method == "attribution" else f"{options.fusion} fusion"
     left_out = f", without {', '.join(options.without)}" if options.without else ""
     return f"{choice}, {options.attention} attention{left_out}"
@@ -272,12 +380,35 @@ class Encoding:
     mask: Tensor
     offsets: list[tuple[int, int]]
 
+    @property
+    def added(self) -> list[int]:
+        """Which tokens the tokenizer added: they stand nowhere in the text."""
+        return [k for k, (start, end) in enumerate(self.offsets) if start == end]
+
+    def replaced(self, token: int) -> Tensor:
+        """Return the ids of a text of nothing but one token; what the tokenizer added stays."""
+        ids = torch.full_like(self.ids, token)
+        ids[0, self.added] = self.ids[0, self.added]
+        return ids
+
+    def compared(self, reader: Reader, reference: int | None) -> str:
+        """Return in words what the text is compared with."""
+        if reference is None:
+            return "none: the gates are frozen, and the term of bias belongs to no token"
+        name = reader.tokenizer.convert_ids_to_tokens(reference)
+        words = f"{name} (id {reference}) in the place of every token of the text"
+        if self.added:
+            kept = reader.tokenizer.convert_ids_to_tokens(self.ids[0, self.added].tolist())
+            words += f", {', '.join(kept)} kept"
+        same = [k for k in (self.ids[0] == reference).nonzero()[:, 0].tolist() if k not in self.added]
+        of_text = len(self.offsets) - len(self.added)
+        return words + (f"; {len(same)} of {of_text} already {name}, score 0" if same else "")
+
     def unseen(self, reader: Reader, scores: Tensor) -> dict[str, str]:
-        """Return the scores of the tokens that the tokenizer added: they stand nowhere in the text."""
-        added = [k for k, (start, end) in enumerate(self.offsets) if start == end]
-        words = reader.tokenizer.convert_ids_to_tokens(self.ids[0, added].tolist())
-        shares = ", ".join(f"{word} {float(scores[k]):+.2g}" for k, word in zip(added, words))
-        return {"not shown": f"tokens added by the tokenizer: {shares}"} if added else {}
+        """Return the scores of the tokens that the tokenizer added."""
+        words = reader.tokenizer.convert_ids_to_tokens(self.ids[0, self.added].tolist())
+        shares = ", ".join(f"{word} {float(scores[k]):+.2g}" for k, word in zip(self.added, words))
+        return {"not shown": f"tokens added by the tokenizer: {shares}"} if self.added else {}
 
 
 @dataclass(frozen=True)
@@ -365,6 +496,14 @@ class Reader:
             if wanted not in labels:
                 raise CommandError(f"there is no class {wanted!r}; choose from {', '.join(labels)}.")
             return labels[wanted]
+        return self.token(wanted)
+
+    def token(self, wanted: str) -> int:
+        """Return the number of the one token that a word is.
+
+        Raises:
+            CommandError: If it is several, or none.
+        """
         candidates = [self.tokenizer.encode(form, add_special_tokens=False) for form in (f" {wanted}", wanted)]
         single = [ids[0] for ids in candidates if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
         if not single:
@@ -372,11 +511,45 @@ class Reader:
             raise CommandError(f"{wanted!r} is not one token of this model, but {pieces}; choose one of them.")
         return single[0]
 
+    def reference(self, wanted: str | None) -> int | None:
+        """Return the token that stands in the place of every token of a text, or None for frozen gates.
+
+        Args:
+            wanted: ``"unk"``, ``"pad"`` or ``"mask"``, ``"none"``, a special token as it is written, a word, or an id;
+                None takes the first special token that tokenizer and model have.
+
+        Raises:
+            CommandError: If there is no such token.
+        """
+        count = self.model.get_input_embeddings().weight.shape[0]
+        special = {name: getattr(self.tokenizer, f"{name}_token_id") for name in SPECIAL}
+        special = {name: number for name, number in special.items() if number is not None and number < count}
+        if wanted is None:
+            return next(iter(special.values()), None)
+        if wanted == "none":
+            return None
+        if wanted in SPECIAL and wanted not in special:
+            others = ", ".join([*special, "none"])
+            raise CommandError(f"the model has no {wanted} token; choose {others}, a word, or an id.")
+        if wanted in special:
+            return special[wanted]
+        if re.fullmatch(r"-?[0-9]+", wanted):
+            if not 0 <= int(wanted) < count:
+                raise CommandError(f"reference {wanted} is out of range; the model has {count} (0 to {count - 1}).")
+            return int(wanted)
+        if wanted in self.tokenizer.all_special_tokens:
+            return int(self.tokenizer.convert_tokens_to_ids(wanted))
+        return self.token(wanted)
+
     def prediction(self, logits: Tensor) -> str:
         """Return the most probable outcomes in words."""
         best = logits.softmax(-1).topk(min(3, len(logits)))
         shown = [(self.name(int(k)), float(p)) for p, k in zip(*best)]
         return ", ".join(f"{name!r} {p:.1%}" for k, (name, p) in enumerate(shown) if k == 0 or p >= 0.001)
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _plain(text: str) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
-from captum_ssm.gates import inverse_rms, running_max
+from captum_ssm.gates import inverse_rms, running_max, upper_bound
 from captum_ssm.operators import Centre, Chain, Diagonal, Product, Projection, Scan
 from captum_ssm.registry import register
 
@@ -44,8 +44,7 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     q, k = (t.unflatten(-1, (H, -1)) for t in (q, k))
     i, f = (cap * torch.tanh(t / cap) for t in (i, f))  # (B, L, H)
 
-    scan = _memory(q, k, i, F.logsigmoid(f), config.eps)
-    scan = replace(scan, head_size=norm.head_dim)
+    scan = _memory(q, k, i, F.logsigmoid(f), config.eps, norm.head_dim)
     centre = Centre(norm.head_dim)
     centred = scan.apply(centre.apply(v)).unflatten(-1, (H, -1))
     scale = inverse_rms(centred, norm.eps).expand_as(centred).flatten(-2)
@@ -61,11 +60,11 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     )
 
 
-def _memory(q: Tensor, k: Tensor, i: Tensor, log_f: Tensor, eps: float) -> Scan:
+def _memory(q: Tensor, k: Tensor, i: Tensor, log_f: Tensor, eps: float, P: int) -> Chain:
     """Return the recurrence of the memory, divided by its normaliser, in a form in which no exponent is positive.
 
-    The memory is kept relative to ``exp(m_t)``, ``m_t = max(m_{t-1} + log f_t, i_t)``. It would cancel, were there
-    no ``eps``: so it has to be the layer's, which starts at 0.
+    The memory is kept relative to ``exp(m_t)``, ``m_t = max(m_{t-1} + log f_t, i_t)``, which cancels but for the
+    layer's ``eps``: that is relative to the layer's own m, which starts at 0.
 
     Args:
         q: Queries (B, L, H, N).
@@ -73,9 +72,9 @@ def _memory(q: Tensor, k: Tensor, i: Tensor, log_f: Tensor, eps: float) -> Scan:
         i: Input gates, as exponents (B, L, H).
         log_f: Logarithms of the forget gates, likewise.
         eps: Added to the normaliser.
+        P: Channels of a head.
     """
-    started = torch.maximum(i[:, :1], log_f[:, :1])
-    m = running_max(log_f, torch.cat([started, i[:, 1:]], dim=1))
+    own, m = _log_size(i, log_f), _log_size(upper_bound(i), upper_bound(log_f))
     before = F.pad(m, (0, 0, 1, -1))
     q = q * q.shape[-1] ** -0.5
     scan = Scan(
@@ -83,8 +82,14 @@ def _memory(q: Tensor, k: Tensor, i: Tensor, log_f: Tensor, eps: float) -> Scan:
         b=Product((torch.exp(i - m).unsqueeze(-1), k)),
         c=q,
     )
-    total = torch.maximum(scan.apply(torch.ones_like(i)).abs(), torch.exp(-m)) + eps
-    return replace(scan, c=q / total.unsqueeze(-1))
+    total = torch.maximum(scan.apply(torch.ones_like(i)).abs(), torch.exp(-m)) + eps * torch.exp(own - m)
+    scale = (1 / total).repeat_interleave(P, -1)
+    return Chain({"total": Diagonal(scale), "weights": replace(scan, head_size=P)})
+
+
+def _log_size(i: Tensor, log_f: Tensor) -> Tensor:
+    started = torch.maximum(i[:, :1], log_f[:, :1])
+    return running_max(log_f, torch.cat([started, i[:, 1:]], dim=1))
 
 
 def _projections(mixer: Any, weights: Mapping[str, Tensor]) -> list[Projection]:

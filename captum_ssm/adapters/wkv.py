@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
-from captum_ssm.gates import running_max, secant
+from captum_ssm.gates import running_max, secant, upper_bound
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
 from captum_ssm.registry import register
 
@@ -86,7 +85,7 @@ def _shift(mix: Tensor) -> CausalConv:
     return CausalConv(torch.stack([1 - now, now], dim=-1))
 
 
-def _averages(k: Tensor, w: Tensor, bonus: Tensor) -> Scan:
+def _averages(k: Tensor, w: Tensor, bonus: Tensor) -> Chain:
     """Return the recurrence whose matrices are WKV's weights, in a form in which no exponent is positive.
 
     The state is kept relative to ``exp(m_t)``, ``m_t = max_{j <= t} k_j - (t - j) w``, and row i relative to the
@@ -97,10 +96,11 @@ def _averages(k: Tensor, w: Tensor, bonus: Tensor) -> Scan:
         w: Rate of decay (D,), positive.
         bonus: Added to the key of the current token (D,).
     """
-    m = running_max(-w.expand_as(k), k)
-    first = k[:, :1] + bonus.clamp(max=0)  # no state comes before it, so any number that keeps the rule
+    bound = upper_bound(k)
+    m = running_max(-w.expand_as(k), bound)
+    first = bound[:, :1] + bonus.clamp(max=0)  # no state comes before it, so any number that keeps the rule
     before = torch.cat([first, m[:, :-1]], dim=1)
-    largest = torch.maximum(before, k + bonus)
+    largest = torch.maximum(before, bound + bonus)
     c, now = torch.exp(before - largest), torch.exp(k + bonus - largest)
     scan = Scan(
         a=torch.exp(before - m - w).unsqueeze(-1),
@@ -109,5 +109,4 @@ def _averages(k: Tensor, w: Tensor, bonus: Tensor) -> Scan:
         lag=1,
         bonus=now,
     )
-    total = scan.apply(torch.ones_like(k))
-    return replace(scan, c=(c / total).unsqueeze(-1), bonus=now / total)
+    return Chain({"total": Diagonal(1 / scan.apply(torch.ones_like(k))), "weights": scan})

@@ -6,6 +6,7 @@ from captum_ssm.attr.generation import LLMImplicitAttention
 from captum_ssm.attr.layer import LayerImplicitAttention
 from captum_ssm.attr.raw import RawImplicitAttention
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
+from captum_ssm.attr.relevance_inside import LayerImplicitAttentionRelevance, NeuronImplicitAttentionRelevance
 from captum_ssm.attr.rollout import ImplicitAttentionRollout
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "LLMImplicitAttention",
     "LayerImplicitAttention",
     "LayerImplicitAttentionAttribution",
+    "LayerImplicitAttentionRelevance",
+    "NeuronImplicitAttentionRelevance",
     "RawImplicitAttention",
 ]

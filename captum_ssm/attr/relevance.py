@@ -136,6 +136,18 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Whether :meth:`attribute` can return how far its scores are from adding up: yes."""
         return True
 
+    def _shaped(self, relevance: Tensor, inputs: Tensor) -> Tensor:
+        """Return the relevance of the embeddings (B, L, E) in the form of the inputs."""
+        return relevance.to(inputs.dtype) if inputs.is_floating_point() else relevance.sum(-1)
+
+    def _ask(self, asked: list[Tensor], stack: ExitStack) -> Callable[[str, str, Tensor], None] | None:
+        """Arrange for ``asked`` to get the tensors whose relevance is wanted; here the embeddings are all."""
+        return None
+
+    def _asked(self, found: Sequence[Tensor], asked: Sequence[Tensor]) -> Tensor:
+        """Return the one relevance of the tensors that were asked for."""
+        raise NotImplementedError
+
     @log_usage
     def attribute(
         self,
@@ -212,7 +224,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         relevance = {"positive": whole.relevance.clamp_min(0), "negative": whole.relevance.clamp_max(0)}.get(
             str(sign), whole.relevance
         )
-        relevance = relevance.to(tokens.dtype) if tokens.is_floating_point() else relevance.sum(-1)
+        relevance = self._shaped(relevance, tokens)
         result = format_output(is_tuple(inputs), (relevance.contiguous(),))
         return (result, whole.delta) if return_convergence_delta else result
 
@@ -294,8 +306,10 @@ class _Explained:
                 inputs = self._pair(inputs, self._reference(inputs), leaves)
             else:
                 stack.enter_context(embedded(model, inputs, partial(self._embed, leaves)))
+            asked: list[Tensor] = []
+            entering = method._ask(asked, stack)
             apart = self.apart if method.apart else None
-            stack.enter_context(follow(model, self._checked, whole=whole, checkpoints=method.checkpoints, apart=apart))
+            stack.enter_context(follow(model, self._checked, whole, method.checkpoints, apart, entering))
             output = scores(method.forward_func, inputs, *self.args)
             score = method._score(output, self.target, self.contrast)
             if not leaves or not isinstance(score, Traced) or not score.value.requires_grad:
@@ -303,17 +317,18 @@ class _Explained:
                     "The explained score does not depend on the inputs through the model. Check that forward_func runs "
                     "this model on the inputs as they are, and that the target is read from its output."
                 )
-            gradients = torch.autograd.grad(
-                score.value.sum(), [leaf.value for leaf in [*leaves, *self.apart]], allow_unused=True
-            )
+            inner = [tensor for tensor in asked if isinstance(tensor, Traced)]
+            places = [*leaves, *self.apart, *inner]
+            gradients = torch.autograd.grad(score.value.sum(), [place.value for place in places], allow_unused=True)
         found = [
-            torch.zeros_like(leaf.reference) if g is None else (leaf.value.detach() - leaf.reference) * g
-            for leaf, g in zip([*leaves, *self.apart], gradients)
+            torch.zeros_like(place.reference) if g is None else (place.value.detach() - place.reference) * g
+            for place, g in zip(places, gradients)
         ]
         relevance = torch.stack(found[: len(leaves)]).sum(0)
+        direct = found[len(leaves) : len(leaves) + len(self.apart)]
         value, reference = (s.reshape(len(relevance)) for s in (score.value.detach(), score.reference))
-        direct = sum((f.flatten(1).sum(1) for f in found[len(leaves) :]), relevance.new_zeros(len(relevance)))
-        terms = {"skip": direct} if method.apart else {}
+        skipped = sum((f.flatten(1).sum(1) for f in direct), relevance.new_zeros(len(relevance)))
+        terms = {"skip": skipped} if method.apart else {}
         if self.baseline is None:
             terms = {"bias": reference, **terms}
         tokens = relevance.flatten(1)
@@ -324,6 +339,8 @@ class _Explained:
         delta = missing
         if exactly or self.rule.held:
             delta, terms = self._against_the_model(tokens, terms, reference)
+        if asked:
+            relevance = method._asked(found[len(places) - len(inner) :], asked)
         return _Part(relevance, terms, delta, error, self.rule.held, self.fidelity)
 
     def _against_the_model(
@@ -391,8 +408,8 @@ class _Explained:
         if fits != self.inputs.shape and fits != self.inputs.shape[:2]:
             raise InvalidInputError(
                 f"The baseline of shape {tuple(reference.shape)} does not fit inputs of shape "
-                f"{tuple(self.inputs.shape)}. Pass a token id, ids or embeddings for all positions, or a list of several "
-                "such baselines."
+                f"{tuple(self.inputs.shape)}. Pass a token id, ids or embeddings for all positions, or a list of "
+                "several such baselines."
             )
         if ids:
             refuse_bad_inputs(self.method.model, reference.expand(self.inputs.shape))

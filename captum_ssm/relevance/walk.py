@@ -52,7 +52,6 @@ def embedded(model: nn.Module, ids: Tensor, become: Callable[[nn.Module, Tensor]
 def follow(
     model: nn.Module,
     checked: Callable[[MixerCall], object],
-    *,
     whole: bool = True,
     checkpoints: bool = False,
     apart: list[Traced] | None = None,
