@@ -396,16 +396,19 @@ class _Explained:
 
     def _check(self, baseline: Baseline) -> None:
         """Raise if a baseline does not fit the inputs."""
-        reference = torch.as_tensor(baseline)
+        if not isinstance(baseline, (int, float, Tensor)):
+            raise InvalidInputError(
+                f"A baseline is a token id, ids, a number or embeddings, not {type(baseline).__name__}. For a word take "
+                "its id: tokenizer.convert_tokens_to_ids(word)."
+            )
+        reference, shape = torch.as_tensor(baseline), self.inputs.shape
         ids = not self.inputs.is_floating_point() and not reference.is_floating_point()
+        vectors = reference.is_floating_point() and reference.dim() > 0
         try:
-            if reference.is_floating_point() and not self.inputs.is_floating_point():
-                fits = reference.dim() >= 1 and torch.broadcast_shapes(reference.shape[:-1], self.inputs.shape)
-            else:
-                fits = torch.broadcast_shapes(reference.shape, self.inputs.shape)
+            fits = torch.broadcast_shapes(reference.shape[:-1] if vectors else reference.shape, shape[:2]) == shape[:2]
         except RuntimeError:
-            fits = None
-        if fits != self.inputs.shape and fits != self.inputs.shape[:2]:
+            fits = False
+        if not fits or (vectors and self.inputs.is_floating_point() and reference.shape[-1] not in (1, shape[-1])):
             raise InvalidInputError(
                 f"The baseline of shape {tuple(reference.shape)} does not fit inputs of shape "
                 f"{tuple(self.inputs.shape)}. Pass a token id, ids or embeddings for all positions, or a list of "

@@ -33,7 +33,7 @@ _NAMES: dict[Kind, str] = {
     """,
     "product": """
         mul multiply matmul mm bmm mv dot inner outer einsum tensordot linear bilinear conv1d conv2d conv3d
-        _grouped_mm grouped_mm vecdot kron
+        _grouped_mm grouped_mm grouped_mm_fallback vecdot kron
     """,
     "elementwise": """
         exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow float_power abs absolute
@@ -49,7 +49,7 @@ ALIASES = {"radd": "add", "iadd": "add", "isub": "sub", "rmul": "mul", "imul": "
            "rtruediv": "rdiv", "ipow": "pow", "rpow": "pow"}  # fmt: skip
 """Operators of Python by the name of the function that they are."""
 
-CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
+CASTS = {"to", "cpu", "cuda", "type", "type_as", "float", "double", "half", "bfloat16"}
 """Functions that may change the type."""
 
 LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}

@@ -65,8 +65,10 @@ class Rule(ABC):
         if func.__name__ == "__get__":  # of a property, such as the shape
             name = func.__self__.__name__  # type: ignore[attr-defined]
             return self._linear(func, args, kwargs) if KINDS.get(name) else func(*values(args))
-        if func.__name__ == "__set__":
-            return None
+        if func.__name__ in _MARKS or getattr(func, "__self__", None) is Tensor.requires_grad:
+            return args[0]
+        if func.__name__ in _OUTSIDE:
+            raise _unknown(func, "what leaves torch cannot be followed")
         core = func.__name__.strip("_")
         name = ALIASES.get(core, core)
         if name in ("secant", "recur", "upper_bound"):
@@ -157,8 +159,6 @@ class Rule(ABC):
 
     def _decide(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a function decides for the input; note it if it would decide otherwise for the reference."""
-        if name == "data_ptr":
-            raise _unknown(func, "a kernel reads the memory of the tensor")
         chosen = func(*constants(args), **constants(kwargs))
         if isinstance(chosen, tuple) and len(chosen) == 2 and not _is_float(chosen[1]) and name in _SELECTIONS:
             return self._select(func, name, chosen, args, kwargs)
@@ -182,6 +182,12 @@ class Rule(ABC):
         if not same:
             self.held.add(name)
 
+
+_MARKS = {"requires_grad_", "retain_grad"}
+"""Functions that say something about the graph, which is the rule's affair."""
+
+_OUTSIDE = {"data_ptr", "numpy", "__array__", "__dlpack__", "__set__", "backward", "register_hook"}
+"""Functions that take a tensor out of what a rule sees, such as a kernel that reads its memory."""
 
 _CONTRACTIONS = {"linear", "matmul", "__matmul__", "einsum", "conv1d", "sum", "mean", "bmm", "mm", "_grouped_mm"}
 """Functions whose result is no longer what their argument was."""
