@@ -254,11 +254,11 @@ def explain_prediction(options: argparse.Namespace, reader: Reader, encoding: En
     explain = partial(method.attribute, encoding.ids, target, encoding.mask, contrast=contrast, show_progress=True)
     adds_up = {}
     if isinstance(method, ImplicitAttentionRelevance):
+        adds_up["reference"] = encoding.compared(reader, reference)
         scored = of_logits(logits)
         value = float(scored[target] if contrast is None else scored[target] - scored[contrast])
         baselines = None if reference is None else encoding.replaced(reference)
         relevance, adds_up["completeness"] = complete(method, partial(explain, baselines=baselines), value)
-        adds_up["reference"] = encoding.compared(reader, reference)
     else:
         relevance = explain()
     other = "" if contrast is None else reader.name(contrast)
@@ -350,7 +350,9 @@ def complete(
     if "bias" not in terms:
         difference = whole - delta
         explained = f"F(text) - F(reference) = {value:.4f} - ({value - difference:.4f}) = {difference:+.4f}"
-    return relevance, f"{said}; {explained}; gap {delta:+.1e}"
+    dtype = next(method.model.parameters()).dtype
+    rounding = f", rounding of the model's own {str(dtype).removeprefix('torch.')}" if dtype.itemsize < 4 else ""
+    return relevance, f"{said}; {explained}; gap {delta:+.1e}{rounding}"
 
 
 def facts_of(method: ModelMethod, options: argparse.Namespace, reader: Reader) -> dict[str, str]:

@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import S6, perturbed
+from families import FAMILIES, S6, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    JambaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 import captum_ssm
-from captum_ssm import ImplicitAttentionAttribution, cli
+from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, cli
 from captum_ssm.models import REVIEWS
+from captum_ssm.relevance.functions import KINDS
 
 GOOD, BAD = "A gorgeous, witty, seductive movie.", "A complete waste of time."
 
@@ -35,8 +38,7 @@ class Shown:
 
     def fact(self, name: str) -> str:
         """The value printed beside a name."""
-        names = "prediction|explained|method|not shown|exactness|model|written"
-        found = re.search(rf"\b{name} +(.*?)(?= (?:{names}) |$)", self.flat[self.flat.index("prediction ") :])
+        found = re.search(rf"^{name} +(.*\S) *$", self.out, re.MULTILINE)
         assert found, f"{name} not in: {self.out}"
         return found.group(1)
 
@@ -80,7 +82,7 @@ class Text(HTMLParser):
 
 
 def test_a_contrast_explains_one_word_against_another(run: Any) -> None:
-    shown = run(GOOD, "--contrast", "negative")
+    shown = run(GOOD, "--contrast", "negative", "--method", "attribution")
     assert shown.status == 0 and "Why 'positive' and not 'negative'?" in shown.out
     assert shown.fact("explained") == "log-probability of 'positive' less that of 'negative'"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS), AutoTokenizer.from_pretrained(REVIEWS)
@@ -91,7 +93,7 @@ def test_a_contrast_explains_one_word_against_another(run: Any) -> None:
     difference = ImplicitAttentionAttribution(lambda ids: model(ids).logits[:, -1] @ direction, model, rectify=None)
     expected = float(difference.attribute(ids)[0, -1])
     assert shown.fact("not shown").endswith(f"<sentiment> {expected:+.2g}")
-    assert shown.fact("not shown") != run(GOOD).fact("not shown")
+    assert shown.fact("not shown") != run(GOOD, "--method", "attribution").fact("not shown")
 
 
 def test_a_contrast_that_is_no_other_word_is_refused(run: Any) -> None:
@@ -112,6 +114,20 @@ def test_a_generation_is_explained_token_by_token(run: Any, tmp_path: Path, meth
     assert "log-probability of each of 5 tokens" in shown.flat and "largest relative error over" in shown.flat
     assert Text(page.read_text(encoding="utf-8")).text.strip() == "A gorgeous movie. It is"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_generation_is_explained_by_an_attribution_if_no_method_is_asked_for(run: Any) -> None:
+    shown = run(GOOD, "--generate", 2, "--rectify", "token")
+    assert shown.status == 0 and "ImplicitAttentionAttribution: rectify token, unified attention" in shown.flat
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    (["--method", "relevance"], "leave --generate out, or .* --method attribution, rollout or raw"),
+    (["--reference", "pad"], "--reference is no option of the method attribution.*leave --reference out"),
+    (["--fusion", "mean"], "--fusion is no option of the method attribution.*add --method rollout or raw"),
+])  # fmt: skip
+def test_a_generation_is_not_explained_by_relevance(run: Any, options: list[str], part: str) -> None:
+    assert_refused(run(GOOD, "--generate", 3, *options), part)
 
 
 @pytest.mark.parametrize(("options", "part"), [
@@ -138,7 +154,7 @@ def test_a_text_is_explained_by_what_the_model_predicts(run: Any, text: str, wor
     assert text in shown.out and f"Why '{word}'?" in shown.out
     assert shown.fact("prediction").startswith(f"'{word}' ")
     assert f"'{word}'" in shown.fact("explained")
-    assert "ImplicitAttentionAttribution" in shown.flat and "rectify none, unified attention" in shown.flat
+    assert shown.fact("method") == "ImplicitAttentionRelevance: difference to a reference"
     assert "MambaForCausalLM" in shown.fact("model")
 
 
@@ -155,20 +171,27 @@ def test_the_predictions_are_the_most_probable_words_in_order(run: Any) -> None:
     assert shares == sorted(shares, reverse=True) and 50 < shares[0] <= sum(shares) <= 100.1
 
 
-@pytest.mark.parametrize("method", ["attribution", "rollout", "raw"])
-def test_every_method_is_at_hand(run: Any, method: str) -> None:
-    names = {"attribution": "ImplicitAttentionAttribution", "rollout": "ImplicitAttentionRollout"}
+@pytest.mark.parametrize(("method", "name"), [
+    ("relevance", "ImplicitAttentionRelevance"), ("attribution", "ImplicitAttentionAttribution"),
+    ("rollout", "ImplicitAttentionRollout"), ("raw", "RawImplicitAttention"),
+])  # fmt: skip
+def test_every_method_is_at_hand(run: Any, method: str, name: str) -> None:
     shown = run(GOOD, "--method", method)
-    assert shown.status == 0
-    assert names.get(method, "RawImplicitAttention") in shown.flat
+    assert shown.status == 0 and shown.fact("method").startswith(f"{name}: ")
+    assert (shown.out == run(GOOD).out) == (method == "relevance")
 
 
 OPTIONS = [
-    (["--rectify", "channel"], "rectify channel, unified attention"),
-    (["--rectify", "token"], "rectify token, unified attention"),
-    (["--rectify", "none"], "rectify none, unified attention"),
-    (["--attention", "scan"], "rectify none, scan attention"),
-    (["--without", "conv", "skip", "bias"], "rectify none, unified attention, without conv, skip, bias"),
+    *[
+        (["--method", "attribution", *options], words)
+        for options, words in (
+            (["--rectify", "channel"], "rectify channel, unified attention"),
+            (["--rectify", "token"], "rectify token, unified attention"),
+            (["--rectify", "none"], "rectify none, unified attention"),
+            (["--attention", "scan"], "rectify none, scan attention"),
+            (["--without", "conv", "skip", "bias"], "rectify none, unified attention, without conv, skip, bias"),
+        )
+    ],
     *[
         (["--method", method, "--fusion", fusion], f"{fusion} fusion, unified attention")
         for method in ("rollout", "raw")
@@ -198,7 +221,8 @@ def test_only_a_signed_method_shows_words_against_the_target(run: Any) -> None:
     negative = re.compile(r"^ *-[\d.e-]+ +0 +\+[\d.e-]+ *$", re.MULTILINE)
     positive = re.compile(r"^ *0 +\+[\d.e-]+ *$", re.MULTILINE)
     assert negative.search(run(f"{GOOD} {BAD}").out)
-    for options in (["--rectify", "channel"], ["--rectify", "token"], ["--method", "rollout"], ["--method", "raw"]):
+    rectified = [["--method", "attribution", "--rectify", rectify] for rectify in ("channel", "token")]
+    for options in (*rectified, ["--method", "rollout"], ["--method", "raw"]):
         assert positive.search(run(f"{GOOD} {BAD}", *options).out)
 
 
@@ -206,19 +230,180 @@ def test_a_probability_or_a_logit_may_be_explained(run: Any, tmp_path: Path) -> 
     """They differ for methods with gradients; a rollout depends on the position alone."""
     pages = {}
     for score in ("log-probability", "logit"):
-        for method in ("attribution", "rollout"):
+        for method in ("relevance", "attribution", "rollout"):
             page = tmp_path / f"{score} {method}.html"
             shown = run(GOOD, "--score", score, "--method", method, "--html", page)
             assert shown.status == 0 and shown.fact("explained") == f"{score} of 'positive'"
             pages[score, method] = re.findall(r'class="text">.*', page.read_text(encoding="utf-8"))
-    assert pages["logit", "attribution"] != pages["log-probability", "attribution"]
+    for method in ("relevance", "attribution"):
+        assert pages["logit", method] != pages["log-probability", method]
     assert pages["logit", "rollout"] == pages["log-probability", "rollout"]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_the_model_may_run_in_another_type(run: Any, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "gap"), [("float64", 1e-6), ("bfloat16", 3e-2), ("float16", 1e-2)])
+def test_the_model_may_run_in_another_type(run: Any, dtype: str, gap: float) -> None:
     shown = run(GOOD, "--dtype", dtype)
     assert shown.status == 0 and shown.fact("prediction").startswith("'positive' ")
+    found = re.search(r"gap (\S+?)(, rounding of the model's own (.*))?$", shown.fact("completeness"))
+    assert found and abs(float(found.group(1))) <= gap
+    assert found.group(3) == (None if dtype == "float64" else dtype)
+
+
+# --- Relevance ----------------------------------------------------------------------------------------------------
+
+NUMBER = r"[+-]?\d+\.\d{4}"
+
+
+def colours(page: Path) -> torch.Tensor:
+    """The scores that a page shows when the pointer is over a word."""
+    (text,) = re.findall(r'class="text">(.*)</p>', page.read_text(encoding="utf-8"))
+    return torch.tensor([float(score) for score in re.findall(r'title="([^"]+)"', text)])
+
+
+def explained(logits: torch.Tensor, score: str, target: int, contrast: int | None) -> float:
+    """The score that the command line explains, from the model's logits (1, V)."""
+    scored = logits[0].log_softmax(-1) if score == "log-probability" else logits[0]
+    return float(scored[target] - (0 if contrast is None else scored[contrast]))
+
+
+@pytest.mark.parametrize(("reference", "token", "written"), [
+    (None, 1, "<unk> (id 1)"), ("unk", 1, "<unk> (id 1)"), ("pad", 0, "<pad> (id 0)"), ("<pad>", 0, "<pad> (id 0)"),
+    ("the", 1893, "the (id 1893)"), ("1893", 1893, "the (id 1893)"),
+])  # fmt: skip
+@pytest.mark.parametrize("score", ["log-probability", "logit"])
+@pytest.mark.parametrize("contrast", [None, "positive"])
+def test_the_scores_of_a_relevance_sum_to_the_difference_that_the_model_shows(
+    run: Any, tmp_path: Path, reference: str | None, token: int, written: str, score: str, contrast: str | None
+) -> None:
+    page = tmp_path / "page.html"
+    options = ["--reference", reference] if reference else []
+    options += ["--contrast", contrast] if contrast else []
+    shown = run(BAD, "--score", score, "--html", page, *options)
+    assert shown.status == 0
+    assert shown.fact("reference") == f"{written} in the place of every token of the text, <sentiment> kept"
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS), AutoTokenizer.from_pretrained(REVIEWS)
+    ids = tokenizer(BAD, return_tensors="pt").input_ids
+    other = ids.clone()
+    other[:, :-1] = token  # all but <sentiment>
+    target, against = tokenizer.convert_tokens_to_ids(["negative", "positive"])
+    with torch.no_grad():
+        values = [explained(model(x).logits[:, -1], score, target, against if contrast else None) for x in (ids, other)]
+    found = re.fullmatch(
+        rf"the scores sum to ({NUMBER}); F\(text\) - F\(reference\) = ({NUMBER}) - \(({NUMBER})\) = ({NUMBER}); "
+        r"gap ([+-]\d\.\de-\d\d)",
+        shown.fact("completeness"),
+    )
+    assert found
+    total, of_text, of_reference, difference, gap = map(float, found.groups())
+    assert (of_text, of_reference) == pytest.approx(values, abs=2e-4)
+    assert difference == pytest.approx(values[0] - values[1], abs=2e-4)
+    assert total == pytest.approx(difference, abs=2e-4) and abs(gap) < 1e-3
+    assert float(colours(page).sum()) == pytest.approx(difference, abs=1e-3 * float(colours(page).abs().sum()))
+    assert shown.fact("not shown").endswith("<sentiment> +0")
+
+
+@pytest.mark.parametrize("gates", [None, "half", "value"])
+def test_the_scores_of_frozen_gates_and_the_bias_term_sum_to_the_score(run: Any, tmp_path: Path, gates: Any) -> None:
+    page = tmp_path / "page.html"
+    shown = run(GOOD, "--reference", "none", "--html", page, "--score", "logit", *(["--gates", gates] if gates else []))
+    assert shown.fact("method") == f"ImplicitAttentionRelevance: frozen gates, rule {gates or 'half'}"
+    assert shown.fact("reference").startswith("none: the gates are frozen")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS), AutoTokenizer.from_pretrained(REVIEWS)
+    ids = tokenizer(GOOD, return_tensors="pt").input_ids
+    target = tokenizer.convert_tokens_to_ids("positive")
+    found = re.fullmatch(
+        rf"the scores sum to ({NUMBER}), the term of bias is ({NUMBER}), together ({NUMBER}); F\(text\) = ({NUMBER}); "
+        r"gap ([+-]\d\.\de-\d\d)",
+        shown.fact("completeness"),
+    )
+    assert found
+    total, bias, together, of_text, gap = map(float, found.groups())
+    with torch.no_grad():
+        assert of_text == pytest.approx(float(model(ids).logits[0, -1, target]), abs=2e-4)
+    assert total + bias == pytest.approx(together, abs=2e-4) and together == pytest.approx(of_text, abs=2e-4)
+    assert abs(gap) < 1e-3
+    expected = ImplicitAttentionRelevance(model, gate_rule=gates or "half").attribute(ids, target)[0]
+    torch.testing.assert_close(colours(page), expected[:-1], rtol=1e-3, atol=1e-4)
+    assert shown.fact("not shown").endswith(f"<sentiment> {float(expected[-1]):+.2g}")
+
+
+def test_a_token_that_is_the_reference_gets_nothing_and_is_counted(run: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = run("The story of the film.", "--reference", "the", "--html", page)
+    assert shown.fact("reference").endswith("; 2 of 6 already the, score 0")
+    assert [k for k, score in enumerate(colours(page).tolist()) if score == 0] == [0, 3]
+
+
+@pytest.mark.parametrize(("reference", "parts"), [
+    ("mask", ["the model has no mask token; choose unk, pad, none, a word, or an id"]),
+    ("incomprehensibilities", ["is not one token of this model, but", "choose one of them"]),
+    ("文", ["is not one token"]),
+    ("1000000", ["reference 1000000 is out of range", r"\(0 to 9999\)"]),
+    ("-1", ["reference -1 is out of range"]),
+    ("", ["is not one token"]),
+])  # fmt: skip
+def test_a_reference_that_is_none_is_refused(run: Any, reference: str, parts: list[str]) -> None:
+    assert_refused(run(GOOD, "--reference", reference), *parts)
+
+
+@pytest.mark.parametrize(("special", "words"), [
+    ({"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "seen"}, r"\[UNK\] \(id 1\)"),
+    ({"unk_token": None, "pad_token": "[PAD]", "mask_token": "seen"}, r"\[PAD\] \(id 0\)"),
+    ({"unk_token": None, "mask_token": "seen"}, r"seen \(id 9\)"),
+    ({"unk_token": None, "mask_token": "not of the model"}, "none: the gates are frozen"),
+    ({"unk_token": None}, "none: the gates are frozen"),
+])  # fmt: skip
+def test_the_reference_is_the_first_special_token_that_there_is(
+    run: Any, tmp_path: Path, special: dict[str, str | None], words: str
+) -> None:
+    folder = save(tmp_path / "checkpoint", **special)
+    shown = run("a good film", "--model", folder)
+    assert shown.status == 0 and re.match(words, shown.fact("reference"))
+    assert shown.fact("method").endswith("frozen gates, rule half" if "none" in words else "difference to a reference")
+    assert "kept" not in shown.fact("reference")  # this tokenizer adds nothing
+
+
+def test_a_classifier_is_compared_with_padding(run: Any, tmp_path: Path) -> None:
+    """It reads its answer at the last token that is no padding: the text's, also for a reference of padding."""
+    config = FAMILIES["jamba"]().config
+    config.vocab_size, config.num_labels, config.pad_token_id = len(WORDS), 3, 0
+    torch.manual_seed(0)
+    model = perturbed(JambaForSequenceClassification(config))
+    folder = save(tmp_path / "checkpoint", model, pad_token="[PAD]")
+    shown = run("a good film was seen", "--model", folder, "--reference", "pad", "--target", "LABEL_1")
+    assert shown.status == 0 and "Why 'LABEL_1'?" in shown.out
+    text, padding = torch.tensor([[2, 3, 5, 8, 9]]), torch.zeros(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        embed = model.get_input_embeddings()
+        hidden = [model.model(inputs_embeds=embed(ids)).last_hidden_state[:, -1] for ids in (text, padding)]
+        values = [float(model.score(h)[0].log_softmax(-1)[1]) for h in hidden]
+    found = re.search(
+        rf"F\(reference\) = ({NUMBER}) - \(({NUMBER})\) = ({NUMBER}); gap (\S+)$", shown.fact("completeness")
+    )
+    assert found and abs(float(found.group(4))) < 1e-3
+    assert [float(found.group(k)) for k in (1, 2, 3)] == pytest.approx([*values, values[0] - values[1]], abs=2e-4)
+
+
+def test_a_decision_of_its_own_is_a_term_of_its_own(run: Any, tmp_path: Path) -> None:
+    """A router would send the reference to other experts: what that changes belongs to no token."""
+    folder = save(tmp_path / "checkpoint", FAMILIES["qwen3_next"](vocab_size=len(WORDS)), pad_token="[PAD]")
+    shown = run("a good film was seen", "--model", folder, "--reference", "pad")
+    found = re.fullmatch(
+        rf"the scores sum to ({NUMBER}), the term of decisions \(topk\) is ({NUMBER}), together ({NUMBER}); "
+        rf"F\(text\) - F\(reference\) = {NUMBER} - \({NUMBER}\) = ({NUMBER}); gap (\S+)",
+        shown.fact("completeness"),
+    )
+    assert found
+    total, decisions, together, difference, gap = map(float, found.groups())
+    assert decisions != 0 and total + decisions == pytest.approx(together, abs=2e-4)
+    assert together == pytest.approx(difference, abs=2e-4) and abs(gap) < 1e-3
+
+
+def test_a_function_without_a_rule_is_named_with_the_other_methods(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(KINDS, "rsqrt")
+    assert_refused(run(GOOD), "function 'rsqrt' in MambaRMSNorm", "register_rule", "--method attribution")
+    assert run(GOOD, "--method", "attribution").status == 0
 
 
 # --- Targets ------------------------------------------------------------------------------------------------------
@@ -280,10 +465,28 @@ def test_a_model_that_is_nowhere_is_refused(run: Any, tmp_path: Path) -> None:
     (["--attention", "scan", "--without", "conv"], ["'conv'", "bias, scan, skip"]),
 ])  # fmt: skip
 def test_a_factor_that_no_layer_has_is_refused(run: Any, options: list[str], parts: list[str]) -> None:
+    assert_refused(run(GOOD, "--method", "attribution", *options), *parts)
+
+
+@pytest.mark.parametrize(("options", "parts"), [
+    (["--rectify", "none"], ["--rectify is no option of the method relevance, the def", "add --method attribution,"]),
+    (["--method", "relevance", "--attention", "scan"], ["method relevance; add --method attribution, rollout or raw"]),
+    (["--without", "conv"], ["--without is no option of the method relevance", "leave --without out"]),
+    (["--method", "attribution", "--fusion", "mean"], ["of the method attribution; add --method rollout or raw"]),
+    (["--method", "raw", "--rectify", "token"], ["--rectify is no option of the method raw"]),
+    (["--method", "rollout", "--reference", "pad"], ["--reference is no option of .* rollout; add --method relevance"]),
+    (["--method", "attribution", "--gates", "half"], ["--gates is no option of the method attribution"]),
+    (["--gates", "value"], ["--gates is for frozen gates; add --reference none"]),
+    (["--gates", "half", "--reference", "unk"], ["--gates is for frozen gates; add --reference none"]),
+])  # fmt: skip
+def test_an_option_of_another_method_is_refused(run: Any, options: list[str], parts: list[str]) -> None:
     assert_refused(run(GOOD, *options), *parts)
 
 
-@pytest.mark.parametrize("options", [["--method", "magic"], ["--rectify", "never"], ["--fusion", "max"], ["--nothing"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "magic"], ["--rectify", "never"], ["--fusion", "max"], ["--gates", "all"], ["--nothing"]],
+)
 def test_an_option_that_is_none_is_refused_with_those_that_are(run: Any, options: list[str]) -> None:
     shown = run(GOOD, *options)
     assert shown.status == 2 and not shown.out and "Traceback" not in shown.err
@@ -331,7 +534,12 @@ def test_a_page_and_a_picture_are_written_where_asked(run: Any, tmp_path: Path) 
     assert shown.flat.count("written") == 2
     page = html.read_text(encoding="utf-8")
     assert Text(page).text == GOOD
-    for part in ("Why &#x27;positive&#x27;?", "ImplicitAttentionAttribution", "largest relative error"):
+    for part in (
+        "Why &#x27;positive&#x27;?",
+        "ImplicitAttentionRelevance",
+        "the scores sum to",
+        "largest relative error",
+    ):
         assert part in page
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
     before = page
@@ -361,14 +569,15 @@ def test_a_text_is_never_taken_for_markup(run: Any, text: str, tmp_path: Path) -
 WORDS = ["[PAD]", "[UNK]", "a", "good", "bad", "film", "[red]", "<b>", "was", "seen"]
 
 
-def save(folder: Path, **special: str) -> Path:
+def save(folder: Path, model: nn.Module | None = None, **special: str | None) -> Path:
     """A tiny checkpoint with one word for each entry of its vocabulary."""
     words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(folder)
+    special = {"unk_token": "[UNK]", **special}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    model = perturbed(MambaForCausalLM(MambaConfig(**{**S6, "vocab_size": len(WORDS)})))
-    model.save_pretrained(folder)
+    made = model or perturbed(MambaForCausalLM(MambaConfig(**{**S6, "vocab_size": len(WORDS)})))
+    made.save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,8 @@ from captum_ssm import supported, unregister
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-FIRST, CALLABLE, CONTRAST, GENERATION, ADAPTER = BLOCKS
+FIRST, CALLABLE, CONTRAST, RELEVANCE, GENERATION, ADAPTER = BLOCKS
+DERIVATION = README.parent / "docs" / "relevance.md"
 
 
 @pytest.fixture
@@ -31,11 +32,20 @@ def test_the_examples_explain_the_shipped_model() -> None:
         del names["scores"]
         exec(block, names)
         assert names["scores"].shape == names["inputs"].input_ids.shape
+    del names["scores"]
+    exec(RELEVANCE, names)
+    assert names["scores"].shape == names["inputs"].input_ids.shape
+    assert float(names["gap"].abs().max()) < 1e-4
     exec(GENERATION, names)
     result = names["result"]
     assert result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
     assert len(result.input_tokens) == names["prompt"].shape[1] + len(result.output_tokens) - 1
     plt.close(names["figure"])
+
+
+def test_the_derivation_of_relevance_holds_on_the_shipped_model() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", DERIVATION.read_text(encoding="utf-8"), re.DOTALL)
+    exec(block, {})  # it ends in asserts
 
 
 def test_the_example_of_an_adapter_holds_every_law(restored_registry: None, capsys: pytest.CaptureFixture[str]) -> None:
