@@ -398,8 +398,8 @@ class _Explained:
         """Raise if a baseline does not fit the inputs."""
         if not isinstance(baseline, (int, float, Tensor)):
             raise InvalidInputError(
-                f"A baseline is a token id, ids, a number or embeddings, not {type(baseline).__name__}. For a word take "
-                "its id: tokenizer.convert_tokens_to_ids(word)."
+                f"A baseline is a token id, ids, a number or embeddings, not {type(baseline).__name__}. For a word "
+                "take its id: tokenizer.convert_tokens_to_ids(word)."
             )
         reference, shape = torch.as_tensor(baseline), self.inputs.shape
         ids = not self.inputs.is_floating_point() and not reference.is_floating_point()

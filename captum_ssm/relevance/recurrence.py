@@ -25,9 +25,9 @@ from torch import Tensor
 from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
 from captum_ssm.operators.scan import decays, earlier, heads_first, prefix
 
-_NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
-"""Gauss's two points on (0, 1). The mean over them of a product's gradient, each factor on the line from reference to
-value, is the Shapley value of up to four factors."""
+_NODES = {2: (0.5,), 4: (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)}
+"""Gauss's points on (0, 1). The mean over them of a product's gradient, each factor on the line from reference to
+value, is the Shapley value of up to so many factors."""
 
 
 def linear_scan(scan: Recurrence, x: Tensor) -> Tensor:
@@ -124,7 +124,9 @@ def _chunk_gradients(value: _Side, other: _Side, dy: Tensor, G: Tensor) -> tuple
     products = [side.scan.products for side in sides]
     evaluated = [[p.tokens(0, T) for p in side] for side in products]
     means = [(v + r) / 2 for v, r in zip(*evaluated)]
-    means[1] = _Shares(*(p[1] for p in products)).mean().expand(-1, T, -1, -1)  # b is one of three factors with x
+    means[1] = (
+        _Shares(products[0][1], products[1][1], more=1).mean().expand(-1, T, -1, -1)
+    )  # b is one of three factors with x
 
     rest = [[heads_first(t, N) for t in side[1:]] for side in [*evaluated, means]]
     xs, dy = [side.x.transpose(1, 2) for side in sides], dy.transpose(1, 2)
@@ -316,10 +318,16 @@ def _mean(pair: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shares:
-    """The factors of one coefficient on the way from the reference to the value."""
+    """The factors of one coefficient, on the way from the reference to the value, and how many ``more`` they meet."""
 
     value: Product
     other: Product
+    more: int = 0
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """Points of the line that are enough for all factors."""
+        return _NODES[2 if len(self.value.factors) + self.more <= 2 else 4]
 
     def at(self, node: float) -> list[Tensor]:
         """Return the factors at a point of the line."""
@@ -328,16 +336,16 @@ class _Shares:
     def mean(self) -> Tensor:
         """Return the multiplier of one more factor."""
         total: Any = 0
-        for node in _NODES:
-            total = total + torch.stack(torch.broadcast_tensors(*self.at(node))).prod(0) / len(_NODES)
+        for node in self.nodes:
+            total = total + torch.stack(torch.broadcast_tensors(*self.at(node))).prod(0) / len(self.nodes)
         result: Tensor = total
         return result
 
     def gradients(self, gradient: Callable[[float], Tensor]) -> list[Tensor]:
         """Return the factors' multipliers from that of their product, at each point of the line."""
         found: list[Any] = [0] * len(self.value.factors)
-        for node in _NODES:
-            at, whole = self.at(node), gradient(node) / len(_NODES)
+        for node in self.nodes:
+            at, whole = self.at(node), gradient(node) / len(self.nodes)
             for k, factor in enumerate(at):
                 part = whole
                 for j, f in enumerate(at):
@@ -350,7 +358,7 @@ def _to_factors(products: Any, evaluated: Any, gradients: Sequence[Any]) -> list
     """Return the multipliers of all factors from those of the coefficients (B, H, T, N or 1)."""
     found: list[Tensor] = []
     for k, (value, other) in enumerate(zip(*products)):
-        shares = _Shares(value, other)
+        shares = _Shares(value, other, more=int(k == 1))
         if k == 1:
             with_value, with_other = (g.transpose(1, 2) for g in gradients[1])
             found += shares.gradients(partial(torch.lerp, with_other, with_value))
@@ -364,6 +372,6 @@ def _to_factors(products: Any, evaluated: Any, gradients: Sequence[Any]) -> list
 
 
 def _quotient_of_exponentials(x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Return ``(exp(x) - exp(r)) / (x - r)``, smooth at ``x = r``."""
-    difference = x - r
-    return z * torch.where(difference == 0, 1, torch.expm1(difference) / torch.where(difference == 0, 1, difference))
+    """Return ``(exp(x) - exp(r)) / (x - r)`` for ``y = exp(x)`` and ``z = exp(r)``: smooth, and nothing overflows."""
+    distance = (x - r).abs()
+    return torch.maximum(y, z) * torch.where(distance == 0, 1, -torch.expm1(-distance) / distance)

@@ -36,8 +36,12 @@ class Rule(ABC):
             decided otherwise for the reference; the reference follows the input's decision.
     """
 
+    reuse = True
+    """Whether a recurrence that runs twice on the same is run once: not if what enters it is asked for."""
+
     def __init__(self) -> None:
         self.held: set[str] = set()
+        self._last: tuple[Any, Tensor, Tensor] | None = None
 
     @abstractmethod
     def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
@@ -71,7 +75,9 @@ class Rule(ABC):
             raise _unknown(func, "what leaves torch cannot be followed")
         core = func.__name__.strip("_")
         name = ALIASES.get(core, core)
-        if name in ("secant", "recur", "upper_bound"):
+        if name == "recur":
+            return self._once(*args)
+        if name in ("secant", "upper_bound"):
             return getattr(self, name)(*args)
         inside = func.__name__.endswith("_") and not func.__name__.endswith("__")
         if (
@@ -85,6 +91,17 @@ class Rule(ABC):
         if name in CASTS:
             return self._cast(func, args, kwargs)
         return self._apply(func, name, args, kwargs)
+
+    def _once(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Run a recurrence, unless it was the last that ran, and on the same: norms make adapters run it before."""
+        if self.reuse and self._last is not None:
+            last, its_x, y = self._last
+            same = len(last) == len(factors) and all(f is g for f, g in zip(last, factors))
+            if same and its_x.shape == x.shape and torch.equal(values(its_x), values(x)):
+                return y
+        y = self.recur(scan, x, factors)
+        self._last = (factors, x, y)
+        return y
 
     def _apply(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind, live = KINDS.get(name), traced((args, kwargs))

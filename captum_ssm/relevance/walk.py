@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -18,6 +18,7 @@ from captum_ssm.fidelity import TOLERANCE, relative_error
 from captum_ssm.operators import Operator
 from captum_ssm.registry import find_adapter, find_mixers
 from captum_ssm.relevance.functions import MODULES
+from captum_ssm.relevance.rules import Rule
 from captum_ssm.relevance.traced import Traced, constants, traced
 
 
@@ -84,6 +85,7 @@ def follow(
             real = MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs)
             checked(real)
         chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
+        cast(Rule, call.x.rule).reuse = entering is None and apart is None
         x: Tensor = call.x
         for name, operator in reversed(list(chain.factors.items())):
             if entering is not None and not again:
