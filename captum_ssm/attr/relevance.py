@@ -26,6 +26,7 @@ from captum_ssm.attr.inputs import (
 from captum_ssm.capture import MixerCall
 from captum_ssm.errors import FidelityError, InvalidInputError
 from captum_ssm.fidelity import decompose
+from captum_ssm.operators import Chain
 from captum_ssm.readout import is_language_model, scores
 from captum_ssm.relevance.rules import Difference, Frozen, GateRule, Rule
 from captum_ssm.relevance.traced import Traced
@@ -390,9 +391,11 @@ class _Explained:
             reference = torch.where(self.args[0].bool().unsqueeze(-1), reference, value.detach())
         return reference
 
-    def _checked(self, call: MixerCall) -> None:
+    def _checked(self, call: MixerCall) -> Chain:
         real = real_tokens(self.method.forward_func, self.args, [call])
-        self.fidelity[call.name] = decompose(call.detach(), self.method.tolerance, real).error
+        decomposition = decompose(call.detach(), self.method.tolerance, real)
+        self.fidelity[call.name] = decomposition.error
+        return decomposition.chain
 
     def _check(self, baseline: Baseline) -> None:
         """Raise if a baseline does not fit the inputs."""

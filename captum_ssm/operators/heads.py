@@ -238,9 +238,9 @@ def decays_between(a: Tensor) -> Tensor:
     They are products, not exponentials of differences: decays may be zero or negative, and nothing overflows.
     """
     T = a.shape[1]
-    later = torch.ones(T, T, dtype=torch.bool, device=a.device).tril(-1)[..., None, None]
-    same = torch.eye(T, dtype=torch.bool, device=a.device)[..., None, None]
-    return torch.where(later, a.unsqueeze(2), 1).cumprod(1) * (later | same)
+    upper = torch.ones(T, T, dtype=torch.bool, device=a.device).triu()  # [s, t]: the running axis last is the fast one
+    steps = torch.where(upper.triu(1), a.permute(0, 2, 3, 1).unsqueeze(-2), 1)
+    return (steps.cumprod(-1) * upper).permute(0, 4, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,28 @@ _NODES = {2: (0.5,), 4: (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)}
 value, is the Shapley value of up to so many factors."""
 
 
-def linear_scan(scan: Recurrence, x: Tensor) -> Tensor:
-    """Return a recurrence's output for ``x`` (B, L, H, P), with nothing kept for the gradient: it is the adjoint."""
-    y: Tensor = _Linear.apply(x, scan)  # type: ignore[no-untyped-call]
-    return y
+def linear_scan(scan: Recurrence, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a recurrence's outputs for ``x`` (B, L, H, P) and a reference, with constant coefficients.
+
+    Nothing is kept for the gradient of the first: it is the adjoint.
+    """
+    with torch.no_grad():
+        if x.shape[3] > 1:  # channels that share a matrix, which is then computed once
+            y, other = scan.mix(torch.cat([x, reference], dim=3)).chunk(2, dim=3)
+        else:
+            y, other = scan.mix(x), scan.mix(reference)
+    return _Adjoint.apply(x, y, scan), other  # type: ignore[no-untyped-call]
 
 
-class _Linear(torch.autograd.Function):
+class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scan: Recurrence) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scan: Recurrence) -> Tensor:
         ctx.scan = scan
-        return scan.mix(x)
+        return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.scan.transposed().mix(gradient.flip(1)).flip(1), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.scan.transposed().mix(gradient.flip(1)).flip(1), None, None
 
 
 def difference_of_scans(

@@ -292,9 +292,7 @@ class Frozen(Rule):
         held = scan.with_factors(constants(factors))
         if not isinstance(x, Traced):
             return held.mix(x)
-        with torch.no_grad():
-            reference = held.mix(x.reference)
-        return self.pair(linear_scan(held, x.value), reference)
+        return self.pair(*linear_scan(held, x.value, x.reference))
 
     def secant(self, name: str, u: Traced) -> Tensor:
         """Return the gate that an activation puts on its own input, held."""

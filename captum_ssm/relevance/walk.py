@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.fidelity import TOLERANCE, relative_error
-from captum_ssm.operators import Operator
+from captum_ssm.operators import Chain, Operator
 from captum_ssm.registry import find_adapter, find_mixers
 from captum_ssm.relevance.functions import MODULES
 from captum_ssm.relevance.rules import Rule
@@ -52,7 +52,7 @@ def embedded(model: nn.Module, ids: Tensor, become: Callable[[nn.Module, Tensor]
 @contextmanager
 def follow(
     model: nn.Module,
-    checked: Callable[[MixerCall], object],
+    checked: Callable[[MixerCall], Chain],
     whole: bool = True,
     checkpoints: bool = False,
     apart: list[Traced] | None = None,
@@ -62,7 +62,7 @@ def follow(
 
     Args:
         model: The model. All is as before when the context is left.
-        checked: Called with each mixer's real call, on the input alone.
+        checked: Called with each mixer's real call, on the input alone; returns its decomposition.
         whole: Whether the gates of the mixers are traced too.
         checkpoints: Keep no more than what enters each block, and run the block again for the gradient. The context
             must then be open until the gradient is there.
@@ -81,10 +81,11 @@ def follow(
             )
         adapter = find_adapter(call.mixer)
         assert adapter is not None
+        chain = None
         if not again:
-            real = MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs)
-            checked(real)
-        chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
+            chain = checked(MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs))
+        if whole or chain is None or call.y.dtype != call.x.value.dtype:
+            chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
         cast(Rule, call.x.rule).reuse = entering is None and apart is None
         x: Tensor = call.x
         for name, operator in reversed(list(chain.factors.items())):
