@@ -133,6 +133,11 @@ class ImplicitAttentionRelevance(ModelMethod):
         self.completeness = 0.0
         self.held: set[str] = set()
 
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether the scores are parts of the explained score rather than slopes: yes."""
+        return True
+
     def has_convergence_delta(self) -> bool:
         """Whether :meth:`attribute` can return how far its scores are from adding up: yes."""
         return True
@@ -214,7 +219,12 @@ class ImplicitAttentionRelevance(ModelMethod):
                     several = []
                     for reference in references:
                         explained = _Explained(
-                            self, batch, some(target), some(contrast), some(args) or (), some(_single(reference))
+                            self,
+                            batch,
+                            some(target),
+                            some(contrast),
+                            some(args) or (),
+                            some(_single(reference, tokens)),
                         )
                         several.append(explained.part(return_convergence_delta))
                         seen()
@@ -375,7 +385,7 @@ class _Explained:
         """Return the embeddings and their reference as the start of the relevance."""
         wide = value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
         leaves.append(Traced.of(wide, reference.to(wide), self.rule))
-        return leaves[-1]
+        return Traced.of(wide.clone(), reference.to(wide, copy=True), self.rule)  # which the model may change in place
 
     def _reference(self, value: Tensor, embedding: nn.Module | None = None) -> Tensor:
         """Return the reference of embeddings (B, L, E): 0 for frozen gates; padding is its own."""
@@ -386,6 +396,10 @@ class _Explained:
             with torch.no_grad():
                 ids = reference.expand(self.inputs.shape) if reference.dim() < 3 else reference
                 reference = type(embedding).forward(embedding, ids)
+        if reference.dim() > 0 and reference.shape[-1] not in (1, value.shape[-1]):
+            raise InvalidInputError(
+                f"The baseline's embeddings have {reference.shape[-1]} components, the model's {value.shape[-1]}."
+            )
         reference = reference.to(value).expand_as(value)
         if is_language_model(self.method.forward_func) and self.args and isinstance(self.args[0], Tensor):
             reference = torch.where(self.args[0].bool().unsqueeze(-1), reference, value.detach())
@@ -433,6 +447,13 @@ class _Explained:
             )
 
 
-def _single(baseline: Any) -> Any:
-    """Return the baseline of the one input; Captum's methods also take a tuple of one."""
-    return baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
+def _single(baseline: Any, inputs: Tensor) -> Any:
+    """Return the baseline of the one input, of all examples; Captum's methods also take a tuple of one."""
+    baseline = baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
+    if not isinstance(baseline, Tensor) or baseline.dim() == 0:
+        return baseline
+    shape = (*inputs.shape[:2], *baseline.shape[-1:]) if baseline.is_floating_point() else inputs.shape[:2]
+    try:
+        return baseline.expand(shape)
+    except RuntimeError:  # which is refused in a moment, with the shapes
+        return baseline

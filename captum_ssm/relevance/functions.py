@@ -32,7 +32,7 @@ _NAMES: dict[Kind, str] = {
         clone contiguous detach data alias dropout real nan_to_num avg_pool1d adaptive_avg_pool1d upsample interpolate
     """,
     "product": """
-        mul multiply matmul mm bmm mv dot inner outer einsum tensordot linear bilinear conv1d conv2d conv3d
+        mul multiply matmul mm bmm mv dot inner outer einsum tensordot linear conv1d conv2d conv3d
         _grouped_mm grouped_mm grouped_mm_fallback vecdot kron
     """,
     "elementwise": """

@@ -11,8 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 Function = Callable[[Tensor], Tensor]
 
 
-def quotient(function: Function, x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
+def quotient(function: Function, x: Tensor, r: Tensor, y: Tensor, z: Tensor, alone: bool = False) -> Tensor:
     """Return ``(y - z) / (x - r)`` for ``y = function(x)`` and ``z = function(r)``, all of one shape.
+
+    ``alone``: whether the function has no other tensor, so that it may be taken of some entries.
 
     Where x and r are so close that the difference of y and z is mostly rounding: the mean slope between them by
     Simpson's rule, if that is the more exact. It is 0 where there is no slope.
@@ -23,13 +25,11 @@ def quotient(function: Function, x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> 
     rounding = epsilon * (y.abs() + z.abs()) / difference.abs()
     doubtful = ~(rounding <= epsilon**0.75 * slope.abs())
     if bool(doubtful.any()):
-        try:
-            ends = [t.expand_as(slope)[doubtful] for t in (x, r)]
-            closer, error = _simpson(function, *ends)
-            slope[doubtful] = torch.where(error <= rounding[doubtful], closer, slope[doubtful])
-        except RuntimeError:  # a function with other tensors of this shape
-            closer, error = _simpson(function, x, r)
-            slope = torch.where(doubtful & (error <= rounding), closer, slope)
+        some = doubtful if alone else torch.ones_like(doubtful)
+        ends = [t[doubtful] if alone else t for t in torch.broadcast_tensors(x, r, slope)[:2]]
+        closer, error = _simpson(function, *ends)
+        better = doubtful[some].view_as(closer) & (error <= rounding[some].view_as(closer))
+        slope[some] = torch.where(better, closer, slope[some].view_as(closer)).flatten()
     return torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
 
 

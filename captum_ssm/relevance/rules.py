@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.operators import Recurrence
@@ -44,7 +46,7 @@ class Rule(ABC):
         self._last: tuple[Any, Tensor, Tensor] | None = None
 
     @abstractmethod
-    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+    def elementwise(self, function: _OfOne, x: Traced, kind: str) -> Tensor:
         """Return a function of each entry, ``kind`` as in :class:`Traced`."""
 
     @abstractmethod
@@ -112,13 +114,18 @@ class Rule(ABC):
                 raise _unknown(func, str(error)) from error
         if kind == "linear" or (kind == "product" and len(live) == 1):
             return self._linear(func, args, kwargs)
-        if kind == "product" and len(live) == 2:
+        if name == "linear":  # by a weight that depends on the input
+            return _linear_with_bias(*args, **kwargs)
+        if kind == "product" and len(live) == 2 and not name.startswith("conv"):
             dtype = torch.promote_types(live[0].value.dtype, live[1].value.dtype)
             fixed_args, fixed_kwargs = constants((args, kwargs), dtype)
             return self.product(_of_two(func, args, kwargs, fixed_args, fixed_kwargs), *live)
         if kind == "elementwise" and len(live) == 1:
             made = "inverse" if name in _INVERSES else "activated"
-            return self.elementwise(_of_one(func, args, kwargs), live[0], made)
+            found = self.elementwise(_of_one(func, args, kwargs), live[0], made)
+            if kwargs.get("inplace"):
+                vars(live[0]).update(value=values(found), reference=references(found))
+            return found
         if kind == "constant":
             return func(*constants(args), **constants(kwargs))
         return self._decide(func, name, args, kwargs)
@@ -220,11 +227,11 @@ class Difference(Rule):
     function of each entry the difference quotient ``(f(x) - f(x')) / (x - x')``, DeepLIFT's rescale rule.
     """
 
-    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+    def elementwise(self, function: _OfOne, x: Traced, kind: str) -> Tensor:
         """Return the function with the difference quotient as its multiplier."""
         value, reference = x.value.detach(), x.reference
         y, z = function(value), function(reference)
-        return self.pair(_linear_form(x.value, y, quotient(function, value, reference, y, z)), z, kind)
+        return self.pair(_linear_form(x.value, y, quotient(function, value, reference, y, z, function.alone)), z, kind)
 
     def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
         """Return the product with a mean of the other factor as each factor's multiplier.
@@ -266,14 +273,13 @@ class Frozen(Rule):
         super().__init__()
         self.gates = gates
 
-    def elementwise(self, function: Callable[[Tensor], Tensor], x: Traced, kind: str) -> Tensor:
+    def elementwise(self, function: _OfOne, x: Traced, kind: str) -> Tensor:
         """Return the function as a gate on its own input, or as a constant."""
         value = x.value.detach()
         y, zero = function(value), torch.zeros_like(value)
-        origin = function(zero[..., :1])
-        if bool((origin != 0).any()):
+        if bool((function(zero) != 0).any()):
             return y
-        slope = quotient(function, value, zero, y, zero)
+        slope = quotient(function, value, zero, y, zero, function.alone)
         return self.pair(_linear_form(x.value, y, slope), slope * x.reference, kind)
 
     def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
@@ -344,35 +350,56 @@ def _linear_form(x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
     return _Slope.apply(x, y, slope)  # type: ignore[no-untyped-call]
 
 
-def _of_one(func: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class _OfOne:
+    """A function of its one traced argument; the others are constants."""
+
+    func: Callable[..., Any]
+    leaves: Sequence[Any]
+    spec: Any
+
+    def __call__(self, t: Tensor) -> Tensor:
+        filled = [t if isinstance(leaf, Traced) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(filled, self.spec)
+        result: Tensor = self.func(*args, **kwargs)
+        return result
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other tensor goes with the argument, entry by entry."""
+        return not any(isinstance(leaf, Tensor) and leaf.dim() and not isinstance(leaf, Traced) for leaf in self.leaves)
+
+
+def _of_one(func: Callable[..., Any], args: Any, kwargs: Any) -> _OfOne:
     """Return the function of its one traced argument."""
-    position = next((k for k, arg in enumerate(args) if isinstance(arg, Traced)), None)
-    if position is None:
-        name = next(name for name, arg in kwargs.items() if isinstance(arg, Traced))
-        return lambda t: func(*args, **{**kwargs, name: t})
-    return lambda t: func(*args[:position], t, *args[position + 1 :], **kwargs)
+    return _OfOne(func, *tree_flatten((args, {k: v for k, v in kwargs.items() if k != "inplace"})))
 
 
 def _of_two(
     func: Callable[..., Any], args: Any, kwargs: Any, fixed_args: Any, fixed_kwargs: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function of its two traced arguments."""
-    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-    fixed, _ = torch.utils._pytree.tree_flatten((fixed_args, fixed_kwargs))
+    leaves, spec = tree_flatten((args, kwargs))
+    fixed, _ = tree_flatten((fixed_args, fixed_kwargs))
     first, second = (k for k, leaf in enumerate(leaves) if isinstance(leaf, Traced))
 
     def of_two(x: Tensor, y: Tensor) -> Tensor:
         filled = list(fixed)
         filled[first], filled[second] = x, y
-        put_args, put_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
+        put_args, put_kwargs = tree_unflatten(filled, spec)
         result: Tensor = func(*put_args, **put_kwargs)
         return result
 
     return of_two
 
 
+def _linear_with_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = input @ weight.mT
+    return y if bias is None else y + bias
+
+
 def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _unknown(func: Callable[..., Any], why: str) -> UnsupportedModelError:

@@ -72,9 +72,9 @@ def follow(
     again: list[bool] = []
 
     def rewrite(call: MixerCall) -> Tensor:
-        if not isinstance(call.x, Traced):
+        if not isinstance(call.x, Traced) and not traced(call.kwargs):
             return call.y
-        if traced(call.kwargs):
+        if not isinstance(call.x, Traced) or traced(call.kwargs):
             raise UnsupportedModelError(
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
@@ -84,7 +84,7 @@ def follow(
         chain = None
         if not again:
             chain = checked(MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs))
-        if whole or chain is None or call.y.dtype != call.x.value.dtype:
+        if whole or checkpoints or chain is None or call.y.dtype != call.x.value.dtype:  # twice alike, if twice
             chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
         cast(Rule, call.x.rule).reuse = entering is None and apart is None
         x: Tensor = call.x
@@ -134,9 +134,7 @@ def _plainly(model: nn.Module) -> Callable[[Any], Any]:
 
     def plain(nested: Any) -> Any:
         leaves, spec = tree_flatten(nested)
-        return tree_unflatten(
-            [leaf.value.detach().to(dtype) if isinstance(leaf, Traced) else leaf for leaf in leaves], spec
-        )
+        return tree_unflatten([_narrowed(leaf, dtype) for leaf in leaves], spec)
 
     return plain
 
@@ -150,6 +148,14 @@ def _cut_skip(operator: Operator, x: Tensor, apart: list[Traced]) -> Tensor:
     leaf = Traced.of(direct.value.detach().requires_grad_(), direct.reference, direct.rule)
     apart.append(leaf)
     return operator.without("skip").apply(x, bias=True) + leaf
+
+
+def _narrowed(leaf: Any, dtype: torch.dtype) -> Any:
+    """Return a value as a constant of the model's type, also where the explanation's wider type has spread."""
+    if isinstance(leaf, Traced):
+        return leaf.value.detach().to(dtype)
+    spread = isinstance(leaf, Tensor) and leaf.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    return leaf.to(dtype) if spread else leaf
 
 
 @contextmanager
