@@ -173,6 +173,12 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
     return value * gate.sigmoid()
 
 
+@made_of("bilinear")
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    both = torch.einsum("...i,oij,...j->...o", x, weight, y)
+    return both if bias is None else both + bias
+
+
 @made_of("addmm")
 def _addmm(bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return beta * bias + alpha * (x @ y)
