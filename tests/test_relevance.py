@@ -907,7 +907,9 @@ def test_the_grad_mode_around_the_call_changes_nothing(
 # --- Half precision -----------------------------------------------------------------------------------------------
 
 
-WIDE = pytest.mark.xfail(strict=True, reason="its index is computed from float32 positions and weights of half precision")
+WIDE = pytest.mark.xfail(
+    strict=True, reason="its index is computed from float32 positions and weights of half precision"
+)
 
 
 @pytest.mark.parametrize(
