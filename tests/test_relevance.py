@@ -304,6 +304,13 @@ def test_a_reference_equal_to_the_input_leaves_nothing_to_explain(family: str) -
     assert delta.abs().max() <= 1e-4
 
 
+def test_padding_is_its_own_reference() -> None:
+    """So it decides nothing."""
+    method = Relevance(model_of("jamba"))
+    relevance = method.attribute(PADDED, TARGET, MASK, baselines=torch.where(MASK.bool(), PADDED, BASELINE))
+    assert relevance.eq(0).all() and method.held == set() and method.terms == {}
+
+
 @several_families
 def test_tokens_that_are_the_same_in_the_reference_have_no_relevance(family: str) -> None:
     reference = IDS.clone()
