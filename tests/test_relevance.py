@@ -857,9 +857,6 @@ def patch(mixer: nn.Module, factor: float, named: bool = True) -> None:
     mixer.__class__ = type("Patched", (type(mixer),), {"forward": forward if named else of_any_arguments})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its input is not found among its arguments, so all of it silently is a constant"
-)
 @both
 def test_a_layer_whose_input_has_no_name_is_followed_or_refused(baselines: Any, mamba: nn.Module) -> None:
     expected = Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)

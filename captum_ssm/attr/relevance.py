@@ -175,8 +175,8 @@ class ImplicitAttentionRelevance(ModelMethod):
             target: What to explain, as in :class:`~captum_ssm.ImplicitAttentionAttribution`.
             additional_forward_args: Likewise.
             baselines: The reference x'. For ids: an id that stands in the place of every token, such as the mask, pad
-                or unk token; ids, or embeddings, that broadcast to all inputs. For embeddings: a number, or embeddings.
-                A list of several is averaged over. None freezes the gates.
+                or unk token; ids, or embeddings, that broadcast to all inputs; a float for all components. For
+                embeddings: a number, or embeddings. A list of several is averaged over. None freezes the gates.
             contrast: Explain why the target and not this one, likewise.
             sign: ``"positive"`` or ``"negative"``: only the components of the embeddings that speak for the score, or
                 against it. None: their sum.

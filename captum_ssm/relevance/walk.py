@@ -72,7 +72,7 @@ def follow(
     again: list[bool] = []
 
     def rewrite(call: MixerCall) -> Tensor:
-        if not isinstance(call.x, Traced) and not traced(call.kwargs):
+        if not traced((call.x, call.kwargs)):
             return call.y
         if not isinstance(call.x, Traced) or traced(call.kwargs):
             raise UnsupportedModelError(
