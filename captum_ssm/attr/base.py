@@ -95,6 +95,32 @@ class ModelMethod(GradientAttribution):
         """
         raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
 
+    def _batches(
+        self,
+        tokens: Tensor,
+        args: tuple[Any, ...] | None,
+        targets: tuple[Target, ...],
+        query: int | Tensor | None,
+        size: int | None,
+    ) -> Iterator[tuple[Tensor, Callable[[Any], Any]]]:
+        """Cut the inputs into batches of ``size`` examples, all at once if it is None; each is checked when it is due.
+
+        Yields:
+            The inputs of a batch, and what takes its part of a target or argument.
+        """
+        count = len(tokens) if tokens.dim() else 0
+        step = max(count, 1) if size is None else size
+        if step < 1:
+            raise InvalidInputError(f"internal_batch_size must be at least 1, not {size}.")
+        if step < count:
+            refuse_wrong_counts(count, targets, query)
+            if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
+                attention_mask(tokens, args[0])
+        for start in range(0, max(count, 1), step):
+            batch = tokens if step >= count else tokens[start : start + step]
+            refuse_bad_inputs(self.model, batch)
+            yield batch, partial(select_examples, count=count, rows=slice(start, start + step))
+
     def _refuse_replaced_gradient(self) -> None:
         if self.gradient_func is not compute_gradients:
             raise InvalidInputError(
@@ -228,19 +254,8 @@ class ImplicitAttentionMethod(ModelMethod):
         with torch.inference_mode(False):
             tokens = single_tensor(inputs)
             args = format_additional_forward_args(additional_forward_args)
-            count = len(tokens) if tokens.dim() else 0
-            size = max(count, 1) if internal_batch_size is None else internal_batch_size
-            if size < 1:
-                raise InvalidInputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
-            if size < count:
-                refuse_wrong_counts(count, (target, contrast), query)
-                if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
-                    attention_mask(tokens, args[0])
             parts, worst = [], dict[str, float]()
-            for start in range(0, max(count, 1), size):
-                some = partial(select_examples, count=count, rows=slice(start, start + size))
-                batch = tokens if size >= count else tokens[start : start + size]
-                refuse_bad_inputs(self.model, batch)
+            for batch, some in self._batches(tokens, args, (target, contrast), query, internal_batch_size):
                 parts.append(
                     self._attribute(batch, some(target), some(contrast), some(args), some(query), show_progress)
                 )

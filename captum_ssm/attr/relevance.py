@@ -19,8 +19,6 @@ from captum_ssm.attr.inputs import (
     real_tokens,
     refuse_bad_inputs,
     refuse_bad_state,
-    refuse_wrong_counts,
-    select_examples,
     single_tensor,
 )
 from captum_ssm.capture import MixerCall
@@ -201,21 +199,13 @@ class ImplicitAttentionRelevance(ModelMethod):
             args = format_additional_forward_args(additional_forward_args)
             if sign not in (None, "positive", "negative"):
                 raise InvalidInputError(f"sign must be 'positive', 'negative' or None, not {sign!r}.")
-            count = len(tokens) if tokens.dim() else 0
-            size = max(count, 1) if internal_batch_size is None else internal_batch_size
-            if size < 1:
-                raise InvalidInputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
-            if size < count:
-                refuse_wrong_counts(count, (target, contrast), None)
             references = baselines if isinstance(baselines, list) else [baselines]
             if not references:
                 raise InvalidInputError("baselines is an empty list; pass at least one, or None to freeze the gates.")
             parts: list[_Part] = []
-            with progress_bar(type(self).__name__, -(-count // size) * len(references), show_progress, "run") as seen:
-                for start in range(0, max(count, 1), size):
-                    some = partial(select_examples, count=count, rows=slice(start, start + size))
-                    batch = tokens if size >= count else tokens[start : start + size]
-                    refuse_bad_inputs(self.model, batch)
+            batches = list(self._batches(tokens, args, (target, contrast), None, internal_batch_size))
+            with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as seen:
+                for batch, some in batches:
                     several = []
                     for reference in references:
                         explained = _Explained(

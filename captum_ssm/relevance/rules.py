@@ -71,7 +71,7 @@ class Rule(ABC):
         if func.__name__ == "__get__":  # of a property, such as the shape
             name = func.__self__.__name__  # type: ignore[attr-defined]
             return self._linear(func, args, kwargs) if KINDS.get(name) else func(*values(args))
-        if func.__name__ in _MARKS or getattr(func, "__self__", None) is Tensor.requires_grad:
+        if func.__name__ in _MARKS:
             return args[0]
         if func.__name__ in _OUTSIDE:
             raise _unknown(func, "what leaves torch cannot be followed")
@@ -82,9 +82,7 @@ class Rule(ABC):
         if name in ("secant", "upper_bound"):
             return getattr(self, name)(*args)
         inside = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        if (
-            inside or core in ("iadd", "isub", "imul", "idiv", "itruediv", "ipow", "setitem")
-        ) and name != "requires_grad":
+        if inside or core in ("iadd", "isub", "imul", "idiv", "itruediv", "ipow", "setitem"):
             return self._in_place(func, name, args, kwargs)
         if name in LIKE and len(args) > 1:
             args = (args[0], *constants(args[1:]))
@@ -135,11 +133,7 @@ class Rule(ABC):
         dtype = live[0].value.dtype
         for other in live[1:]:
             dtype = torch.promote_types(dtype, other.value.dtype)
-        value_args, value_kwargs = values((args, kwargs), dtype)
-        reference_args, reference_kwargs = references((args, kwargs), dtype)
-        value = func(*value_args, **value_kwargs)
-        with torch.no_grad():
-            reference = func(*reference_args, **reference_kwargs)
+        value, reference = _of_both(func, args, kwargs, dtype)
         kept = len(live) == 1 and func.__name__ not in _CONTRACTIONS
         return self.pair(value, reference, live[0].kind if kept else None)
 
@@ -156,12 +150,7 @@ class Rule(ABC):
         if not isinstance(target, Traced):
             target = Traced.adopt(target, self, traced((args, kwargs))[0].value.dtype)
         if KINDS.get(name) == "linear":
-            dtype = target.value.dtype
-            value_args, value_kwargs = values((args, kwargs), dtype)
-            reference_args, reference_kwargs = references((args, kwargs), dtype)
-            func(*value_args, **value_kwargs)
-            with torch.no_grad():
-                func(*reference_args, **reference_kwargs)
+            _of_both(func, args, kwargs, target.value.dtype)
             return target
         changed = self._apply(getattr(torch.Tensor, name), name, args, kwargs)
         target.value.copy_(values(changed))
@@ -368,6 +357,15 @@ class _OfOne:
     def alone(self) -> bool:
         """Whether no other tensor goes with the argument, entry by entry."""
         return not any(isinstance(leaf, Tensor) and leaf.dim() and not isinstance(leaf, Traced) for leaf in self.leaves)
+
+
+def _of_both(func: Callable[..., Any], args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the function of the values, and of the references."""
+    value_args, value_kwargs = values((args, kwargs), dtype)
+    reference_args, reference_kwargs = references((args, kwargs), dtype)
+    value = func(*value_args, **value_kwargs)
+    with torch.no_grad():
+        return value, func(*reference_args, **reference_kwargs)
 
 
 def _of_one(func: Callable[..., Any], args: Any, kwargs: Any) -> _OfOne:

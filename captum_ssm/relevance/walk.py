@@ -70,6 +70,7 @@ def follow(
         entering: Called with a mixer's name, the name of each factor of its chain, and what enters the factor.
     """
     again: list[bool] = []
+    plain = _plainly(model)
 
     def rewrite(call: MixerCall) -> Tensor:
         if not traced((call.x, call.kwargs)):
@@ -83,7 +84,7 @@ def follow(
         assert adapter is not None
         chain = None
         if not again:
-            chain = checked(MixerCall(call.name, call.mixer, _plain(call.mixer, call.x), call.y, call.kwargs))
+            chain = checked(MixerCall(call.name, call.mixer, plain(call.x), call.y, call.kwargs))
         if whole or checkpoints or chain is None or call.y.dtype != call.x.value.dtype:  # twice alike, if twice
             chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
         cast(Rule, call.x.rule).reuse = entering is None and apart is None
@@ -102,7 +103,7 @@ def follow(
         if checkpoints:
             for block in blocks(model):
                 stack.enter_context(patch.object(block, "forward", _checkpointed(block.forward, again)))
-        stack.enter_context(record_mixers(model, rewrite=rewrite, plain=_plainly(model)))
+        stack.enter_context(record_mixers(model, rewrite=rewrite, plain=plain))
         yield
 
 
@@ -121,12 +122,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__} has no list of blocks, so there is nothing to checkpoint; leave checkpoints out."
         )
     return list(dict.fromkeys(found))
-
-
-def _plain(mixer: nn.Module, x: Traced) -> Tensor:
-    """Return the value in the type of the mixer's parameters."""
-    dtype = next((p.dtype for p in mixer.parameters() if p.is_floating_point()), x.value.dtype)
-    return x.value.detach().to(dtype)
 
 
 def _plainly(model: nn.Module) -> Callable[[Any], Any]:
