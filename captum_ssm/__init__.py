@@ -3,6 +3,7 @@
 from captum_ssm import adapters as adapters
 from captum_ssm import models
 from captum_ssm.attr import (
+    ClassTokenAttention,
     ImplicitAttentionAttribution,
     ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
@@ -22,6 +23,7 @@ from captum_ssm.wiring import Wire, register_wire, unregister_wire
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassTokenAttention",
     "FidelityError",
     "ImplicitAttentionAttribution",
     "ImplicitAttentionRelevance",

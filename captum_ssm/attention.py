@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from operator import add
 from typing import Protocol
 
 import torch
@@ -88,6 +89,29 @@ class ProductAttention:
     def dense(self) -> Tensor:
         """Return the product's entries. Cost: O(L³) a factor."""
         return reduce(torch.matmul, (matrix.dense() for matrix in self.matrices))
+
+
+@dataclass(frozen=True)
+class SumAttention:
+    """The sum of token matrices.
+
+    Args:
+        matrices: At least one.
+    """
+
+    matrices: tuple[TokenMatrix, ...]
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``(C_1 + C_2 + ...) s``."""
+        return reduce(add, (matrix.apply(s) for matrix in self.matrices))
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``(C_1 + C_2 + ...)^T r``."""
+        return reduce(add, (matrix.adjoint(r) for matrix in self.matrices))
+
+    def dense(self) -> Tensor:
+        """Return the sum's entries."""
+        return reduce(add, (matrix.dense() for matrix in self.matrices))
 
 
 @dataclass(frozen=True)

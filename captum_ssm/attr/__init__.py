@@ -1,6 +1,7 @@
 """The attribution methods, as Captum ``Attribution`` classes; one file each."""
 
 from captum_ssm.attr.attribution import ImplicitAttentionAttribution
+from captum_ssm.attr.class_token import ClassTokenAttention
 from captum_ssm.attr.embeddings import LayerImplicitAttentionAttribution
 from captum_ssm.attr.generation import LLMImplicitAttention
 from captum_ssm.attr.layer import LayerImplicitAttention
@@ -10,6 +11,7 @@ from captum_ssm.attr.relevance_inside import LayerImplicitAttentionRelevance, Ne
 from captum_ssm.attr.rollout import ImplicitAttentionRollout
 
 __all__ = [
+    "ClassTokenAttention",
     "ImplicitAttentionAttribution",
     "ImplicitAttentionRelevance",
     "ImplicitAttentionRollout",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, TokenMatrix
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, SumAttention, TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
@@ -56,12 +58,11 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
         self.rectify: Rectify = rectify
 
     def _matrix(self, layer: LayerView) -> TokenMatrix:
-        attention = ImplicitAttention(layer.core, layer.u, layer.v)
         if self.rectify == "channel":
-            return ExplicitAttention(attention.dense(torch.relu) / layer.channels)
-        if self.rectify == "token":
-            return ExplicitAttention(attention.dense().relu())
-        return attention
+            parts = (ImplicitAttention(c.core, c.u / c.channels, c.v).dense(torch.relu) for c in layer.cuts)
+            return ExplicitAttention(reduce(add, parts))
+        attention = SumAttention(tuple(ImplicitAttention(cut.core, cut.u, cut.v) for cut in layer.cuts))
+        return ExplicitAttention(attention.dense().relu()) if self.rectify == "token" else attention
 
     def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        return self._rollout(layer, wiring, query)
+        return self._rollout(self._matrix, layer, wiring, query)

@@ -23,6 +23,7 @@ from captum_ssm._captum import (
 )
 from captum_ssm.aggregate import RolledLayer, rollout
 from captum_ssm.attention import TokenMatrix
+from captum_ssm.attr.form import Form
 from captum_ssm.attr.inputs import (
     Target,
     as_weights,
@@ -219,30 +220,35 @@ class ImplicitAttentionMethod(ModelMethod):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        query: int | Tensor | None = None,
+        query: int | tuple[int, int] | Tensor | None = None,
         contrast: Target = None,
+        patches: bool = False,
         internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Any:
         """Return one score for each token.
 
         Args:
-            inputs: Token ids (B, L), or embeddings (B, L, E), or a tuple of one such tensor.
+            inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W), or a tuple of one such tensor.
             target: What to explain, in any form that Captum takes. For a transformers model an int is a
                 vocabulary entry, read at the last real token, or a class of a classifier.
             additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
                 (B, L), 0 at padding.
-            query: The explained positions: a position, a position for each example (B,), or weights (B, L).
-                None reads them off the target: where the score depends on the last layer's output.
+            query: The explained positions: a position, a position for each example (B,), weights (B, L), or a patch
+                of images, (row, column). None reads them off the target: where the score depends on the last layer's
+                output.
             contrast: Explain why the target and not this one, in any form of a target: the score is the target's less
                 the contrast's.
+            patches: Return the grid of an image's patches rather than its pixels.
             internal_batch_size: Explain so many examples at a time; all at once by default.
             show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
             Scores (B, L) for token ids, 0 at padding. For embeddings (B, L, E): the method knows tokens, not
             their components, so each component carries an equal share and the sum over E is the token's
-            score. A tuple if ``inputs`` is one. In the units of the method, see the class.
+            score. For images likewise (B, C, H, W), where all that a patch reads carries an equal share, or with
+            ``patches`` the patches' scores (B, rows, columns); the score of a token that reads no pixel, such as a
+            class token, is in neither. A tuple if ``inputs`` is one. In the units of the method, see the class.
 
         Raises:
             AssertionError: If ``target`` does not fit the output.
@@ -254,6 +260,8 @@ class ImplicitAttentionMethod(ModelMethod):
         with torch.inference_mode(False):
             tokens = single_tensor(inputs)
             args = format_additional_forward_args(additional_forward_args)
+            form = Form(self.model, self.forward_func, tokens, args, patches)
+            query = form.position(query)
             parts, worst = [], dict[str, float]()
             for batch, some in self._batches(tokens, args, (target, contrast), query, internal_batch_size):
                 parts.append(
@@ -261,26 +269,25 @@ class ImplicitAttentionMethod(ModelMethod):
                 )
                 worst = {name: max(error, worst.get(name, 0.0)) for name, error in self.fidelity.items()}
             self.fidelity = worst
-            per_token = torch.cat(parts)
-        if tokens.is_floating_point():
-            width = tokens.shape[-1]
-            per_token = (per_token / width).to(tokens.dtype).unsqueeze(-1).repeat(1, 1, width)
-        return format_output(is_tuple(inputs), (per_token.detach().contiguous(),))
-
-    @abstractmethod
-    def _matrix(self, layer: LayerView) -> TokenMatrix:
-        """Return the layer's matrix between tokens."""
+            result = form.of_tokens(torch.cat(parts))
+        return format_output(is_tuple(inputs), (result.detach().contiguous(),))
 
     @abstractmethod
     def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
         """Return scores (B, L) from the layers by number, what they read, and the explained positions."""
 
-    def _rollout(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        """Roll the layers' matrices out."""
+    def _rollout(
+        self,
+        matrix: Callable[[LayerView], TokenMatrix],
+        layer: Callable[[int], LayerView],
+        wiring: Wiring,
+        query: Tensor,
+    ) -> Tensor:
+        """Roll out what ``matrix`` makes of the layers."""
 
         def rolled(number: int) -> RolledLayer:
             seen = layer(number)
-            return RolledLayer(self._matrix(seen), seen.wire.keep * torch.ones_like(query), seen.embedded)
+            return RolledLayer(matrix(seen), seen.wire.keep * torch.ones_like(query), seen.embedded)
 
         return rollout(rolled, wiring, query)
 

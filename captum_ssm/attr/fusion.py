@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, TokenMatrix
-from captum_ssm.attr.view import LayerView
+from captum_ssm.attention import ExplicitAttention, ImplicitAttention, ProductAttention, SumAttention, TokenMatrix
+from captum_ssm.attr.view import Cut, LayerView
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.operators import Chain
 
@@ -22,7 +22,7 @@ Fusion = Literal["absolute", "mean", "positive", "norm"]
 
 Where a layer mixes channels between two factors that mix tokens, as RWKV between its token shift and its recurrence,
 there is no matrix for each channel: the factors are fused by themselves, and their matrices multiplied (except for
-``"norm"``, which needs none).
+``"norm"``, which needs none). Where a layer is a sum of such parts, the parts' matrices are added.
 """
 
 
@@ -45,11 +45,15 @@ def fuse(layer: LayerView, fusion: Fusion) -> TokenMatrix:
     Cost: O(L·D·N) for each product with ``"mean"``; else O(L²·D·N) once and O(L²) memory.
     """
     check_fusion(fusion)
+    return SumAttention(tuple(_fuse(cut, layer.real, fusion) for cut in layer.cuts))
+
+
+def _fuse(cut: Cut, real: Tensor, fusion: Fusion) -> TokenMatrix:
+    """Fuse the channels of a part of a layer."""
     if fusion == "norm":
-        lengths = ImplicitAttention(layer.core, u=layer.v, v=layer.v).lengths(layer.output)
-        return ExplicitAttention(lengths * layer.real)
-    matrices = tuple(_fuse_channels(core, layer.real, fusion) for core in layer.core.channelwise())
-    return matrices[0] if len(matrices) == 1 else ProductAttention(matrices)
+        lengths = ImplicitAttention(cut.core, u=cut.v, v=cut.v).lengths(cut.output)
+        return ExplicitAttention(lengths * real)
+    return ProductAttention(tuple(_fuse_channels(core, real, fusion) for core in cut.core.channelwise()))
 
 
 def _fuse_channels(core: Chain, real: Tensor, fusion: Fusion) -> TokenMatrix:

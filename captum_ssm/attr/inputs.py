@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_ssm.capture import MixerCall
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.readout import is_language_model
+from captum_ssm.readout import input_embeddings, is_language_model
 
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 
@@ -95,8 +95,9 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
     Raises:
         InvalidInputError: In each of these cases.
     """
-    expected = "(batch, tokens, width)" if inputs.is_floating_point() else "(batch, tokens)"
-    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
+    vectors = inputs.is_floating_point()
+    expected = "(batch, tokens, width), or (batch, channels, height, width)" if vectors else "(batch, tokens)"
+    if inputs.dim() not in ((3, 4) if vectors else (2,)):
         raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
@@ -104,8 +105,7 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
         return
-    embeddings = getattr(model, "get_input_embeddings", None)
-    size = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
+    size = getattr(input_embeddings(model), "num_embeddings", None)
     low, high = int(inputs.min()), int(inputs.max())
     if low < 0 or (size is not None and high >= size):
         raise InvalidInputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, cast
 
 import torch
@@ -107,12 +109,13 @@ class LayerImplicitAttention(LayerAttribution):
             shown = cut.real * cut.real.transpose(1, 2)
             if fusion is not None:
                 return fuse(cut, fusion).dense() * shown
-            if cut.core.mixes_channels:
+            mixing = [part.core for part in cut.cuts if part.core.mixes_channels]
+            if mixing:
                 raise InvalidInputError(
-                    f"Layer '{self.layer_name}' mixes its channels between {' and '.join(cut.core.mixers)}, so its "
+                    f"Layer '{self.layer_name}' mixes its channels between {' and '.join(mixing[0].mixers)}, so its "
                     "unified attention has no matrix for each channel. Choose a fusion, or attention='scan'."
                 )
-            return dense(cut.core, cut.v) * shown.unsqueeze(1)
+            return reduce(add, (dense(part.core, part.v) for part in cut.cuts)) * shown.unsqueeze(1)
 
 
 def _find_layer(model: nn.Module, layer: nn.Module | str | int) -> str:

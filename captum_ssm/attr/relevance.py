@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import format_additional_forward_args, format_output, is_tuple, log_usage
 from captum_ssm.attr.base import ModelMethod, progress_bar
+from captum_ssm.attr.form import Form
 from captum_ssm.attr.inputs import (
     Target,
     free_of_inference_mode,
@@ -140,9 +141,9 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Whether :meth:`attribute` can return how far its scores are from adding up: yes."""
         return True
 
-    def _shaped(self, relevance: Tensor, inputs: Tensor) -> Tensor:
-        """Return the relevance of the embeddings (B, L, E) in the form of the inputs."""
-        return relevance.to(inputs.dtype) if inputs.is_floating_point() else relevance.sum(-1)
+    def _shaped(self, relevance: Tensor, form: Form) -> Tensor:
+        """Return the relevance of the embeddings (B, L, E), or pixels (B, C, H, W), in the form of the inputs."""
+        return form.of_components(relevance)
 
     def _ask(self, asked: list[Tensor], stack: ExitStack) -> Callable[[str, str, Tensor], None] | None:
         """Arrange for ``asked`` to get the tensors whose relevance is wanted; here the embeddings are all."""
@@ -162,6 +163,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         baselines: Baseline | tuple[Baseline, ...] | list[Any] | None = None,
         contrast: Target = None,
         sign: Sign = None,
+        patches: bool = False,
         internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
         show_progress: bool = False,
@@ -169,21 +171,25 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Return the relevance of each token.
 
         Args:
-            inputs: Token ids (B, L), or embeddings (B, L, E), or a tuple of one such tensor.
+            inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W), or a tuple of one such tensor.
             target: What to explain, as in :class:`~captum_ssm.ImplicitAttentionAttribution`.
             additional_forward_args: Likewise.
             baselines: The reference x'. For ids: an id that stands in the place of every token, such as the mask, pad
                 or unk token; ids, or embeddings, that broadcast to all inputs; a float for all components. For
-                embeddings: a number, or embeddings. A list of several is averaged over. None freezes the gates.
+                embeddings and images: a number, or what broadcasts to all inputs. A list of several is averaged over.
+                None freezes the gates.
             contrast: Explain why the target and not this one, likewise.
             sign: ``"positive"`` or ``"negative"``: only the components of the embeddings that speak for the score, or
                 against it. None: their sum.
+            patches: Return the sums over an image's patches rather than its pixels; a pixel that several patches read
+                is shared by them.
             internal_batch_size: Explain so many examples at a time; all at once by default.
             return_convergence_delta: Return also how far the relevance is from adding up.
             show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
-            Relevance (B, L) for token ids, 0 at padding; for embeddings that of each component (B, L, E). A tuple if
+            Relevance (B, L) for token ids, 0 at padding; for embeddings that of each component (B, L, E); for images
+            that of each pixel (B, C, H, W), or with ``patches`` of each patch (B, rows, columns). A tuple if
             ``inputs`` is one. With ``return_convergence_delta`` also the tensor (B,) of the sum of all relevance and
             :attr:`terms`, less ``F(x)`` or ``F(x) - F(x')`` as the model itself gives it. In the units of the score.
 
@@ -202,6 +208,7 @@ class ImplicitAttentionRelevance(ModelMethod):
             references = baselines if isinstance(baselines, list) else [baselines]
             if not references:
                 raise InvalidInputError("baselines is an empty list; pass at least one, or None to freeze the gates.")
+            form = Form(self.model, self.forward_func, tokens, args, patches)
             parts: list[_Part] = []
             batches = list(self._batches(tokens, args, (target, contrast), None, internal_batch_size))
             with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as seen:
@@ -225,7 +232,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         relevance = {"positive": whole.relevance.clamp_min(0), "negative": whole.relevance.clamp_max(0)}.get(
             str(sign), whole.relevance
         )
-        relevance = self._shaped(relevance, tokens)
+        relevance = self._shaped(relevance, form)
         result = format_output(is_tuple(inputs), (relevance.contiguous(),))
         return (result, whole.delta) if return_convergence_delta else result
 
@@ -410,16 +417,16 @@ class _Explained:
             )
         reference, shape = torch.as_tensor(baseline), self.inputs.shape
         ids = not self.inputs.is_floating_point() and not reference.is_floating_point()
-        vectors = reference.is_floating_point() and reference.dim() > 0
+        vectors = not self.inputs.is_floating_point() and reference.is_floating_point() and reference.dim() > 0
         try:
-            fits = torch.broadcast_shapes(reference.shape[:-1] if vectors else reference.shape, shape[:2]) == shape[:2]
+            fits = torch.broadcast_shapes(reference.shape[:-1] if vectors else reference.shape, shape) == shape
         except RuntimeError:
             fits = False
-        if not fits or (vectors and self.inputs.is_floating_point() and reference.shape[-1] not in (1, shape[-1])):
+        if not fits:
             raise InvalidInputError(
                 f"The baseline of shape {tuple(reference.shape)} does not fit inputs of shape "
-                f"{tuple(self.inputs.shape)}. Pass a token id, ids or embeddings for all positions, or a list of "
-                "several such baselines."
+                f"{tuple(self.inputs.shape)}. Pass a number, or what broadcasts to the inputs, such as a token id, ids "
+                "or embeddings for all positions; or a list of several such baselines."
             )
         if ids:
             refuse_bad_inputs(self.method.model, reference.expand(self.inputs.shape))
@@ -442,7 +449,8 @@ def _single(baseline: Any, inputs: Tensor) -> Any:
     baseline = baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
     if not isinstance(baseline, Tensor) or baseline.dim() == 0:
         return baseline
-    shape = (*inputs.shape[:2], *baseline.shape[-1:]) if baseline.is_floating_point() else inputs.shape[:2]
+    vectors = baseline.is_floating_point() and not inputs.is_floating_point()
+    shape = (*inputs.shape, *baseline.shape[-1:]) if vectors else inputs.shape
     try:
         return baseline.expand(shape)
     except RuntimeError:  # which is refused in a moment, with the shapes

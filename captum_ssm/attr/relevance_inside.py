@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, NeuronAttribution, format_additional_forward_args, log_usage
 from captum_ssm.attr.base import ModelMethod
+from captum_ssm.attr.form import Form
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.readout import scores
@@ -49,7 +50,7 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
         self.layer_name, self.layer = find_layer(self, layer)
         self.factor = factor
 
-    def _shaped(self, relevance: Tensor, inputs: Tensor) -> Tensor:
+    def _shaped(self, relevance: Tensor, form: Form) -> Tensor:
         return relevance
 
     def _ask(self, asked: list[Tensor], stack: ExitStack) -> Callable[[str, str, Tensor], None] | None:

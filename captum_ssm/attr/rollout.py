@@ -50,4 +50,4 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         return ScaledAttention(fuse(layer, self.fusion), layer.wire.write)
 
     def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        return self._rollout(layer, wiring, query)
+        return self._rollout(self._matrix, layer, wiring, query)

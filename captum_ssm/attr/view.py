@@ -19,29 +19,21 @@ Attention = Literal["unified", "scan"]
 
 
 @dataclass(frozen=True)
-class LayerView:
-    """One layer, cut into what follows the attention, the attention, and what enters it.
+class Cut:
+    """A chain, cut into what follows the attention, the attention, and what enters it.
 
     Args:
-        name: Dotted name of the layer in the model.
         output: From the attention's channels to the model's width, a tokenwise chain.
         core: The attention of every channel, a channelwise chain; it mixes channels too where the layer has a
             projection between two factors that mix tokens (RWKV).
         v: What enters the core, (B, L, input channels); 0 at padding.
-        real: 1 at real tokens and 0 at padding, (B, L, 1).
         gradient: Of the explained score with respect to the layer's output, (B, L, E), or None.
-        wire: How the layer's output joins the residual stream.
-        embedded: Share of ``v`` at each token that comes straight from the embeddings, (B, L).
     """
 
-    name: str
     output: Chain
     core: Chain
     v: Tensor
-    real: Tensor
     gradient: Tensor | None
-    wire: Wire
-    embedded: Tensor
 
     @property
     def channels(self) -> int:
@@ -55,6 +47,25 @@ class LayerView:
         if self.gradient is None:
             raise ValueError("This layer was recorded without a gradient.")
         return self.output.adjoint(self.gradient)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer, cut as a method wants to see it.
+
+    Args:
+        name: Dotted name of the layer in the model.
+        cuts: The layer is their sum: one, or several where summands have no attention in common.
+        real: 1 at real tokens and 0 at padding, (B, L, 1).
+        wire: How the layer's output joins the residual stream.
+        embedded: Share of what enters the cores at each token that comes straight from the embeddings, (B, L).
+    """
+
+    name: str
+    cuts: tuple[Cut, ...]
+    real: Tensor
+    wire: Wire
+    embedded: Tensor
 
 
 def view(
@@ -71,29 +82,51 @@ def view(
         layer: The decomposed call.
         attention: ``"unified"`` takes all between the projections as the core, ``"scan"`` the recurrence alone
             and without its skip (Ali et al. 2024).
-        without: Names of factors or terms to leave out of the core; ``"bias"`` also out of what enters it.
+        without: Names of factors or terms to leave out of the core; ``"bias"`` also out of what enters it. A summand,
+            such as a direction of a bidirectional layer, is left out as a whole.
         real: 1 at real tokens and 0 at padding, (B, L).
-        gradient: As in :class:`LayerView`.
-        wire: Likewise.
+        gradient: As in :class:`Cut`.
+        wire: As in :class:`LayerView`.
+
+    Raises:
+        InvalidInputError: If ``without`` leaves nothing of the layer.
     """
-    output, core, into = _cut(layer.chain, attention)
-    if attention == "scan" and "skip" in core.terms:
-        core = core.without("skip")
-    core = core.without(*(term for term in without if term in core.terms))
     real = real.to(layer.x).unsqueeze(-1)
-    v = into.apply(layer.x, bias="bias" not in without) * real
-    embedded = layer.x.new_zeros(layer.x.shape[:2])
-    if wire.embeddings is not None:
-        x = torch.zeros_like(layer.x)
-        x[..., wire.embeddings] = layer.x[..., wire.embeddings]
-        lengths = [into.apply(part).norm(dim=-1) for part in (x, layer.x - x)]
-        embedded = torch.where(sum(lengths) > 0, lengths[0] / sum(lengths), 0)
-    return LayerView(layer.name, output, core, v, real, gradient, wire, embedded)
+    cuts, lengths = [], layer.x.new_zeros(2, *layer.x.shape[:2])
+    for name, (output, core, into) in _cut(layer.chain, attention).items():
+        if name in without:
+            continue
+        if attention == "scan" and "skip" in core.terms:
+            core = core.without("skip")
+        core = _without(core, without)
+        cuts.append(Cut(output, core, into.apply(layer.x, bias="bias" not in without) * real, gradient))
+        if wire.embeddings is not None:
+            x = torch.zeros_like(layer.x)
+            x[..., wire.embeddings] = layer.x[..., wire.embeddings]
+            lengths += torch.stack([into.apply(part).norm(dim=-1) for part in (x, layer.x - x)])
+    if not cuts:
+        raise InvalidInputError(f"Nothing of layer '{layer.name}' is left without {', '.join(without)}.")
+    total = lengths.sum(0)
+    return LayerView(layer.name, tuple(cuts), real, wire, torch.where(total > 0, lengths[0] / total, 0))
 
 
-def _cut(chain: Chain, attention: Attention) -> tuple[Chain, Chain, Chain]:
-    """Return output side, core and input side of a layer."""
-    return chain.split(chain.mixers[0] if attention == "scan" else None)
+def _without(core: Chain, without: Sequence[str]) -> Chain:
+    """Leave out what a core has of these terms."""
+    try:
+        return core.without(*(term for term in without if term in core.terms))
+    except ValueError as error:  # all summands of a sum
+        raise InvalidInputError(f"Nothing would be left without {', '.join(without)}: {error}") from error
+
+
+def _cut(chain: Chain, attention: Attention) -> dict[str, tuple[Chain, Chain, Chain]]:
+    """Return output side, core and input side of a layer, or of each of its summands by name.
+
+    The summands of a layer are taken apart where no channelwise core holds them all.
+    """
+    if attention == "unified" and not chain.split()[1].mixes_channels:
+        return {"": chain.split()}
+    summands = chain.summands()
+    return {name: c.split(c.mixers[0] if attention == "scan" else None) for name, c in summands.items()}
 
 
 def check_attention(attention: str) -> None:
@@ -108,8 +141,10 @@ def check_attention(attention: str) -> None:
 
 def known_terms(layer: Decomposition, attention: Attention) -> set[str]:
     """Return the names of all that can be left out of a layer's attention."""
-    _, core, into = _cut(layer.chain, attention)
-    return {*core.terms, *(term for term in into.terms if term == "bias")}
+    known: set[str] = set()
+    for name, (_, core, into) in _cut(layer.chain, attention).items():
+        known.update({name} - {""}, core.terms, (term for term in into.terms if term == "bias"))
+    return known
 
 
 def refuse_unknown_terms(known: set[str], attention: Attention, without: Sequence[str]) -> None:

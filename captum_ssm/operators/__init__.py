@@ -17,12 +17,13 @@ All operators take ``x`` of shape (..., B, L, channels): dimensions in front of 
 sides that share the coefficients.
 """
 
-from captum_ssm.operators.base import Index, Operator
+from captum_ssm.operators.base import Flip, Index, Operator
 from captum_ssm.operators.chain import Chain
 from captum_ssm.operators.delta import DeltaScan
 from captum_ssm.operators.elementary import CausalConv, Centre, Diagonal, Projection
 from captum_ssm.operators.heads import Attention, Coefficient, HeadOperator, Product, Recurrence
 from captum_ssm.operators.scan import Scan
+from captum_ssm.operators.sum import Sum
 
 __all__ = [
     "Attention",
@@ -32,6 +33,7 @@ __all__ = [
     "Coefficient",
     "DeltaScan",
     "Diagonal",
+    "Flip",
     "HeadOperator",
     "Index",
     "Operator",
@@ -39,4 +41,5 @@ __all__ = [
     "Projection",
     "Recurrence",
     "Scan",
+    "Sum",
 ]

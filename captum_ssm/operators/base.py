@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -77,6 +77,10 @@ class Operator(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is not known to be causal.")
 
+    def flipped(self) -> Operator:
+        """Return the operator on the sequence read from its last token to its first, ``x -> flip(A flip(x))``."""
+        return Flip(self)
+
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
         """Return what each of these tokens contributes: column j of the operator, times ``v_j``.
 
@@ -95,11 +99,74 @@ class Operator(ABC):
         return None, None
 
 
+@dataclass(frozen=True)
+class Flip(Operator):
+    """A factor on the sequence read from its last token to its first: ``y = flip(A flip(x))``.
+
+    Made by :meth:`Operator.flipped`, for factors that mix tokens. A causal one becomes one that reads the future alone.
+    Coefficients that differ by token are those of the flipped sequence: the first belongs to the last token.
+
+    Args:
+        operator: A.
+    """
+
+    operator: Operator
+
+    @property
+    def mixes_tokens(self) -> bool:  # type: ignore[override]
+        """Whether the operator does."""
+        return self.operator.mixes_tokens
+
+    @property
+    def mixes_channels(self) -> bool:  # type: ignore[override]
+        """Whether the operator does."""
+        return self.operator.mixes_channels
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What can be left out of the operator."""
+        return self.operator.terms
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels."""
+        return self.operator.sizes
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return ``flip(A flip(x))``. Cost: that of A."""
+        return self.operator.apply(x.flip(-2), bias).flip(-2)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return ``flip(A^T flip(u))``. Cost: that of A^T."""
+        return self.operator.adjoint(u.flip(-2)).flip(-2)
+
+    def flipped(self) -> Operator:
+        """Return A itself."""
+        return self.operator
+
+    def without(self, *terms: str) -> Flip:
+        """Return the flipped operator without these terms."""
+        return Flip(self.operator.without(*terms))
+
+    def channels(self, index: Index) -> Flip:
+        """Return the flipped operator on these channels alone."""
+        return Flip(self.operator.channels(index))
+
+    def columns(self, v: Tensor, tokens: slice) -> Tensor:
+        """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`."""
+        L = v.shape[1]
+        mirrored = slice(L - tokens.stop, L - tokens.start)
+        return self.operator.columns(v.flip(1), mirrored).flip(0, 2)
+
+
 def one_hot(v: Tensor, tokens: slice) -> Tensor:
-    """Return (J, B, L, channels): ``v`` at one of the tokens in each of J copies, and 0 elsewhere."""
+    """Return (J, B, L, channels): ``v`` at one of the tokens in each of J copies, and 0 elsewhere.
+
+    The copies lie innermost in memory, where a recurrence and the sum over channels want them.
+    """
     keys = v[:, tokens]
     number = torch.arange(keys.shape[1], device=v.device)
-    columns = v.new_zeros(len(number), *v.shape)
+    columns = v.new_zeros(*v.shape, len(number)).movedim(-1, 0)
     columns[number, :, tokens.start + number] = keys.transpose(0, 1)
     return columns
 

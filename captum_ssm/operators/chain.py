@@ -9,6 +9,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from captum_ssm.operators.base import Index, Operator, one_hot
+from captum_ssm.operators.sum import Sum
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,35 @@ class Chain(Operator):
                 if name not in terms
             }
         )
+
+    def flipped(self) -> Chain:
+        """Return the chain of the flipped factors."""
+        return Chain({name: operator.flipped() for name, operator in self.factors.items()})
+
+    def summands(self) -> dict[str, Chain]:
+        """Return the chains whose sum this one is, each without a :class:`Sum` among its factors, by name.
+
+        A chain without such a factor is its only summand, named ``""``.
+
+        Raises:
+            ValueError: If a summand has a factor of the name of one outside the sum.
+        """
+        for name, operator in self.factors.items():
+            if isinstance(operator, Sum):
+                return {
+                    ".".join(filter(None, (outer, inner))): chain
+                    for outer, summand in operator.summands.items()
+                    for inner, chain in self._with(name, outer, summand).summands().items()
+                }
+        return {"": self}
+
+    def _with(self, name: str, new: str, operator: Operator) -> Chain:
+        """Return the chain with an operator, or the factors of a chain, in the place of a factor."""
+        inner = operator.factors if isinstance(operator, Chain) else {new: operator}
+        if twice := [n for n in inner if n in self.factors and n != name]:
+            raise ValueError(f"{twice[0]!r} names a factor of '{new}' and one outside '{name}'; give it another name.")
+        factors = self.factors.items()
+        return Chain(dict(item for n, factor in factors for item in (inner.items() if n == name else [(n, factor)])))
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
         """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`.

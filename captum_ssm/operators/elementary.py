@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +38,11 @@ class Diagonal(Operator):
     def channels(self, index: Index) -> Diagonal:
         """Return the diagonal of these channels; a scale shared by all channels stays shared."""
         return Diagonal(take(self.s, index), None if self.bias is None else take(self.bias, index))
+
+    def flipped(self) -> Diagonal:
+        """Return the diagonal of the flipped sequence."""
+        s, bias = (t if t is None or t.dim() < 2 else t.flip(-2) for t in (self.s, self.bias))
+        return Diagonal(cast(Tensor, s), bias)
 
     def after(self, start: int) -> Diagonal:
         """Return the diagonal on the tokens from ``start`` on."""
@@ -117,6 +123,10 @@ class Projection(Operator):
         """Return ``W^T u`` for every token. Cost: O(L·D·E)."""
         return u @ self.W
 
+    def flipped(self) -> Projection:
+        """Return the projection itself: it is the same for every token."""
+        return self
+
     def after(self, start: int) -> Projection:
         """Return the projection itself: it is the same for every token."""
         return self
@@ -148,6 +158,10 @@ class Centre(Operator):
     def adjoint(self, u: Tensor) -> Tensor:
         """Return the same of ``u``: a projection onto a subspace is its own transpose. Cost: O(L·D)."""
         return self.apply(u)
+
+    def flipped(self) -> Centre:
+        """Return the operator itself: it is the same for every token."""
+        return self
 
     def after(self, start: int) -> Centre:
         """Return the operator itself: it is the same for every token."""
