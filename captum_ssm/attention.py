@@ -8,15 +8,15 @@ of it is one form with two token-by-channel weights, ``C_ij = sum_d u_id A^d_ij 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import Chain, Operator
+from captum_ssm.operators import CausalConv, Chain, Operator, Scan
 
 Entrywise = Callable[[Tensor], Tensor]
 """A function f of each entry of each channel's matrix, ``f(t x) = t f(x)`` for t > 0, such as ``torch.abs``."""
@@ -172,19 +172,23 @@ class ImplicitAttention:
         Returns:
             (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
         """
-        *several, B, L, D = self.u.shape
-        weights = self.u.reshape(-1, B, L, D)
-        fused = self.u.new_zeros(len(weights), B, L, L)
-        for tokens, channels in _blocks(weights[0], whole=self.core.mixes_channels):
-            rows, columns = _columns(self.core, self.v, tokens, channels)
-            u = weights[:, :, rows, channels]
-            if entrywise is None:
-                entries = torch.einsum("mbid,jbid->mbij", u, columns)
-            else:  # f(u x) = max(u, 0) f(x) + max(-u, 0) f(-x): two products of matrices, however many weights
-                entries = torch.einsum("mbid,jbid->mbij", u.clamp(min=0), entrywise(columns))
-                entries += torch.einsum("mbid,jbid->mbij", (-u).clamp(min=0), entrywise(-columns))
-            fused[:, :, rows, tokens] += entries
-        return fused.reshape(*several, B, L, L)
+        core, several = self.core, self.u.shape[:-3]
+        parts = [replace(self, core=part) for part in core.summands().values()] if isinstance(core, Chain) else [self]
+        if len(parts) > 1 and (entrywise is None or _in_two_directions(parts)):
+            fused = reduce(add, (part.dense(entrywise) for part in parts))
+            if entrywise is not None:  # the directions have the diagonal alone in common
+                own = [self.u * part.core.diagonal(self.v) * self.v for part in parts]
+                apart = reduce(add, map(entrywise, own))
+                fused.diagonal(dim1=-2, dim2=-1).add_((entrywise(reduce(add, own)) - apart).sum(-1))
+            return fused
+        if core.anticausal and not core.causal:
+            flipped = replace(self, core=core.flipped(), u=self.u.flip(-2), v=self.v.flip(-2))
+            return flipped.dense(entrywise).flip(-2, -1)
+        weights = self.u.flatten(0, -4) if several else self.u.unsqueeze(0)
+        fused = weights.new_zeros(*weights.shape[:-1], self.v.shape[1])
+        for rows, columns, channels, factor, entries in _by_rows(core, self.v) or _by_columns(core, self.v):
+            fused[:, :, rows, columns] += _weighed(weights[:, :, rows, channels] * factor, entries, entrywise)
+        return fused.unflatten(0, several) if several else fused.squeeze(0)
 
     def lengths(self, output: Chain) -> Tensor:
         """Return the length of what each token contributes to each other, ``|output(A_ij v_j)|``.
@@ -230,6 +234,63 @@ def dense(core: Operator, like: Tensor) -> Tensor:
         rows, columns = _columns(core, one, tokens, channels)
         matrices[:, channels, rows, tokens] = columns.permute(1, 3, 2, 0)
     return matrices
+
+
+_Block = tuple[slice, slice, slice, Tensor, Tensor]
+"""Rows i, columns j and channels d, a factor of the rows (B, I, D), and entries (B, D, I, J)."""
+
+
+def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise | None) -> Tensor:
+    """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J)."""
+    if entrywise is None:
+        return torch.einsum("mbid,bdij->mbij", u, entries)
+    one = u.new_ones(1)
+    if torch.equal(entrywise(one), entrywise(-one)):
+        return torch.einsum("mbid,bdij->mbij", u.abs(), entrywise(entries))
+    # f(u x) = max(u, 0) f(x) + max(-u, 0) f(-x): two products of matrices, however many weights
+    fused = torch.einsum("mbid,bdij->mbij", u.clamp(min=0), entrywise(entries))
+    return fused + torch.einsum("mbid,bdij->mbij", (-u).clamp(min=0), entrywise(-entries))
+
+
+def _in_two_directions(parts: list[ImplicitAttention]) -> bool:
+    """Whether one of two parts reads the past alone, and the other the future."""
+    return len(parts) == 2 and {(p.core.causal, p.core.anticausal) for p in parts} == {(True, False), (False, True)}
+
+
+def _by_rows(core: Operator, v: Tensor) -> Iterator[_Block] | None:
+    """Walk through the entries ``A^d_ij v_jd`` by rows, if the core is a scan of single channels, perhaps convolved."""
+    leaves = core.leaves() if isinstance(core, Chain) else [core]
+    mixing = [leaf for leaf in leaves if leaf.mixes_tokens]
+    scan = mixing[0] if mixing else None
+    if core.mixes_channels or not isinstance(scan, Scan) or scan.head_size > 1:
+        return None
+    if len(mixing) > 2 or not all(isinstance(leaf, CausalConv) for leaf in mixing[1:]):
+        return None
+    B, L, D = v.shape
+    width = max(_CHANNELS, _BLOCK // (B * L * max(p.shape[3] for p in scan.products)))
+    return _rows(leaves, v, leaves.index(scan), [slice(d, min(d + width, D)) for d in range(0, D, width)])
+
+
+def _rows(leaves: list[Operator], v: Tensor, at: int, blocks: list[slice]) -> Iterator[_Block]:
+    """Walk through the rows of a product of ``leaves``, of which that of number ``at`` is the scan."""
+    for channels in blocks:
+        part = [leaf.channels(channels) for leaf in leaves]
+        factor, band = torch.ones_like(v[..., channels]), v[..., channels].unsqueeze(0)
+        for leaf in reversed(part[at + 1 :]):
+            band = leaf.band(band[0]) if isinstance(leaf, CausalConv) else leaf.apply(band)
+        for leaf in reversed(part[:at]):
+            factor = leaf.apply(factor)
+        for rows, entries in cast(Scan, part[at]).rows(band):
+            yield rows, slice(0, rows.stop), channels, factor[:, rows], entries
+
+
+def _by_columns(core: Operator, v: Tensor) -> Iterator[_Block]:
+    """Walk through the entries ``A^d_ij v_jd`` of any core by columns."""
+    for tokens, channels in _blocks(v, whole=core.mixes_channels):
+        rows, columns = _columns(core, v, tokens, channels)
+        if core.mixes_channels:
+            channels = slice(0, columns.shape[-1])
+        yield rows, tokens, channels, v.new_ones(1, 1, 1), columns.permute(1, 3, 2, 0)
 
 
 def _blocks(like: Tensor, whole: bool = False) -> Iterator[tuple[slice, slice]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.operators import Diagonal
 
 
@@ -25,6 +26,20 @@ def padding(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
     """
     mask = kwargs.get("attention_mask")
     return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}
+
+
+def refuse_packed(mixer: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raise if a call packs several sequences into one row, at whose borders the layer starts anew.
+
+    Raises:
+        UnsupportedModelError: If an argument that says where they start is given.
+    """
+    given = [name for name in ("seq_idx", "cu_seqlens", "seqlen") if kwargs.get(name) is not None]
+    if given:
+        raise UnsupportedModelError(
+            f"A {type(mixer).__name__} layer was called with {given[0]!r}: several sequences are packed into one. Pass "
+            "them as the examples of a batch, (batch, tokens, width), without packing."
+        )
 
 
 def to_heads(t: Tensor, H: int) -> Tensor:

@@ -26,6 +26,8 @@ class Operator(ABC):
     mixes_channels: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     """Whether no output depends on a later input, and :meth:`after` is there to make use of it."""
+    anticausal: ClassVar[bool] = False
+    """Whether no output depends on an earlier input."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that may be None: the terms that :meth:`without` can leave out."""
 
@@ -81,6 +83,20 @@ class Operator(ABC):
         """Return the operator on the sequence read from its last token to its first, ``x -> flip(A flip(x))``."""
         return Flip(self)
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return what each token contributes to itself for each unit of its own, ``A^d_ii``.
+
+        Args:
+            like: Any tensor (B, L, D) of the shape, type and device of the input.
+
+        Returns:
+            Broadcastable to (B, L, D).
+
+        Raises:
+            ValueError: If the operator mixes channels, or reads both earlier and later tokens.
+        """
+        raise ValueError(f"The diagonal of {type(self).__name__} is not at hand.")
+
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
         """Return what each of these tokens contributes: column j of the operator, times ``v_j``.
 
@@ -123,6 +139,11 @@ class Flip(Operator):
         return self.operator.mixes_channels
 
     @property
+    def anticausal(self) -> bool:  # type: ignore[override]
+        """Whether the operator is causal."""
+        return self.operator.causal
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """What can be left out of the operator."""
         return self.operator.terms
@@ -143,6 +164,10 @@ class Flip(Operator):
     def flipped(self) -> Operator:
         """Return A itself."""
         return self.operator
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the diagonal of A, flipped."""
+        return self.operator.diagonal(like).expand(like.shape).flip(-2)
 
     def without(self, *terms: str) -> Flip:
         """Return the flipped operator without these terms."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from types import MappingProxyType
 
 from torch import Tensor
@@ -63,6 +65,11 @@ class Chain(Operator):
         return all(operator.causal for operator in self.factors.values())
 
     @property
+    def anticausal(self) -> bool:  # type: ignore[override]
+        """Whether all factors are."""
+        return all(operator.anticausal for operator in self.factors.values())
+
+    @property
     def sizes(self) -> tuple[int | None, int | None]:
         """Output channels of the first factor and input channels of the last that have a number."""
         outs = [operator.sizes[0] for operator in self.factors.values() if operator.sizes[0] is not None]
@@ -114,10 +121,8 @@ class Chain(Operator):
     def summands(self) -> dict[str, Chain]:
         """Return the chains whose sum this one is, each without a :class:`Sum` among its factors, by name.
 
-        A chain without such a factor is its only summand, named ``""``.
-
-        Raises:
-            ValueError: If a summand has a factor of the name of one outside the sum.
+        A chain without such a factor is its only summand, named ``""``. A summand's factor of the name of one outside
+        the sum gets the summand's name in front of its own. Each summand has the biases of what is outside the sum.
         """
         for name, operator in self.factors.items():
             if isinstance(operator, Sum):
@@ -128,13 +133,27 @@ class Chain(Operator):
                 }
         return {"": self}
 
+    def leaves(self) -> list[Operator]:
+        """Return the factors in the order of the equation, those of nested chains in the place of the chains."""
+        nested = (o.leaves() if isinstance(o, Chain) else [o] for o in self.factors.values())
+        return [operator for operators in nested for operator in operators]
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the product of the factors' diagonals: that of a product of triangular matrices.
+
+        Raises:
+            ValueError: If a factor mixes channels, or the factors read both earlier and later tokens.
+        """
+        if not (self.causal or self.anticausal):
+            raise ValueError("The factors read both earlier and later tokens, so their diagonals tell nothing.")
+        return reduce(mul, (operator.diagonal(like) for operator in self.factors.values()), like.new_ones(1))
+
     def _with(self, name: str, new: str, operator: Operator) -> Chain:
         """Return the chain with an operator, or the factors of a chain, in the place of a factor."""
         inner = operator.factors if isinstance(operator, Chain) else {new: operator}
-        if twice := [n for n in inner if n in self.factors and n != name]:
-            raise ValueError(f"{twice[0]!r} names a factor of '{new}' and one outside '{name}'; give it another name.")
+        named = {n if n == name or n not in self.factors else f"{new}.{n}": factor for n, factor in inner.items()}
         factors = self.factors.items()
-        return Chain(dict(item for n, factor in factors for item in (inner.items() if n == name else [(n, factor)])))
+        return Chain(dict(item for n, factor in factors for item in (named.items() if n == name else [(n, factor)])))
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
         """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`.

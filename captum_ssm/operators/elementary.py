@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Diagonal(Operator):
     s: Tensor
     bias: Tensor | None = None
 
-    causal = True
+    causal = anticausal = True
     optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
@@ -34,6 +35,10 @@ class Diagonal(Operator):
     def adjoint(self, u: Tensor) -> Tensor:
         """Return ``s * u``: a diagonal is its own transpose. Cost: O(L·D)."""
         return self.s * u
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return ``s``."""
+        return self.s
 
     def channels(self, index: Index) -> Diagonal:
         """Return the diagonal of these channels; a scale shared by all channels stays shared."""
@@ -85,6 +90,16 @@ class CausalConv(Operator):
             x[..., :-lag, :] += self.w[:, -1 - lag] * u[..., lag:, :]
         return x
 
+    def band(self, x: Tensor) -> Tensor:
+        """Return each tap's part of the output, (K, B, L, D): entry ``[k, :, t]`` comes from token t - k."""
+        K = self.w.shape[1]
+        parts = [F.pad(x, (0, 0, k, 0))[..., : x.shape[-2], :] for k in range(K)]
+        return torch.stack([self.w[:, K - 1 - k] * part for k, part in enumerate(parts)])
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the taps that weigh the current token."""
+        return self.w[:, -1]
+
     def channels(self, index: Index) -> CausalConv:
         """Return the convolution of these channels."""
         return CausalConv(self.w[index], None if self.bias is None else self.bias[index])
@@ -112,7 +127,7 @@ class Projection(Operator):
     bias: Tensor | None = None
 
     mixes_channels = True
-    causal = True
+    causal = anticausal = True
     optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
@@ -148,7 +163,7 @@ class Centre(Operator):
     size: int
 
     mixes_channels = True
-    causal = True
+    causal = anticausal = True
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return ``x`` less its mean over each group. Cost: O(L·D)."""

@@ -40,12 +40,12 @@ class Product:
                 raise ValueError(
                     f"A scan coefficient has shape (B, L, H, N) with 1 where it is shared, not {tuple(factor.shape)}."
                 )
-        torch.broadcast_shapes(*(factor.shape for factor in self.factors))
+        _shared_shape([factor.shape for factor in self.factors])
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """(B, L, H, N) with 1 where the coefficient is shared."""
-        return torch.Size(map(max, zip(*(factor.shape for factor in self.factors))))
+        return _shared_shape([factor.shape for factor in self.factors])
 
     def map(self, function: Callable[[Tensor], Tensor], axis: int) -> Product:
         """Apply ``function`` to every factor that is not shared along ``axis``."""
@@ -53,9 +53,21 @@ class Product:
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Evaluate at tokens ``start`` to ``stop``, shape (B or 1, stop - start, H or 1, N or 1)."""
-        value = reduce(mul, self.map(lambda f: f[:, start:stop], axis=1).factors)
+        value = reduce(mul, (f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors))
         value = value.exp() if self.exponential else value
         return value.expand(-1, stop - start, -1, -1)
+
+
+def _shared_shape(shapes: Sequence[torch.Size]) -> torch.Size:
+    """Return the shape that all of these broadcast to, as ``torch.broadcast_shapes``, which is far slower.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    sizes = [{*axis} - {1} for axis in zip(*shapes)]
+    if any(len(different) > 1 for different in sizes):
+        raise ValueError(f"Coefficients of shapes {', '.join(str(tuple(s)) for s in shapes)} do not fit each other.")
+    return torch.Size(different.pop() if different else 1 for different in sizes)
 
 
 Coefficient = Tensor | Product
@@ -128,6 +140,15 @@ class HeadOperator(Operator):
         direct = [s for s in (self.skip, self.bonus) if s is not None]
         return columns + sum(direct) * one_hot(v, tokens) if direct else columns
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return what each token contributes to itself, (B, L, D)."""
+        found = self._own(like).repeat_interleave(self.head_size, dim=-1)
+        return sum((s for s in (self.skip, self.bonus) if s is not None), found)
+
+    @abstractmethod
+    def _own(self, like: Tensor) -> Tensor:
+        """Return the diagonal of every head's matrix, without the direct paths, (B or 1, L, H)."""
+
     def _matrix(self, like: Tensor, tokens: slice) -> Tensor:
         """Return these columns of every head's matrix, without the direct paths, (J, B, L, H)."""
         one = like.new_ones(1, 1, 1).expand(*like.shape[:2], self.heads)
@@ -163,15 +184,15 @@ class Recurrence(HeadOperator):
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, not {self.chunk}.")
-        torch.broadcast_shapes(*(p.shape for p in self.products))
+        _shared_shape([p.shape for p in self.products])
 
-    @property
+    @cached_property
     def products(self) -> tuple[Product, ...]:
         """The coefficients in the order of their names, as products."""
         values = (getattr(self, name) for name in self.coefficients)
         return tuple(value if isinstance(value, Product) else Product((value,)) for value in values)
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """H, the number of heads."""
         return max(p.shape[2] for p in self.products)
@@ -208,6 +229,14 @@ class Recurrence(HeadOperator):
     @abstractmethod
     def chunk_size(self, x: Tensor) -> int:
         """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
+
+    def _own(self, like: Tensor) -> Tensor:
+        """Return ``<c_t, b_t>``, what the state that a token is written to gives back at once."""
+        L, step = like.shape[1], self.chunk_size(like.unflatten(-1, (self.heads, -1)))
+        named = dict(zip(self.coefficients, self.products))
+        spans = [(start, min(start + step, L)) for start in range(0, L, step)]
+        own = [(named["b"].tokens(*span) * named["c"].tokens(*span)).sum(-1) for span in spans]
+        return torch.cat(own, dim=1).expand(-1, -1, self.heads)
 
     def after(self: SelfRecurrence, start: int) -> SelfRecurrence:
         """Return the recurrence from token ``start`` on, with no state before it."""
@@ -276,6 +305,9 @@ class Attention(HeadOperator):
         """Return the attention between the tokens from ``start`` on."""
         skip, bonus = (None if s is None else since(s, start) for s in (self.skip, self.bonus))
         return replace(self, weights=self.weights[:, :, start:, start:], skip=skip, bonus=bonus)
+
+    def _own(self, like: Tensor) -> Tensor:
+        return self.weights.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
 
     def _matrix(self, like: Tensor, tokens: slice) -> Tensor:
         return self.weights[..., tokens].permute(3, 0, 2, 1)

@@ -61,6 +61,48 @@ class Scan(Recurrence):
             a = a.map(lambda f: f.roll(1, 1), axis=1)
         return replace(self, a=a, b=c, c=b)
 
+    def _own(self, like: Tensor) -> Tensor:
+        return super()._own(like) if self.lag == 0 else like.new_zeros(1, 1, self.heads)
+
+    def rows(self, band: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Walk through the products of every channel's matrix and a banded one, a few rows at a time.
+
+        The state is kept for each column by itself, so that a row costs as much as one step for all columns.
+
+        Args:
+            band: (K, B, L, D): entry ``[k, :, t]`` is what token t - k contributes to the input at t. A channel a head.
+
+        Yields:
+            Which rows i, and their entries (B, D, rows, columns), of the columns j up to the last of these rows; all
+            others are 0. They are overwritten in the next step.
+
+        Cost: O(L²·D·N) time; memory for the states of all columns, B·D·N·L.
+        """
+        K, B, L, D = band.shape
+        T = _ROWS
+        a, b, c = (_chunked(p.tokens(0, L), D, T) for p in self.products)
+        near, last = _chunk_matrices(a, b, c, self.lag)
+        since = a.cumprod(0)  # (T, B, D, chunks, N)
+        reads = (c * (torch.cat([torch.ones_like(a[:1]), since[:-1]]) if self.lag else since)).movedim(0, -2)
+        entering = _unbanded(band, T)
+        added, written = near @ entering, last @ entering
+        for direct in (self.skip, self.bonus):
+            if direct is not None:
+                added += _chunked(direct.expand(B, L, D).unsqueeze(-1), D, T).movedim(0, -2) * entering
+
+        h, buffer = band.new_zeros(B, D, a.shape[-1], L), band.new_empty(B * D * T * L)
+        for g, start in enumerate(range(0, L, T)):
+            stop = min(start + T, L)
+            new = slice(max(0, start - K + 1), stop)  # the columns that enter these rows
+            own = slice(new.start - (start - K + 1), stop - (start - K + 1))
+            y = buffer[: B * D * (stop - start) * stop].view(B, D, stop - start, stop)
+            y[..., start:] = 0
+            torch.matmul(reads[:, :, g, : stop - start], h[..., :start], out=y[..., :start])
+            y[..., new] += added[:, :, g, : stop - start, own]
+            yield slice(start, stop), y
+            h[..., :start] *= since[-1, :, :, g, :, None]
+            h[..., new] += written[:, :, g, :, own]
+
     def by_states(self, x: Tensor) -> bool:
         """Whether ``x`` (B, L, H, P) goes through all states: a matrix pays off where many columns share it."""
         a, *others = self.products
@@ -90,6 +132,54 @@ class Scan(Recurrence):
 
 _STATES = 2**17
 """Number of states of a chunk that fit a processor's cache."""
+
+_ROWS = 16
+"""Rows of a step of :meth:`Scan.rows`."""
+
+
+def _chunked(coefficient: Tensor, D: int, T: int) -> Tensor:
+    """Return ``coefficient`` (B, L, D or 1, N) in chunks of T tokens, (T, B, D, chunks, N), filled up with 0."""
+    B, L, _, N = coefficient.shape
+    filled = F.pad(coefficient.expand(B, L, D, N), (0, 0, 0, 0, 0, -L % T))
+    return filled.unflatten(1, (-1, T)).permute(2, 0, 3, 1, 4).contiguous()
+
+
+def _unbanded(band: Tensor, T: int) -> Tensor:
+    """Return what enters each chunk of T rows, (B, D, chunks, T, T + K - 1), of a band (K, B, L, D).
+
+    The first column of a chunk is that of the token K - 1 before its first row.
+    """
+    K, _, L, _ = band.shape
+    rows = F.pad(band, (0, 0, 0, -L % T)).unflatten(2, (-1, T)).permute(1, 4, 2, 3, 0)  # (B, D, chunks, T, K)
+    matrix = band.new_zeros(*rows.shape[:-1], T + K - 1)
+    t = torch.arange(T, device=band.device)
+    for k in range(K):
+        matrix[..., t, t + K - 1 - k] = rows[..., k]
+    return matrix
+
+
+def _chunk_matrices(a: Tensor, b: Tensor, c: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+    """Return the matrices of chunks, and what each of their tokens leaves in the state after them.
+
+    Args:
+        a: Decays (T, B or 1, D, chunks, N).
+        b: Weights of the input, likewise.
+        c: Weights of the state, likewise.
+        lag: As in :class:`Scan`.
+
+    Returns:
+        (B, D, chunks, T, T) and (B, D, chunks, N, T).
+    """
+    shape = torch.broadcast_shapes(a.shape, b.shape, c.shape)
+    left, matrix = a.new_empty(shape), a.new_zeros(*shape[1:-1], shape[0], shape[0])
+    for t in range(len(left)):
+        if lag:
+            matrix[..., t, :t] = torch.einsum("...n,s...n->...s", c[t], left[:t])
+        left[:t] *= a[t]
+        left[t] = b[t]
+        if not lag:
+            matrix[..., t, : t + 1] = torch.einsum("...n,s...n->...s", c[t], left[: t + 1])
+    return matrix, left.movedim(0, -1)
 
 
 def _by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,11 @@ class Sum(Operator):
         return all(operator.causal for operator in self.summands.values())
 
     @property
+    def anticausal(self) -> bool:  # type: ignore[override]
+        """Whether all summands are."""
+        return all(operator.anticausal for operator in self.summands.values())
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """The summands, if there are several, and what can be left out of them."""
         names = list(self.summands) if len(self.summands) > 1 else []
@@ -69,6 +74,10 @@ class Sum(Operator):
     def adjoint(self, u: Tensor) -> Tensor:
         """Return the sum of the summands' transposed outputs. Cost: theirs."""
         return reduce(add, (operator.adjoint(u) for operator in self.summands.values()))
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the sum of the summands' diagonals."""
+        return reduce(add, (operator.diagonal(like) for operator in self.summands.values()))
 
     def flipped(self) -> Sum:
         """Return the sum of the flipped summands."""
