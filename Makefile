@@ -1,19 +1,27 @@
-# make demo   explain a sentence with the shipped model
-# make test   run the whole test suite
-# Both build .venv on first use; the next run takes seconds.
+# make demo         explain a sentence with the shipped model
+# make test         run the whole test suite
+# make test-native  run the tests of mamba_ssm's and flash-linear-attention's own layers
+# The first two build .venv on first use, the third .venv-native; the next run takes seconds.
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
+NATIVE := .venv-native
+WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-native lint bench clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-native: $(NATIVE)/native.done
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NATIVE)/bin/python -m pytest tests/native $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
@@ -30,9 +38,19 @@ $(VENV)/%.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) --editable '.[$*]'
 	@touch $@
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(NATIVE)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "captum-ssm needs Python 3.11 or newer; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D)/..
+
+# transformers calls these packages as soon as they are installed, so they get an environment of their own. They are
+# built against the torch that is there; with a GPU and its compiler: make test-native WITHOUT_CUDA=
+$(NATIVE)/native.done: pyproject.toml constraints.txt constraints-native.txt | $(NATIVE)/bin/python
+	@echo "Installing captum-ssm[native] into $(NATIVE) (some minutes the first time)"
+	@$(NATIVE_PIP) torch
+	@$(NATIVE_PIP) --editable '.[native]'
+	@$(WITHOUT_CUDA) $(NATIVE_PIP) --no-cache-dir --no-build-isolation --no-deps \
+		mamba-ssm causal-conv1d flash-linear-attention fla-core
+	@touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) out build *.egg-info

@@ -241,15 +241,16 @@ _Block = tuple[slice, slice, slice, Tensor, Tensor]
 
 
 def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise | None) -> Tensor:
-    """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J)."""
+    """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J).
+
+    The entries are overwritten. As ``f(x) = p max(x, 0) + q max(-x, 0)``, with p and q its values at 1 and -1, and so
+    ``f(u x) = (p + q)/2 |u| |x| + (p - q)/2 u x``, it takes two products of matrices, however many weights there are.
+    """
     if entrywise is None:
         return torch.einsum("mbid,bdij->mbij", u, entries)
-    one = u.new_ones(1)
-    if torch.equal(entrywise(one), entrywise(-one)):
-        return torch.einsum("mbid,bdij->mbij", u.abs(), entrywise(entries))
-    # f(u x) = max(u, 0) f(x) + max(-u, 0) f(-x): two products of matrices, however many weights
-    fused = torch.einsum("mbid,bdij->mbij", u.clamp(min=0), entrywise(entries))
-    return fused + torch.einsum("mbid,bdij->mbij", (-u).clamp(min=0), entrywise(-entries))
+    p, q = (float(entrywise(u.new_full((1,), sign))) for sign in (1.0, -1.0))
+    odd = (p - q) / 2 * torch.einsum("mbid,bdij->mbij", u, entries) if p != q else 0
+    return (p + q) / 2 * torch.einsum("mbid,bdij->mbij", u.abs(), entries.abs_()) + odd
 
 
 def _in_two_directions(parts: list[ImplicitAttention]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import ModelStateError
 from captum_ssm.registry import find_adapter, find_mixers
-from captum_ssm.wiring import block_name
+from captum_ssm.wiring import block_name, find_source
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class MixerCall:
         kwargs: The call's other arguments by parameter name.
         state: Input of the block around the mixer, for a block that a wire is registered for
             (:func:`captum_ssm.wiring.register_wire`).
+        own: What the mixer itself got, where ``x`` holds an earlier call's input too
+            (:func:`captum_ssm.wiring.register_source`).
     """
 
     name: str
@@ -41,11 +43,12 @@ class MixerCall:
     y: Tensor
     kwargs: Mapping[str, Any]
     state: Tensor | None = None
+    own: Tensor | None = None
 
     def detach(self) -> MixerCall:
         """Return the call free of the graph."""
-        state = None if self.state is None else self.state.detach()
-        return replace(self, x=self.x.detach(), y=self.y.detach(), state=state)
+        state, own = (None if t is None else t.detach() for t in (self.state, self.own))
+        return replace(self, x=self.x.detach(), y=self.y.detach(), state=state, own=own)
 
 
 Rewrite = Callable[[MixerCall], Tensor]
@@ -114,7 +117,10 @@ def record_mixers(
         x, rest = _arguments(mixer, args, kwargs)
         y = output if isinstance(output, Tensor) else output[0]
         name = name_of(mixer)
-        call = MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name)))
+        own, source = None, find_source(mixer, calls)
+        if source is not None:
+            own, x, rest = x, torch.cat([x, source.x], dim=-1), {**rest, "source": source.mixer}
+        call = MixerCall(name, mixer, x, y, rest, states.get(block_name(model, name)), own)
         y = y if rewrite is None else rewrite(call)
         y = y if y.requires_grad else y.detach().requires_grad_()
         calls.append(replace(call, y=y))
@@ -170,14 +176,16 @@ def _arguments(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether ``value`` is a cache, as transformers has them."""
-    return callable(getattr(value, "has_previous_state", None))
+    """Whether ``value`` is a cache, as transformers or mamba_ssm have them."""
+    return callable(getattr(value, "has_previous_state", None)) or hasattr(value, "key_value_memory_dict")
 
 
 def _holds_state(value: Any, mixer: nn.Module) -> bool:
     """Whether ``value`` is a cache that holds a state, or keys and values, for this layer."""
     if not _is_cache(value):
         return False
+    if hasattr(value, "key_value_memory_dict"):
+        return bool(value.seqlen_offset)  # how many tokens came before
     index = getattr(mixer, "layer_idx", None)
     try:
         return bool(value.has_previous_state(index))

@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_ssm.capture import MixerCall
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.operators import Chain
-from captum_ssm.registry import find_adapter
+from captum_ssm.registry import Adapter, find_adapter
 from captum_ssm.rerun import rerun
 
 _CAUSES = (
@@ -54,6 +54,7 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
     Raises:
         FidelityError: If the decomposition misses the real output by more than the tolerance.
         ModelStateError: If the layer's input or output is not finite.
+        UnsupportedModelError: If the layer is not built like the one of its name that the adapter knows.
         InvalidInputError: If padding before a sequence, or what is masked within it, changes the layer's output.
 
     Cost: one pass of the chain, O(L·D·(E + N)), and one more for each length of padding before a sequence.
@@ -69,7 +70,7 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
         raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({type(call.mixer).__name__}).")
     x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
     with torch.no_grad():
-        chain = adapter(call.mixer, x, call.kwargs)
+        chain = _adapt(adapter, call, x)
         shown = x.new_ones(x.shape[:2]) if real is None else real.to(x)
         y, exact = (shown.unsqueeze(-1) * output for output in (chain.apply(x, bias=True), call.y.to(x)))
         error = relative_error(y, exact)
@@ -78,8 +79,22 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
             raise FidelityError(call.name, error, tolerance, _CAUSES)
         if chain.causal:
             _refuse_leaking_padding(call, chain, x, y, shown)
-            _refuse_read_gaps(call, chain, x, y, shown)
+        _refuse_read_gaps(call, chain, x, y, shown)
     return Decomposition(call.name, chain, x, error)
+
+
+def _adapt(adapter: Adapter, call: MixerCall, x: Tensor) -> Chain:
+    """Return what the adapter makes of a call; raise if it meets another library's layer of the same name."""
+    try:
+        return adapter(call.mixer, x, call.kwargs)
+    except (AttributeError, KeyError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        name = type(call.mixer).__name__
+        raise UnsupportedModelError(
+            f"Layer '{call.name}' has the name {name}, but is not built like the layer that the adapter of this name "
+            f"knows: {what}. Register an adapter of its own: captum_ssm.unregister({name!r}) where the name itself is "
+            f"taken, then captum_ssm.register({name!r})."
+        ) from error
 
 
 def _is_rounding(call: MixerCall, x: Tensor, y: Tensor, real: Tensor) -> bool:
@@ -90,8 +105,9 @@ def _is_rounding(call: MixerCall, x: Tensor, y: Tensor, real: Tensor) -> bool:
     """
     if call.y.dtype == x.dtype:
         return False
+    own = call.x if call.own is None else call.own
     for like, expected in ((call.y, call.y), (x, y)):
-        output = rerun(call.mixer, call.x.to(like), call.kwargs).to(y) * real.unsqueeze(-1)
+        output = rerun(call.mixer, own.to(like), call.kwargs).to(y) * real.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * real.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False
     return True
@@ -115,8 +131,10 @@ def _refuse_leaking_padding(call: MixerCall, chain: Chain, x: Tensor, y: Tensor,
 
 
 def _refuse_read_gaps(call: MixerCall, chain: Chain, x: Tensor, y: Tensor, real: Tensor) -> None:
-    """Raise if what a layer gives for real tokens reads what is masked between them."""
-    gaps = (real == 0) & (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+    """Raise if what a layer gives for real tokens reads what is masked between them, or anywhere if not causal."""
+    gaps = real == 0
+    if chain.causal:
+        gaps &= (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
     if not bool(gaps.any()):
         return
     output, core, into = chain.split()
@@ -125,8 +143,8 @@ def _refuse_read_gaps(call: MixerCall, chain: Chain, x: Tensor, y: Tensor, real:
     error = relative_error(without, y)
     if not error <= TOLERANCE[x.dtype]:
         raise InvalidInputError(
-            f"Layer '{call.name}' ({type(call.mixer).__name__}) reads tokens that the mask leaves out between real "
-            f"ones: without them its output differs by {error:.1e} (relative). Remove these tokens from the inputs."
+            f"Layer '{call.name}' ({type(call.mixer).__name__}) reads tokens that the mask leaves out: without them "
+            f"its output for the real ones differs by {error:.1e} (relative). Remove these tokens from the inputs."
         )
 
 

@@ -95,6 +95,25 @@ def inverse_length(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
+def rotate(t: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Return ``t`` with its first pairs of entries each turned by an angle.
+
+    Args:
+        t: Queries or keys (B, L, H, N).
+        angles: (B, L, H, A), or 1 where they are shared; 2A is at most N.
+        interleaved: Whether neighbours make a pair, rather than the first and the second half of the 2A entries.
+
+    Source:
+        Su et al. 2021 (arXiv 2104.09864), equation 34.
+    """
+    turned, rest = t[..., : 2 * angles.shape[-1]], t[..., 2 * angles.shape[-1] :]
+    x, y = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    pairs = [x * cos - y * sin, x * sin + y * cos]
+    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat([turned, rest], -1)
+
+
 def upper_bound(x: Tensor) -> Tensor:
     """Return a constant at or above ``x``: what exponents are kept relative to, where it cancels in the end.
 

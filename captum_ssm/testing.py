@@ -83,11 +83,16 @@ def check_adapter(
     adjoint = _check_adjoint(chain, x, tolerance)
     chain.split()  # says so if nothing mixes tokens
     random = torch.Generator().manual_seed(0)
-    runs = chain.channelwise()
+    runs = [run for summand in _summands(chain) for run in summand.channelwise()]
     values = [torch.randn(*x.shape[:2], run.sizes[1] or x.shape[-1], generator=random).to(x) for run in runs]
     matrices = max(_check_core(run, v, tolerance, causal) for run, v in zip(runs, values))
     _check_parts(chain, x, tolerance)
     return AdapterReport(layer.error, adjoint, matrices, tuple(chain.factors), values[0].shape[-1])
+
+
+def _summands(chain: Chain) -> list[Chain]:
+    """Return the chain, or the chains that it is the sum of if its core mixes channels."""
+    return list(chain.summands().values()) if chain.split()[1].mixes_channels else [chain]
 
 
 def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> MixerCall:
@@ -137,14 +142,14 @@ def _check_adjoint(chain: Chain, x: Tensor, tolerance: float) -> float:
 def _check_core(core: Chain, v: Tensor, tolerance: float, causal: bool) -> float:
     """Matrices, products and single channels of the core agree, and do not read the future."""
     y, matrices = core.apply(v), dense(core, v)
-    error = relative_error(torch.einsum("bdij,bjd->bid", matrices, v), y)
-    assert error <= tolerance, f"the core's matrices times its input differ from its product by {error:.1e}"
+    deviation = relative_error(torch.einsum("bdij,bjd->bid", matrices, v), y)
+    assert deviation <= tolerance, f"the core's matrices times its input differ from its product by {deviation:.1e}"
     future = matrices.triu(1).abs().max().item()
     assert not causal or future == 0, f"the core reads the future (entries up to {future:.1e} above the diagonal)"
     some = slice(0, max(1, v.shape[-1] // 2))
     error = relative_error(core.channels(some).apply(v[..., some]), y[..., some])
     assert error <= tolerance, f"channels taken before and after the core differ by {error:.1e}"
-    return error
+    return deviation
 
 
 def _check_parts(chain: Chain, x: Tensor, tolerance: float) -> None:

@@ -107,6 +107,48 @@ def find_wire(model: nn.Module, name: str, mixer: nn.Module, state: Tensor | Non
     return Wire() if rule is None else rule(block, mixer, state)
 
 
+SourceRule = Callable[[Any, Sequence[Any]], Any]
+"""``source(mixer, calls)``: the earlier call whose input this layer reads too, or None."""
+
+_SOURCES: dict[str, SourceRule] = {}
+
+
+def register_source(*class_names: str) -> Callable[[SourceRule], SourceRule]:
+    """Register which earlier call's input layers of these class names read besides their own.
+
+    Only needed where a layer hands something on to later ones past the residual stream. The adapter then gets both
+    inputs as the channels of one, ``x`` (B, L, 2E), its own first, and the earlier layer as ``kwargs["source"]``; a
+    wire says which channels come straight from the embeddings.
+
+    Args:
+        class_names: Names of the layer's class.
+
+    Returns:
+        A decorator for ``source(mixer, calls) -> MixerCall | None``, of the layer and the mixers' calls so far.
+
+    Raises:
+        ValueError: If a name is taken; the message names its owner.
+    """
+
+    def decorate(rule: SourceRule) -> SourceRule:
+        for name in class_names:
+            if name in _SOURCES:
+                owner = _SOURCES[name]
+                raise ValueError(
+                    f"A source for {name!r} is already registered: {owner.__module__}.{owner.__qualname__}."
+                )
+            _SOURCES[name] = rule
+        return rule
+
+    return decorate
+
+
+def find_source(mixer: nn.Module, calls: Sequence[Any]) -> Any:
+    """Return the earlier call whose input the layer reads too, or None."""
+    rule = next((_SOURCES[c.__name__] for c in type(mixer).__mro__ if c.__name__ in _SOURCES), None)
+    return None if rule is None else rule(mixer, calls)
+
+
 @dataclass(frozen=True)
 class Junction:
     """A place where mixers' outputs are added to a stream: ``stream = base + sum_m mix_m(what m reads)``.

@@ -165,6 +165,32 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
 # --- Products and scaled rows -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("taps", [0, 1, 3, 20])
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_are_the_written_out_matrix_over_several_steps(length: int, lag: int, taps: int) -> None:
+    torch.manual_seed(length + taps)
+    B, D, N = 2, 3, 2
+    a, b, c = (
+        torch.rand(size, length, heads, N, dtype=torch.float64) - 0.3 for size, heads in ((2, D), (2, 1), (1, D))
+    )
+    skip, bonus = torch.randn(D, dtype=torch.float64), torch.randn(B, length, D, dtype=torch.float64)
+    act, gate, u, v = torch.randn(4, B, length, D, dtype=torch.float64)
+    total = Chain({"total": Diagonal(gate), "weights": Scan(a, b, c, skip=skip, bonus=bonus, lag=lag)})
+    core = Chain({"gate": Diagonal(act), "scan": total, "act": Diagonal(gate)})
+    whole = [t.expand(B, length, D, N) for t in (a, b, c)]
+    matrices = oracles.diagonal_matrix(act) @ oracles.diagonal_matrix(gate)
+    matrices = matrices @ oracles.scan_alpha(*whole, lag, skip, bonus, 1) @ oracles.diagonal_matrix(gate)
+    if taps:
+        conv = torch.randn(D, taps, dtype=torch.float64)
+        core = Chain({**core.factors, "conv": CausalConv(conv)})
+        matrices = matrices @ oracles.conv_matrix(conv, length)
+    entries = torch.einsum("bid,bdij,bjd->bdij", u, matrices, v)
+    for entrywise in (None, torch.abs, torch.relu):
+        fused = ImplicitAttention(core, u, v).dense(entrywise)
+        assert_close(fused, (entries if entrywise is None else entrywise(entries)).sum(1))
+
+
 def check_matrix(matrix: TokenMatrix, explicit: Tensor) -> None:
     """Products and entries are those of the explicit matrix (B, L, L)."""
     s, r = torch.randn(2, *explicit.shape[:2], dtype=explicit.dtype)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -696,3 +697,103 @@ def test_a_factor_outside_the_scan_cannot_be_left_out_of_the_scan(mamba: nn.Modu
     call = ImplicitAttentionAttribution(mamba, attention="scan", without="conv")
     parts = ["scan attention of no layer has a factor named 'conv'"]
     refused(InvalidInputError, parts, mamba, lambda: call.attribute(ids, target=1), ids)
+
+
+# --- Models that take token ids alone, as mamba_ssm's do ----------------------------------------------------------
+
+
+class Body(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.layers, self.norm_f = model.embeddings, model.layers, model.norm_f
+
+    def forward(self, input_ids: Tensor, inference_params: Any = None) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x) if inference_params is None else layer(x, cache_params=inference_params)
+        return self.norm_f(x)
+
+
+class IdsAlone(nn.Module):
+    """A model with mamba_ssm's interface, around the blocks of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.lm_head = Body(model.backbone), model.lm_head
+
+    def forward(self, input_ids: Tensor, position_ids: Any = None, inference_params: Any = None) -> Any:
+        return SimpleNamespace(logits=self.lm_head(self.backbone(input_ids, inference_params)))
+
+
+@pytest.fixture
+def ids_alone() -> nn.Module:
+    return IdsAlone(build("mamba")).eval()
+
+
+@every_method
+def test_a_model_of_ids_alone_is_explained_as_one_that_takes_embeddings_too(
+    method: Any, ids_alone: nn.Module, mamba: nn.Module, ids: Tensor, unchanged: Any
+) -> None:
+    expected, vectors = method(mamba).attribute(ids, 5), mamba.get_input_embeddings()(ids).detach()
+    with unchanged(ids_alone, ids, vectors):
+        torch.testing.assert_close(method(ids_alone).attribute(ids, 5), expected)
+        torch.testing.assert_close(method(ids_alone).attribute(vectors, 5).sum(-1), expected)
+
+
+@every_method
+def test_a_model_of_ids_alone_without_its_head_is_a_plain_callable(
+    method: Any, ids_alone: nn.Module, ids: Tensor
+) -> None:
+    body = ids_alone.backbone
+    expected = method(lambda ids: body(ids)[:, 4], model=body).attribute(ids, 5)
+    torch.testing.assert_close(method(body).attribute(ids, (4, 5)), expected)
+    torch.testing.assert_close(method(body).attribute(body.embedding(ids).detach(), (4, 5)).sum(-1), expected)
+
+
+@every_method
+@pytest.mark.parametrize("part", ["", "backbone"])
+def test_a_mask_for_a_model_that_takes_none_is_refused(
+    method: Any, part: str, ids_alone: nn.Module, ids: Tensor, refused: Any
+) -> None:
+    model = ids_alone.get_submodule(part)
+    call = lambda: method(model).attribute(ids, (4, 5) if part else 5, torch.ones_like(ids))  # noqa: E731
+    refused(InvalidInputError, [type(model).__name__, "takes no attention mask", "one by one"], model, call, ids)
+
+
+def test_ids_that_a_model_of_ids_alone_does_not_have_are_refused(
+    ids_alone: nn.Module, ids: Tensor, refused: Any
+) -> None:
+    wrong = torch.full_like(ids, VOCABULARY)
+    call = lambda: ImplicitAttentionAttribution(ids_alone).attribute(wrong, 5)  # noqa: E731
+    refused(InvalidInputError, [rf"0 to {VOCABULARY - 1}", "tokenizer"], ids_alone, call)
+
+
+def test_a_model_of_ids_alone_that_fails_keeps_its_embedding(ids_alone: nn.Module, refused: Any) -> None:
+    narrow = torch.randn(2, 7, 5)
+    call = lambda: ImplicitAttentionAttribution(ids_alone).attribute(narrow, 5)  # noqa: E731
+    refused(RuntimeError, [], ids_alone, call, narrow)
+
+
+def test_a_cache_that_counts_the_tokens_before_is_refused(ids_alone: nn.Module, ids: Tensor, refused: Any) -> None:
+    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=3)
+    method = ImplicitAttentionAttribution(
+        lambda ids: ids_alone(ids, inference_params=cache).logits[:, -1], model=ids_alone
+    )
+    refused(ModelStateError, ["layers.0.mixer", "without a cache"], ids_alone, lambda: method.attribute(ids, 5), ids)
+
+
+@pytest.mark.parametrize("missing", ["activation", "in_proj.weight"])
+def test_a_layer_of_a_known_name_that_is_built_otherwise_is_refused(
+    missing: str, mamba: nn.Module, ids: Tensor, refused: Any
+) -> None:
+    """Libraries give the same name to different layers."""
+    mixer = mamba.backbone.layers[1].mixer
+    if missing == "activation":
+        mixer.act_name = mixer.__dict__.pop("activation")
+        mixer.forward = lambda x, **_: mixer.in_proj(x)[..., : x.shape[-1]]
+    else:
+        mixer.into = mixer.__dict__["_modules"].pop("in_proj")
+        mixer.forward = lambda x, **_: mixer.into(x)[..., : x.shape[-1]]
+    parts = ["'backbone.layers.1.mixer' has the name MambaMixer", "not built like", missing, "captum_ssm.register"]
+    call = lambda: ImplicitAttentionAttribution(mamba).attribute(ids, 5)  # noqa: E731
+    refused(UnsupportedModelError, parts, mamba, call, ids)

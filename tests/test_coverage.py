@@ -85,6 +85,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 """The layers that mix tokens of each family, read off its modeling file by hand."""
 
+NATIVE = {
+    "mamba_ssm": ("Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "MHA"),
+    "fla": (
+        "MultiScaleRetention", "GatedLinearAttention", "HGRN2Attention", "RWKV6Attention", "RWKV6FeedForward",
+        "RWKV7Attention", "RWKV7FeedForward", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "Attention",
+    ),
+}  # fmt: skip
+"""The layers of the packages whose tests have an environment of their own (tests/native)."""
+
 
 class Layer(ast.NodeVisitor):
     """Whether a class of a modeling file is a layer, and the names that its code uses."""
@@ -148,7 +157,10 @@ def test_every_exception_is_still_needed() -> None:
     assert not EXCEPTIONS.keys() & {support.layer for support in supported()}
 
 
-@pytest.mark.parametrize("support", [s for s in supported() if s.kernel != "softmax attention"], ids=lambda s: s.layer)
+SEARCHED = [s for s in supported() if s.family in LAYERS and s.kernel != "softmax attention"]
+
+
+@pytest.mark.parametrize("support", SEARCHED, ids=lambda s: s.layer)
 def test_a_layer_without_its_adapter_is_found(support: tuple[str, str, str]) -> None:
     """The search would find each of the layers that are covered now."""
     layer, kernel, family = support
@@ -175,8 +187,15 @@ def test_the_layers_of_a_family_are_those_that_are_supported(family: str) -> Non
 
 
 def test_no_family_is_supported_by_accident() -> None:
-    assert {s.family for s in supported()} == LAYERS.keys()
+    assert {s.family for s in supported()} == LAYERS.keys() | NATIVE.keys()
     assert all(s.kernel for s in supported())
+
+
+@pytest.mark.parametrize("package", NATIVE)
+def test_the_layers_of_a_package_are_those_that_are_supported_and_listed(package: str) -> None:
+    assert sorted(s.layer for s in supported() if s.family == package) == sorted(NATIVE[package])
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in NATIVE[package])
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -116,7 +116,7 @@ def test_adapters_import_operators_and_the_registries_alone(path: str) -> None:
 def test_an_adapter_shares_with_others_what_reads_parameters_alone(path: str) -> None:
     if path != "adapters/__init__.py":
         names = within(imported(path), "captum_ssm.adapters")
-        assert names == within(names, "captum_ssm.adapters.reading")
+        assert names == within(names, "captum_ssm.adapters.reading", "captum_ssm.adapters.fla_reading")
 
 
 @pytest.mark.parametrize("path", CORE)

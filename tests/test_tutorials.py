@@ -1,5 +1,6 @@
 """The tutorials run from top to bottom, check themselves, and are committed without outputs."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_there_are_tutorials() -> None:
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the package that is tested here, installed or not
+    path_of_imports = f"{ROOT}{os.pathsep}{path.parent}"  # the package that is tested here, installed or not
+    monkeypatch.setenv("PYTHONPATH", path_of_imports)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # ipykernel then draws into the notebook
     notebook = nbformat.read(path, as_version=4)
     probe = nbformat.v4.new_code_cell("import sys; print(sys.executable)")

@@ -60,3 +60,13 @@ def glm5_next(block: Any, mixer: Any, state: Tensor) -> Wire:
     """
     post, _, _ = block.attn_hc(state)  # (B, L, streams)
     return Wire(write=post.mean(-1))
+
+
+@register_wire("RWKV7Block")
+def rwkv7(block: Any, mixer: Any, state: Tensor) -> Wire:
+    """``x + mix(norm(x), v_first)``: all but the first layer read the first one's input too.
+
+    Source: flash-linear-attention ``modeling_rwkv7.py``.
+    """
+    first = slice(state.shape[-1], None)
+    return Wire(embeddings=first if mixer is block.attn and mixer.layer_idx > 0 else None)

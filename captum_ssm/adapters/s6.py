@@ -70,9 +70,9 @@ def bidirectional(mixer: Any, x: Tensor) -> Chain:
     weights = parameters(mixer, x)
     if "conv1d_b.weight" not in weights:
         raise UnsupportedModelError(
-            f"This Mamba layer has bimamba_type={getattr(mixer, 'bimamba_type', None)!r}; of the layers that read both ways "
-            'the adapter knows "v2" alone, that of the published Vision Mamba. Register an adapter of your '
-            "own for it (captum_ssm.register)."
+            f"This Mamba layer has bimamba_type={getattr(mixer, 'bimamba_type', None)!r}. Of those that read both ways "
+            'the adapter knows "v2" alone, that of the published Vision Mamba. Register an adapter of your own for it '
+            "(captum_ssm.register)."
         )
     own = ("conv1d", "x_proj", "dt_proj")
     named = {f"{name}.{kind}": f"{name}_b.{kind}" for name in own for kind in ("weight", "bias")}

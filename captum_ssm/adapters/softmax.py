@@ -2,7 +2,7 @@
 
 Rotary positions, norms of queries and keys, windows and sparse selections differ by family, and enter nothing but
 the weights. So the layer's own forward pass gives them: run by a copy of the layer, since the user's runs whichever
-implementation it was loaded with, and most return none.
+implementation it was loaded with, and most return none. Only mamba_ssm's layer has no code that would give them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.gates import inverse_rms
-from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
+from captum_ssm.gates import inverse_rms, rotate
+from captum_ssm.operators import Attention, CausalConv, Chain, Diagonal, Operator, Projection
 from captum_ssm.registry import register
 from captum_ssm.rerun import alone
 
@@ -125,6 +125,93 @@ def latent_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
             "in": into,
         }
     )
+
+
+@register("MHA", kernel="softmax attention", family="mamba_ssm")
+def native_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """Softmax attention of mamba_ssm, which may convolve queries, keys and values, and have a gated MLP beside it.
+
+    ``y = W_out [weights M_conv W_v x; silu(W_gate x) W_up x] + bias``. The channels of the MLP stand in the chain as
+    further heads whose weights are 0: all that they give passes by the skip.
+
+    Args:
+        mixer: ``MHA`` of mamba_ssm.
+        x: Input (B, L, E).
+        kwargs: Nothing in them matters: the layer takes no mask.
+
+    Returns:
+        Chain of ``out``, with an MLP ``gate``, ``attention``, with a convolution ``conv``, and ``in``.
+
+    Source:
+        mamba_ssm ``modules/mha.py``; rotary positions as in flash_attn ``layers/rotary.py``.
+    """
+    named, H, P = parameters(mixer, x), mixer.num_heads, mixer.head_dim
+    sizes = [H * P, mixer.num_heads_kv * P, mixer.num_heads_kv * P]
+
+    def by_head(name: str) -> list[Tensor]:
+        """Return what a parameter has for queries, keys and values (H·P, ...): a group's for each of its heads."""
+        parts = named[name][: sum(sizes)].split(sizes)
+        return [part.unflatten(0, (-1, P)).repeat_interleave(H * P // len(part), 0).flatten(0, 1) for part in parts]
+
+    biases = by_head("in_proj.bias") if "in_proj.bias" in named else [None] * 3
+    read: list[dict[str, Operator]] = [{"in": Projection(W, b)} for W, b in zip(by_head("in_proj.weight"), biases)]
+    if mixer.d_conv:
+        taps = zip(by_head("conv1d.weight"), by_head("conv1d.bias"))
+        read = [{"conv": CausalConv(w.squeeze(1), b), **into} for (w, b), into in zip(taps, read)]
+    q, k = (Chain(factors).apply(x, bias=True).unflatten(-1, (H, P)) for factors in read[:2])
+    if mixer.rotary_emb_dim:
+        q, k = (rotate(t, _positions(mixer.rotary_emb, x), mixer.rotary_emb.interleaved) for t in (q, k))
+
+    scores = torch.einsum("bihp,bjhp->bhij", q, k) * (mixer.softmax_scale or P**-0.5)
+    if mixer.causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    factors = {"attention": Attention(scores.softmax(-1), head_size=P), **read[2]}
+    if mixer.mlp_dim:
+        factors = _beside_mlp(named, x, factors, mixer.mlp_dim // 2)
+    return Chain({"out": _projection(named, "out_proj"), **factors})
+
+
+def _positions(rotary: Any, x: Tensor) -> Tensor:
+    """Return the angles (1, L, 1, A) by which queries and keys are turned.
+
+    Raises:
+        UnsupportedModelError: If their lengths change with the position too (XPos).
+    """
+    if rotary.scale_base is not None:
+        raise UnsupportedModelError(
+            "Rotary positions that also scale queries and keys (scale_base) are not supported. Register an adapter of "
+            "your own for this MHA layer (captum_ssm.register)."
+        )
+    frequencies = rotary.base ** -(torch.arange(0, rotary.dim, 2, device=x.device, dtype=x.dtype) / rotary.dim)
+    return torch.outer(torch.arange(x.shape[1], device=x.device, dtype=x.dtype), frequencies)[None, :, None]
+
+
+def _beside_mlp(named: Mapping[str, Tensor], x: Tensor, factors: dict[str, Any], M: int) -> dict[str, Operator]:
+    """Return the factors of an attention with the M channels of a gated MLP after its own: they pass all but the gate.
+
+    Args:
+        named: The layer's parameters, whose ``in_proj`` ends with what reads these channels, and then their gates.
+        x: Its input (B, L, E).
+        factors: ``attention``, perhaps ``conv``, and ``in``.
+        M: How many channels.
+    """
+    attention, into = factors["attention"], factors["in"]
+    D, P = attention.sizes[0], math.gcd(attention.head_size, M)
+    weights = attention.weights.repeat_interleave(attention.head_size // P, 1)
+    whole = _projection(named, "in_proj")
+    bias = whole.bias if whole.bias is None else torch.cat([into.bias, whole.bias[-2 * M : -M]])
+    gate = Projection(whole.W[-M:], whole.bias if whole.bias is None else whole.bias[-M:]).apply(x, bias=True)
+    if "conv" in factors:
+        w, shift = factors["conv"].w, factors["conv"].bias
+        now = F.pad(w.new_ones(M, 1), (w.shape[1] - 1, 0))
+        factors = {**factors, "conv": CausalConv(torch.cat([w, now]), F.pad(shift, (0, M)))}
+    return {
+        "gate": Diagonal(F.pad(F.silu(gate), (D, 0), value=1.0)),
+        **factors,
+        "attention": Attention(F.pad(weights, (0, 0, 0, 0, 0, M // P)), head_size=P, skip=F.pad(x.new_ones(M), (D, 0))),
+        "in": Projection(torch.cat([into.W, whole.W[-2 * M : -M]]), bias),
+    }
 
 
 def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

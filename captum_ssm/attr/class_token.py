@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.operators import Chain, Flip, Operator, Scan
 from captum_ssm.wiring import Wiring
 
 Recipe = Literal["raw", "rollout", "attribution-2024", "attribution-2025"]
@@ -30,10 +32,11 @@ the place of every row: ``r <- (r + a) / (1 + sum_j a_j)``.
 class ClassTokenAttention(ImplicitAttentionMethod):
     """The published recipes for Vision Mamba, as their code runs them, so that its figures can be compared.
 
-    They know one row of each layer, that of the class token, of the forward direction up to the token itself and of the
-    backward direction after it, without skip and bias, and have every token attend as the class token does. For the
-    rollout of the whole matrices of both directions, from any token, see :class:`~captum_ssm.ImplicitAttentionRollout`.
-    The class token's own score is 0, and so are negative ones.
+    They know one row of each layer, that of the class token, both directions added up, without skip and bias, and have
+    every token attend as the class token does. The code of 2024 reads the state before the class token's own decay and
+    input. For the rollout of the whole matrices of both directions, from any token, see
+    :class:`~captum_ssm.ImplicitAttentionRollout`. The class token's own score is 0, and so are negative ones. Where all
+    that is to be scaled is equal, which the code turns into NaN, it counts as 0.
 
     Args:
         forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
@@ -51,7 +54,7 @@ class ClassTokenAttention(ImplicitAttentionMethod):
     Source:
         Ali, Zimerman & Wolf 2024 (arXiv 2403.01590), https://github.com/AmeenAli/HiddenMambaAttn ``vim/xai_utils.py``;
         Zimerman, Ali & Wolf 2025 (arXiv 2405.16504), https://github.com/Itamarzimm/UnifiedImplicitAttnRepr
-        ``MambaVision/imagenet_seg_eval.py``.
+        ``MambaVision/imagenet_seg_eval.py``; the rows in both ones' ``mamba-1p1p1/mamba_ssm``.
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class ClassTokenAttention(ImplicitAttentionMethod):
 
     def _row(self, layer: LayerView, token: Tensor) -> Tensor:
         """Return the weights of a layer's row, (B, L)."""
-        a = sum(_channels(cut.core.summands(), token, cut.channels) for cut in layer.cuts)
+        late = self.recipe != "attribution-2025"
+        a = sum(_channels(cut.core.summands(), token, cut.channels, late) for cut in layer.cuts)
         assert isinstance(a, Tensor)
         if self.recipe == "rollout":
             return a.mean(-1)
@@ -107,16 +111,26 @@ class ClassTokenAttention(ImplicitAttentionMethod):
         return _scaled(a.mean(-1) * slope)
 
 
-def _channels(directions: dict[str, Any], token: Tensor, channels: int) -> Tensor:
-    """Return the token's row of every channel, (B, L, D): what reads the future counts after the token alone."""
-    after = (token.cumsum(-1) - token).unsqueeze(-1)
+def _channels(directions: dict[str, Chain], token: Tensor, channels: int, late: bool) -> Tensor:
+    """Return the token's row of every channel, (B, L, D): of each direction up to the token.
+
+    ``late``: without the token's own decay and its own column, as the code of 2024.
+    """
     one = token.unsqueeze(-1).expand(-1, -1, channels)
     rows = []
     for chain in directions.values():
         kept = chain.without(*(term for term in ("skip", "bonus", "half") if term in chain.terms))
-        row = kept.adjoint(one)
-        rows.append(row if chain.causal else after * row)
+        if late:
+            kept = Chain({name: _late(operator) for name, operator in kept.factors.items()})
+        rows.append(kept.adjoint(one))
     return torch.stack(rows).sum(0)
+
+
+def _late(operator: Operator) -> Operator:
+    """Return a recurrence that reads its state before it writes it; any other operator as it is."""
+    if isinstance(operator, Flip):
+        return Flip(_late(operator.operator))
+    return replace(operator, lag=1) if isinstance(operator, Scan) else operator
 
 
 def _scaled(a: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from captum_ssm.attr.attribution import ImplicitAttentionAttribution, Rectify
 from captum_ssm.attr.inputs import Target, refuse_bad_inputs, single_tensor
 from captum_ssm.attr.view import Attention
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.readout import is_language_model
+from captum_ssm.readout import input_embeddings, is_language_model
 
 
 class LayerImplicitAttentionAttribution(LayerGradientXActivation):
@@ -57,8 +57,7 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
             "tolerance": tolerance,
         }
         self._model = ImplicitAttentionAttribution(forward_func, model, **options).model
-        embeddings = getattr(self._model, "get_input_embeddings", lambda: layer)()
-        if layer is not embeddings:
+        if layer is not (input_embeddings(self._model) or layer):
             raise InvalidInputError(
                 f"The layer must be the model's embedding layer, model.get_input_embeddings(), not a "
                 f"{type(layer).__name__}: the scores are those of the tokens. For the attention of a layer see "

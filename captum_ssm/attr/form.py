@@ -124,12 +124,11 @@ class Form:
         if not self._images:
             raise InvalidInputError(f"query {query} is a patch, but the inputs are no images. Pass a position.")
         places = self._patches.places
-        row, column = query
-        if not (0 <= row < places.shape[0] and 0 <= column < places.shape[1]):
+        if len(query) != 2 or not all(0 <= index < size for index, size in zip(query, places.shape)):
             raise InvalidInputError(
                 f"query {query} lies outside the grid of {places.shape[0]} x {places.shape[1]} patches."
             )
-        return int(places[row, column])
+        return int(places[query])
 
     @property
     def _images(self) -> bool:
@@ -144,43 +143,58 @@ class Form:
 _KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[torch.Size, Patches]]] = WeakKeyDictionary()
 
 
-def find_patches(model: nn.Module, forward_func: Callable[..., Any], images: Tensor, args: tuple[Any, ...]) -> Patches:
+def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, args: tuple[Any, ...]) -> Patches:
     """Measure which pixels each token that enters the first mixer reads: those that it has a gradient at.
+
+    The gradients are those at noise and at its negative, so that no pixel's value hides it.
 
     Args:
         model: The model that holds the mixers.
         forward_func: What runs it.
-        images: (B, C, H, W).
+        image: (1, C, H, W); the pixels' values do not matter.
         args: The additional forward arguments.
 
     Raises:
         InvalidInputError: If no token reads a pixel, or a pixel is NaN or infinite.
         ModelStateError: If the model is training.
 
-    Cost: one forward pass and L backward passes of what comes before the first mixer, once for each model, function
+    Cost: two forward passes and 2 L backward passes of what comes before the first mixer, once for each model, function
     and size of images.
     """
-    known = _KNOWN.setdefault(model, WeakKeyDictionary()).setdefault(forward_func, {})
-    size = images.shape[1:]
+    known = _known(model, forward_func)
+    size = image.shape[1:]
     if size not in known:
         refuse_bad_state(model)
-        refuse_bad_inputs(model, images)
-        pixels = images.detach().clone().requires_grad_()
-        with torch.enable_grad(), record_mixers(model, hold=True) as calls:
-            scores(forward_func, pixels, *args)
-        x = calls[0].x
-        if not x.requires_grad:
+        refuse_bad_inputs(model, image)
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+        fields = _fields(model, forward_func, noise, args) | _fields(model, forward_func, -noise, args)
+        if not bool(fields.any()):
             raise InvalidInputError(
                 "The model's first layer reads nothing of these images, so their pixels cannot be explained. Check "
                 "that forward_func runs this model on the inputs as they are."
             )
-        weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
-        tokens = (x * weights).sum((0, 2))
-        fields = [torch.autograd.grad(t, pixels, retain_graph=True, allow_unused=True)[0] for t in tokens]
-        known[size] = Patches(torch.stack([_read(f, images) for f in fields]))
+        known[size] = Patches(fields)
     return known[size]
 
 
-def _read(gradient: Tensor | None, images: Tensor) -> Tensor:
-    """Return where a pixel of any image has a gradient, (H, W)."""
-    return torch.zeros_like(images[0, 0], dtype=torch.bool) if gradient is None else gradient.ne(0).any(1).any(0)
+def _known(model: nn.Module, forward_func: Callable[..., Any]) -> dict[torch.Size, Patches]:
+    """Return what was measured before, by the size of images."""
+    try:
+        return _KNOWN.setdefault(model, WeakKeyDictionary()).setdefault(forward_func, {})
+    except TypeError:  # a function that cannot be remembered: not hashable, or without weak references
+        return {}
+
+
+def _fields(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Return where each token has a gradient with respect to the image (1, C, H, W), shape (L, H, W)."""
+    pixels = image.detach().clone().requires_grad_()
+    with torch.enable_grad(), record_mixers(model, hold=True) as calls:
+        scores(forward_func, pixels, *args)
+    x = calls[0].x
+    weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
+    nowhere = torch.zeros_like(image)
+    if not x.requires_grad:
+        return nowhere.any(1).expand(x.shape[1], -1, -1)
+    tokens = (x * weights).sum((0, 2))
+    gradients = [torch.autograd.grad(t, pixels, retain_graph=True, allow_unused=True)[0] for t in tokens]
+    return torch.cat([(nowhere if g is None else g).ne(0).any(1) for g in gradients])

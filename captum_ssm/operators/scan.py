@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ class Scan(Recurrence):
         T = _ROWS
         a, b, c = (_chunked(p.tokens(0, L), D, T) for p in self.products)
         near, last = _chunk_matrices(a, b, c, self.lag)
-        since = a.cumprod(0)  # (T, B, D, chunks, N)
+        since = torch.stack([*accumulate(a, mul)])  # (T, B, D, chunks, N)
         reads = (c * (torch.cat([torch.ones_like(a[:1]), since[:-1]]) if self.lag else since)).movedim(0, -2)
         entering = _unbanded(band, T)
         added, written = near @ entering, last @ entering

@@ -7,6 +7,7 @@ acts on each entry alone. All others are written out in these.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -234,24 +235,28 @@ def _secant(activation: str, u: Tensor) -> Tensor:
     return secant_of(activation)(u)
 
 
-MODULES: dict[str, Callable[..., Any]] = {}
-"""By the name of a class of modules: what its forward pass is made of."""
+OPAQUE: dict[str, Callable[..., Any]] = {}
+"""By the name of a class of modules, or of a function that they call past torch's own: what it is made of.
+
+A function's name may have that of the module that calls it in front, ``"package.module.function"``.
+"""
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
 
 
 def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> Any:
-    """Say what relevance is to make of a function, or of a module whose code it cannot follow.
+    """Say what relevance is to make of a function, or of code that it cannot follow, such as a fused kernel.
 
     Args:
-        what: A torch function, or the name of a class of modules.
+        what: A torch function; or the name of a class of modules, or of a function as the code of a module calls it,
+            perhaps with that module's own name in front, ``"package.module.function"``.
         kind: Of a function: ``"linear"`` in its tensors together, ``"product"``: linear in each of two,
             ``"elementwise"``: of each entry alone, or ``"constant"``: it takes no more than a shape. None if it is made
             of other functions.
 
     Returns:
         With a kind None; else a decorator for the same function made of functions that have a kind. That of a module
-        gets the module and then its arguments.
+        gets the module and then its arguments. Named code is run too, and the rule must give what it gives.
 
     Raises:
         ValueError: If there is a rule already, or the kind is unknown.
@@ -265,7 +270,7 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
         ...     return x * x
         >>> unregister_rule("FusedSquare")
     """
-    table: dict[str, Any] = MODULES if isinstance(what, str) else KINDS
+    table: dict[str, Any] = OPAQUE if isinstance(what, str) else KINDS
     name = what if isinstance(what, str) else what.__name__.strip("_")
     if name in table:
         raise ValueError(f"A rule for {name!r} is already registered; call captum_ssm.unregister_rule first.")
@@ -283,12 +288,38 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
 
 
 def unregister_rule(what: Callable[..., Any] | str) -> None:
-    """Forget the rule of a function or class of modules.
+    """Forget the rule of a function, or of named code.
 
     Raises:
         KeyError: If there is none.
     """
     if isinstance(what, str):
-        del MODULES[what]
+        del OPAQUE[what]
     else:
         del KINDS[what.__name__.strip("_")]
+
+
+def _add_and_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, eps: float = 1e-6,
+    prenorm: bool = False, is_rms_norm: bool = False, **_: Any,
+) -> Any:  # fmt: skip
+    """Add and norm in one, as the kernels of mamba_ssm and fla do; with ``prenorm`` the sum is wanted too."""
+    x = x if residual is None else x + residual
+    y = _normalized(x, [-1], weight, bias, eps, centre=not is_rms_norm)
+    return (y, x) if prenorm else y
+
+
+def _swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(F.silu(x) * y, weight, bias)
+
+
+OPAQUE.update(
+    {
+        "layer_norm_fn": _add_and_norm,
+        "rms_norm_fn": partial(_add_and_norm, is_rms_norm=True),
+        "fla.modules.norm.layernorm.layer_norm": partial(_add_and_norm, eps=1e-5),
+        "fla.modules.norm.layernorm.rms_norm": partial(_add_and_norm, eps=1e-5, is_rms_norm=True),
+        "fla.modules.mlp.swiglu": lambda x, y: F.silu(x) * y,
+        "fla.modules.mlp.swiglu_linear": _swiglu_linear,
+    }
+)

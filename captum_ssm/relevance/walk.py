@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial, reduce
+from operator import add
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.fidelity import TOLERANCE, relative_error
-from captum_ssm.operators import Chain, Operator
+from captum_ssm.operators import Chain, Flip, Operator, Sum
 from captum_ssm.registry import find_adapter, find_mixers
-from captum_ssm.relevance.functions import MODULES
+from captum_ssm.relevance.functions import OPAQUE
 from captum_ssm.relevance.rules import Rule
 from captum_ssm.relevance.traced import Traced, constants, traced
 
@@ -97,9 +100,18 @@ def follow(
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            rule = next((MODULES[c.__name__] for c in type(module).__mro__ if c.__name__ in MODULES), None)
+            rule = next((OPAQUE[c.__name__] for c in type(module).__mro__ if c.__name__ in OPAQUE), None)
             if rule is not None:
-                stack.enter_context(patch.object(module, "forward", _ruled(name, module, rule)))
+                made = _ruled(name, type(module).__name__, module.forward, partial(rule, module), plain)
+                stack.enter_context(patch.object(module, "forward", made))
+        for path in {c.__module__ for module in model.modules() for c in type(module).__mro__} & sys.modules.keys():
+            home = sys.modules[path]
+            for called, rule in OPAQUE.items():
+                where, _, name = called.rpartition(".")
+                code = vars(home).get(name)
+                if where in ("", path) and callable(code) and not isinstance(code, type):
+                    made = _ruled(f"{path}.{name}", called, code, rule, plain)
+                    stack.enter_context(patch.object(home, name, made))
         if checkpoints:
             for block in blocks(model):
                 stack.enter_context(patch.object(block, "forward", _checkpointed(block.forward, again)))
@@ -136,6 +148,12 @@ def _plainly(model: nn.Module) -> Callable[[Any], Any]:
 
 def _cut_skip(operator: Operator, x: Tensor, apart: list[Traced]) -> Tensor:
     """Apply an operator, its direct path from a leaf of its own."""
+    if isinstance(operator, Chain):
+        return reduce(lambda x, factor: _cut_skip(factor, x, apart), reversed(list(operator.factors.values())), x)
+    if isinstance(operator, Sum):
+        return reduce(add, (_cut_skip(summand, x, apart) for summand in operator.summands.values()))
+    if isinstance(operator, Flip):
+        return _cut_skip(operator.operator, x.flip(-2), apart).flip(-2)
     skip = getattr(operator, "skip", None)
     if skip is None:
         return operator.apply(x, bias=True)
@@ -162,22 +180,30 @@ def _noted(stack: list[bool]) -> Iterator[None]:
         stack.pop()
 
 
-def _ruled(name: str, module: nn.Module, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward pass of a module that has a rule of its own; its own code checks it."""
-    own, plain = module.forward, _plainly(module)
+def _ruled(
+    name: str, kind: str, own: Callable[..., Any], rule: Callable[..., Any], plain: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """Return what stands in for code that has a rule: the rule's result, which that of the code itself checks.
+
+    Args:
+        name: What an error calls the code.
+        kind: The name that the rule is registered for.
+        own: The code.
+        rule: What it is made of.
+        plain: What becomes of the arguments that the code itself runs on.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not traced((args, kwargs)):
             return own(*args, **kwargs)
-        made = rule(module, *args, **kwargs)
+        made = rule(*args, **kwargs)
         plain_args, plain_kwargs = plain((args, kwargs))
         with torch.no_grad():
             exact = own(*plain_args, **plain_kwargs)
-        error, allowed = relative_error(constants(made), exact), TOLERANCE.get(exact.dtype, 1e-4)
-        if not error <= allowed:
-            raise FidelityError(
-                name, error, allowed, f"a wrong rule for {type(module).__name__} (captum_ssm.register_rule)"
-            )
+        for part, expected in zip(tree_leaves(made), tree_leaves(exact)):
+            error, allowed = relative_error(constants(part), expected), TOLERANCE.get(expected.dtype, 1e-4)
+            if not error <= allowed:
+                raise FidelityError(name, error, allowed, f"a wrong rule for {kind} (captum_ssm.register_rule)")
         return made
 
     return forward
