@@ -82,7 +82,7 @@ class Scan(Recurrence):
         """
         K, B, L, D = band.shape
         T = _ROWS
-        a, b, c = (_chunked(p.tokens(0, L), D, T) for p in self.products)
+        a, b, c = (_chunked(p.tokens(0, L), T) for p in self.products)
         near, last = _chunk_matrices(a, b, c, self.lag)
         since = torch.stack([*accumulate(a, mul)])  # (T, B, D, chunks, N)
         reads = (c * (torch.cat([torch.ones_like(a[:1]), since[:-1]]) if self.lag else since)).movedim(0, -2)
@@ -90,9 +90,9 @@ class Scan(Recurrence):
         added, written = near @ entering, last @ entering
         for direct in (self.skip, self.bonus):
             if direct is not None:
-                added += _chunked(direct.expand(B, L, D).unsqueeze(-1), D, T).movedim(0, -2) * entering
+                added += _chunked(direct.expand(B, L, D).unsqueeze(-1), T).movedim(0, -2) * entering
 
-        h, buffer = band.new_zeros(B, D, a.shape[-1], L), band.new_empty(B * D * T * L)
+        h, buffer = band.new_zeros(B, D, last.shape[-2], L), band.new_empty(B * D * T * L)
         for g, start in enumerate(range(0, L, T)):
             stop = min(start + T, L)
             new = slice(max(0, start - K + 1), stop)  # the columns that enter these rows
@@ -139,10 +139,9 @@ _ROWS = 16
 """Rows of a step of :meth:`Scan.rows`."""
 
 
-def _chunked(coefficient: Tensor, D: int, T: int) -> Tensor:
-    """Return ``coefficient`` (B, L, D or 1, N) in chunks of T tokens, (T, B, D, chunks, N), filled up with 0."""
-    B, L, _, N = coefficient.shape
-    filled = F.pad(coefficient.expand(B, L, D, N), (0, 0, 0, 0, 0, -L % T))
+def _chunked(coefficient: Tensor, T: int) -> Tensor:
+    """Return ``coefficient`` (B, L, D or 1, N) in chunks of T tokens, (T, B, D or 1, chunks, N), filled up with 0."""
+    filled = F.pad(coefficient, (0, 0, 0, 0, 0, -coefficient.shape[1] % T))
     return filled.unflatten(1, (-1, T)).permute(2, 0, 3, 1, 4).contiguous()
 
 
@@ -164,7 +163,7 @@ def _chunk_matrices(a: Tensor, b: Tensor, c: Tensor, lag: int) -> tuple[Tensor, 
     """Return the matrices of chunks, and what each of their tokens leaves in the state after them.
 
     Args:
-        a: Decays (T, B or 1, D, chunks, N).
+        a: Decays (T, B or 1, D or 1, chunks, N or 1).
         b: Weights of the input, likewise.
         c: Weights of the state, likewise.
         lag: As in :class:`Scan`.
