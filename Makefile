@@ -31,6 +31,7 @@ lint: $(VENV)/dev.done
 bench: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/families.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/vision.py
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing captum-ssm[$*] into $(VENV) (some minutes the first time)"

@@ -1,6 +1,7 @@
 """The README's Python runs as it stands."""
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 from captum_ssm import supported, unregister
 
 README = Path(__file__).parents[1] / "README.md"
+sys.path.insert(0, str(README.parent))
+from tutorials.vision_mamba import load_digits_model, two_digit_canvases  # noqa: E402
+
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-FIRST, CALLABLE, CONTRAST, RELEVANCE, GENERATION, ADAPTER = BLOCKS
+FIRST, CALLABLE, CONTRAST, RELEVANCE, METRICS, IMAGES, GENERATION, ADAPTER = BLOCKS
 DERIVATION = README.parent / "docs" / "relevance.md"
 
 
@@ -24,7 +28,8 @@ def restored_registry() -> Iterator[None]:
         unregister(support.layer)
 
 
-def test_the_examples_explain_the_shipped_model() -> None:
+def test_the_examples_explain_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(FIRST, names)
     assert names["scores"].shape == names["inputs"].input_ids.shape
@@ -36,11 +41,21 @@ def test_the_examples_explain_the_shipped_model() -> None:
     exec(RELEVANCE, names)
     assert names["scores"].shape == names["inputs"].input_ids.shape
     assert float(names["gap"].abs().max()) < 1e-4
+    exec(METRICS, names)
+    assert float((names["kept"] - names["lost"]).area.mean()) > 0 and Path("curves.png").stat().st_size > 1000
     exec(GENERATION, names)
     result = names["result"]
     assert result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
     assert len(result.input_tokens) == names["prompt"].shape[1] + len(result.output_tokens) - 1
     plt.close(names["figure"])
+
+
+def test_the_examples_explain_images() -> None:
+    canvases = two_digit_canvases(2)
+    model = load_digits_model()
+    names: dict[str, Any] = {"model": model, "images": canvases.images, "answers": model(canvases.images).argmax(1)}
+    exec(IMAGES, names)
+    assert names["scores"].shape == canvases.images.shape and names["grid"].shape == (2, 8, 8)
 
 
 def test_the_derivation_of_relevance_holds_on_the_shipped_model() -> None:
