@@ -1,4 +1,4 @@
-"""Synthetic tasks of which it is known what every token does, tiny models trained on them, and how to mark a score.
+"""Synthetic tasks of which it is known what every token does, and tiny models trained on them.
 
     python benchmarks/tasks.py train --task marker-needle --family mamba --seed 0 --out DIR
 
@@ -180,36 +180,6 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 
-def recall_at(scores: Tensor, truth: Tensor) -> float:
-    """Return the share of the tokens that matter among the k highest scores, k their number, averaged over sequences.
-
-    The last token asks, in every sequence, so it is left out of the ranking. Where tokens speak against the answer,
-    hand in absolute scores.
-
-    Args:
-        scores: (B, L) attributions.
-        truth: (B, L) ground truth; anything but 0 (or False) matters.
-
-    >>> truth = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    >>> recall_at(torch.tensor([[3.0, 1.0, 2.0, 9.0]]), truth)
-    0.5
-    """
-    scores, matters = scores[:, :-1], truth[:, :-1].bool()
-    count = matters.sum(1, keepdim=True)
-    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
-    return float((((rank < count) & matters).sum(1, keepdim=True) / count).mean())
-
-
-def sign_accuracy(scores: Tensor, truth: Tensor) -> float:
-    """Return the share of the tokens that matter whose score (B, L) has the sign of the truth (B, L).
-
-    >>> sign_accuracy(torch.tensor([[2.0, 1.0, 5.0]]), torch.tensor([[3.0, -1.0, 0.0]]))
-    0.5
-    """
-    matters = truth != 0
-    return float((scores[matters].sign() == truth[matters].sign()).float().mean())
-
-
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2,
     "pad_token_id": PAD, "bos_token_id": QUERY, "eos_token_id": QUERY,
@@ -231,8 +201,11 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         "linear_key_head_dim": 12, "linear_value_head_dim": 12,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     }),
+    "transformer": lambda: hf.Qwen3_5TextConfig(**{
+        **COMMON, **HEADS, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3,
+    }),
 }  # fmt: skip
-"""The configuration of each family, by the name of its model type."""
+"""The configuration of each family, by the name of its model type; the transformer is Qwen3.5's softmax layers alone."""
 
 
 def build(family: str, seed: int) -> Any:
