@@ -7,6 +7,7 @@ of it is one form with two token-by-channel weights, ``C_ij = sum_d u_id A^d_ij 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,7 +20,10 @@ from torch import Tensor
 from captum_ssm.operators import CausalConv, Chain, Operator, Scan
 
 Entrywise = Callable[[Tensor], Tensor]
-"""A function f of each entry of each channel's matrix, ``f(t x) = t f(x)`` for t > 0, such as ``torch.abs``."""
+"""A function f of each entry of each channel's matrix, such as ``torch.abs``, ``torch.relu`` or ``torch.square``.
+
+It must hold that ``f(t x) = t^k f(x)`` for t > 0, and ``f(1) > 0``.
+"""
 
 _BLOCK = 2**21
 """Entries of a block of columns: bounds the memory of everything below to some tens of megabytes."""
@@ -243,14 +247,23 @@ _Block = tuple[slice, slice, slice, Tensor, Tensor]
 def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise | None) -> Tensor:
     """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J).
 
-    The entries are overwritten. As ``f(x) = p max(x, 0) + q max(-x, 0)``, with p and q its values at 1 and -1, and so
-    ``f(u x) = (p + q)/2 |u| |x| + (p - q)/2 u x``, it takes two products of matrices, however many weights there are.
+    The entries are overwritten. With p and q the values of f at 1 and -1, ``f(x) = p x^k`` for x > 0 and ``q |x|^k``
+    else, so ``f(u x) = (p + q)/2 |u|^k |x|^k + (p - q)/2 u |u|^(k-1) x |x|^(k-1)``: two products of matrices, however
+    many weights there are.
     """
     if entrywise is None:
         return torch.einsum("mbid,bdij->mbij", u, entries)
-    p, q = (float(entrywise(u.new_full((1,), sign))) for sign in (1.0, -1.0))
-    odd = (p - q) / 2 * torch.einsum("mbid,bdij->mbij", u, entries) if p != q else 0
-    return (p + q) / 2 * torch.einsum("mbid,bdij->mbij", u.abs(), entries.abs_()) + odd
+    p, q, double = (float(entrywise(u.new_full((1,), x))) for x in (1.0, -1.0, 2.0))
+    k = math.log2(double / p)
+    fused = torch.zeros_like(u[..., :1])
+    if p != q:
+        fused = (p - q) / 2 * torch.einsum("mbid,bdij->mbij", _signed_power(u, k), _signed_power(entries, k))
+    return fused + (p + q) / 2 * torch.einsum("mbid,bdij->mbij", u.abs() ** k, entries.abs_().pow_(k))
+
+
+def _signed_power(x: Tensor, k: float) -> Tensor:
+    """Return ``x |x|^(k-1)``."""
+    return x if k == 1 else x * x.abs() ** (k - 1)
 
 
 def _in_two_directions(parts: list[ImplicitAttention]) -> bool:

@@ -32,8 +32,10 @@ from captum_ssm.attention import (
     TokenMatrix,
     dense,
 )
+from captum_ssm.attr.fusion import fuse
+from captum_ssm.attr.view import Cut, LayerView
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
-from captum_ssm.wiring import Wiring
+from captum_ssm.wiring import Wire, Wiring
 
 SEEDS = range(6)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -103,7 +105,7 @@ def test_the_bias_of_a_factor_is_no_part_of_the_matrix(seed: int, P: int) -> Non
 
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
-    torch.abs, torch.relu, lambda t: (-t).clamp(min=0), lambda t: 2 * t.clamp(min=0) - 0.3 * t,
+    torch.abs, torch.relu, lambda t: 2 * t.clamp(min=0) - 0.3 * t, torch.square, lambda t: t * t.clamp(min=-t / 3),
 ]  # fmt: skip
 
 
@@ -126,6 +128,28 @@ def test_lengths_are_those_of_what_each_token_contributes(seed: int, P: int) -> 
     W = torch.randn(5, u.shape[-1], dtype=torch.float64)
     output = Chain({"out": Projection(W, torch.randn(5, dtype=torch.float64))})
     assert_close(ImplicitAttention(core, u, v).lengths(output), oracles.lengths(matrices, v, W))
+
+
+@every_head_size
+@every_seed
+def test_the_root_adds_up_the_squares_of_what_each_channel_writes(seed: int, P: int) -> None:
+    core, matrices, gate, v = make(seed, P)
+    inner, W = (torch.randn(rows, columns, dtype=torch.float64) for rows, columns in ((3, gate.shape[-1]), (5, 3)))
+    act, real = torch.randn(*gate.shape[:2], 3, dtype=torch.float64), torch.ones_like(gate[..., :1])
+    scale = Diagonal(torch.randn(5, dtype=torch.float64))
+    outputs = {
+        "one": Chain({"out": Projection(inner)}),
+        "two": Chain({"scale": scale, "out": Projection(W), "act": Diagonal(act), "in": Projection(inner)}),
+    }
+    entries = oracles.weighted(matrices, torch.ones_like(v), v)  # (B, D, L, L)
+    written = {
+        "one": inner.square().sum(0).expand_as(gate),
+        "two": torch.einsum("e,ef,blf,fd->bld", scale.s.square(), W.square(), act.square(), inner.square()),
+    }
+    for name, output in outputs.items():
+        cut = LayerView("", (Cut(output, core, v, None),), real, Wire(), real[..., 0])
+        expected = torch.einsum("bid,bdij->bij", written[name], entries.square()).sqrt()
+        assert_close(fuse(cut, "root").dense(), expected)
 
 
 @pytest.mark.parametrize(("block", "channels"), BLOCKS)
@@ -185,7 +209,7 @@ def test_rows_are_the_written_out_matrix_over_several_steps(length: int, lag: in
         core = Chain({**core.factors, "conv": CausalConv(conv)})
         matrices = matrices @ oracles.conv_matrix(conv, length)
     entries = torch.einsum("bid,bdij,bjd->bdij", u, matrices, v)
-    for entrywise in (None, torch.abs, torch.relu):
+    for entrywise in (None, torch.abs, torch.relu, torch.square):
         fused = ImplicitAttention(core, u, v).dense(entrywise)
         assert_close(fused, (entries if entrywise is None else entrywise(entries)).sum(1))
 

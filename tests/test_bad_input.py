@@ -577,7 +577,7 @@ def test_an_unknown_factor_to_leave_out_is_refused(
 
 @pytest.mark.parametrize("method", [ImplicitAttentionRollout, RawImplicitAttention])
 def test_an_unknown_fusion_is_refused(method: Any, mamba: nn.Module, ids: Tensor, refused: Any) -> None:
-    parts = ["fusion must be one of absolute, mean, positive, norm", "'max'"]
+    parts = ["fusion must be one of absolute, mean, positive, norm, root", "'max'"]
     refused(InvalidInputError, parts, mamba, lambda: method(mamba, fusion="max").attribute(ids, target=1), ids)
     layer: Any = LayerImplicitAttention(mamba, 0)
     refused(InvalidInputError, parts, mamba, lambda: layer.attribute(ids, fusion="max"), ids)

@@ -384,14 +384,14 @@ def fused(parts: dict[str, Any], attention: str, fusion: str, names: tuple[str, 
     else:
         cores, values = [p["alpha"] for p in directions], [p["v"] for p in directions]
         ways = [parts["out"] * parts["gate"].unsqueeze(2)] * len(cores)  # (B, L, E, D)
-    if fusion != "norm":
+    if fusion not in ("norm", "root"):
         return torch.stack([oracles.fused(core, fusion) for core in cores]).sum(0)
     total = torch.zeros(B, L, L, dtype=torch.float64)
     for core, way, v in zip(cores, ways, values, strict=True):
         for i in range(L):
             for j in range(L):
-                added = torch.einsum("bed,bd->be", way[:, i], core[:, :, i, j] * v[:, j])
-                total[:, i, j] += added.norm(dim=-1)
+                added = way[:, i] * (core[:, :, i, j] * v[:, j]).unsqueeze(1)  # (B, E, D)
+                total[:, i, j] += added.sum(-1).norm(dim=-1) if fusion == "norm" else added.flatten(1).norm(dim=-1)
     return total
 
 
@@ -412,7 +412,7 @@ def weighted(parts: dict[str, Any], gradient: Tensor, attention: str, rectify: s
 
 
 @pytest.mark.parametrize("attention", ["unified", "scan"])
-@pytest.mark.parametrize("fusion", ["mean", "absolute", "positive", "norm"])
+@pytest.mark.parametrize("fusion", ["mean", "absolute", "positive", "norm", "root"])
 def test_the_fused_matrix_of_a_layer(attention: Any, fusion: Any) -> None:
     mixer, x = layer(SIZES["scaled"]), randn(2, 6, 3)
     parts, model = oracles_vision.bidirectional(mixer, x), model_of(mixer)
@@ -466,7 +466,7 @@ def patches_of(model: Any, scores: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("class_token", CLASS_TOKENS)
 @pytest.mark.parametrize("attention", ["unified", "scan"])
-@pytest.mark.parametrize("fusion", ["mean", "absolute", "positive", "norm"])
+@pytest.mark.parametrize("fusion", ["mean", "absolute", "positive", "norm", "root"])
 def test_the_rollout_is_the_product_of_the_written_out_matrices(class_token: Any, attention: Any, fusion: Any) -> None:
     model, images = vision_mamba(class_token=class_token), randn(2, 2, 6, 6)
     reads, gradients, _ = oracles_vision.recorded(model, images, 3)

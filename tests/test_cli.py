@@ -195,7 +195,7 @@ OPTIONS = [
     *[
         (["--method", method, "--fusion", fusion], f"{fusion} fusion, unified attention")
         for method in ("rollout", "raw")
-        for fusion in ("absolute", "mean", "positive", "norm")
+        for fusion in ("absolute", "mean", "positive", "norm", "root")
     ],
     (["--method", "raw", "--attention", "scan", "--fusion", "mean"], "mean fusion, scan attention"),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ from captum_ssm import (
 from captum_ssm.capture import record_mixers
 from captum_ssm.fidelity import decompose, relative_error
 
-FUSIONS = ("absolute", "mean", "positive", "norm")
+FUSIONS = ("absolute", "mean", "positive", "norm", "root")
 METHODS: dict[str, Callable[..., Any]] = {
     "channel": ImplicitAttentionAttribution,
     "token": functools.partial(ImplicitAttentionAttribution, rectify="token"),
