@@ -205,7 +205,7 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         **COMMON, **HEADS, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3,
     }),
 }  # fmt: skip
-"""The configuration of each family, by the name of its model type; the transformer is Qwen3.5's softmax layers alone."""
+"""The configuration of each family by the name of its model type; the transformer is Qwen3.5's softmax layers alone."""
 
 
 def build(family: str, seed: int) -> Any:
