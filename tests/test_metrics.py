@@ -239,6 +239,42 @@ def test_targets_may_have_any_form_of_captums(target: Any, model: Recurrent, tok
     assert curve.values[:, 0].tolist() == pytest.approx(model(tokens).softmax(1)[:, 2].tolist())
 
 
+def test_a_contrast_is_taken_off_the_target(model: Recurrent, tokens: Tensor) -> None:
+    """As a probability it is that of the target among the two, and each example may have a contrast of its own."""
+    n = len(tokens)
+    attributions, contrast = torch.randn(tokens.shape), [(number % 2) * 2 for number in range(n)]
+    given: dict[str, Any] = {"baselines": 1, "target": 1}
+
+    def of_two(output: Tensor) -> Tensor:
+        return output[:, :2].softmax(-1)[:, 1]
+
+    for metric in (metrics.activation, metrics.morf, metrics.lerf, metrics.lerf_minus_morf):
+        two = metric(model, tokens, attributions, contrast=0, **given)
+        alike = metric(
+            model, tokens, attributions, baselines=1, evidence=lambda output: output[:, :2].softmax(-1)[:, 1]
+        )
+        assert torch.allclose(two.values, alike.values, atol=1e-6)
+        each = metric(model, tokens, attributions, contrast=contrast, evidence="logit", **given)
+        for row in range(n):
+            one = slice(row, row + 1)
+            apart = [metric(model, tokens[one], attributions[one], evidence="logit", baselines=1, target=t)
+                     for t in (1, contrast[row])]  # fmt: skip
+            assert torch.allclose(each.values[one], (apart[0] - apart[1]).values, atol=1e-5)
+    gap = metrics.conservation(model, tokens, attributions, contrast=0, **given)
+    assert torch.allclose(gap, metrics.conservation(model, tokens, attributions, baselines=1,
+                                                    evidence=lambda output: output[:, 1] - output[:, 0]))  # fmt: skip
+
+
+def test_a_row_for_each_example_must_come_back(tokens: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match="one row for each"):
+        metrics.morf(lambda ids: ids[:1].double(), tokens, torch.randn(tokens.shape), baselines=1, evidence="logit")
+
+
+def test_the_mean_and_its_error() -> None:
+    assert metrics.mean_and_error(torch.tensor([1.0, 2.0, 6.0])) == pytest.approx((3.0, (14 / 6) ** 0.5))
+    assert math.isnan(metrics.mean_and_error(torch.tensor([1.0]))[1])
+
+
 def test_a_target_may_name_position_and_class(mamba: nn.Module, ids: Tensor) -> None:
     attributions = torch.randn(ids.shape)
     arguments: dict[str, Any] = {"removal": "delete", "keep": F.one_hot(torch.tensor([6, 6]), 7).bool()}

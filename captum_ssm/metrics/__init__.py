@@ -2,7 +2,7 @@
 
 The functions take what Captum's own metrics take: the forward function and the inputs that an attribution method got,
 and the attributions that it returned, whichever method it was. They return one figure, or one curve, for each example;
-``.mean()`` is the figure that is reported.
+``.mean()`` is the figure that is reported, :func:`mean_and_error` with its standard error.
 
 * Perturbation: :func:`activation` (AUAC), :func:`pruning` (AU-MSE), :func:`morf`, :func:`lerf`,
   :func:`lerf_minus_morf`; for images :func:`positive_perturbation` and :func:`negative_perturbation`. They share their
@@ -18,7 +18,7 @@ always stands in the same place, a score that knows positions alone wins. Report
 from captum_ssm.metrics.baselines import Baselines
 from captum_ssm.metrics.conservation import conservation, conservation_gap
 from captum_ssm.metrics.controls import position_attributions, random_attributions
-from captum_ssm.metrics.curve import Curve
+from captum_ssm.metrics.curve import Curve, mean_and_error
 from captum_ssm.metrics.evidence import Evidence
 from captum_ssm.metrics.images import negative_perturbation, positive_perturbation
 from captum_ssm.metrics.localisation import Localisation, localisation, sign_accuracy
@@ -40,6 +40,7 @@ __all__ = [
     "lerf",
     "lerf_minus_morf",
     "localisation",
+    "mean_and_error",
     "morf",
     "negative_perturbation",
     "position_attributions",

@@ -23,6 +23,7 @@ def conservation(
     *,
     baselines: Baselines,
     target: Target = None,
+    contrast: Target = None,
     additional_forward_args: Any = None,
     evidence: Evidence = "logit",
     internal_batch_size: int | None = None,
@@ -35,6 +36,7 @@ def conservation(
         attributions: What the method returned for them.
         baselines: x', what the method compared with: a number, or a tensor that broadcasts to the inputs.
         target: The explained class, in any form that Captum takes.
+        contrast: What it is explained against, likewise, if anything.
         additional_forward_args: Passed on after the inputs, in both calls.
         evidence: What F is, see :data:`~captum_ssm.metrics.Evidence`.
         internal_batch_size: Run the model on so many examples at a time; all at once by default.
@@ -62,7 +64,7 @@ def conservation(
     reference = expanded(baselines, tensor, forward_func)
     args = format_additional_forward_args(additional_forward_args) or ()
     count = len(tensor)
-    read = reader(evidence, target, count)
+    read = reader(evidence, target, contrast, count)
     if internal_batch_size is not None and internal_batch_size < 1:
         raise InvalidInputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,19 @@ import torch
 from torch import Tensor
 
 from captum_ssm.errors import InvalidInputError
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean over the examples (B,) and its standard error, NaN for a single example.
+
+    Example:
+        >>> import torch
+        >>> mean_and_error(torch.tensor([1.0, 3.0]))
+        (2.0, 1.0)
+    """
+    values = values.double()
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return float(values.mean()), error
 
 
 @dataclass(frozen=True)

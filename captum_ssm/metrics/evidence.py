@@ -19,8 +19,9 @@ Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
 * ``"probability"``: the softmax over the classes, the output's last dimension;
 * ``"logit"``: the output as it is;
 * a callable from outputs (rows, ...) to what the target selects from, or to one number for each row (no target needed).
-  Of a single logit: ``torch.sigmoid``. Of one class against another:
-  ``lambda logits: (logits[:, yes] - logits[:, no]).sigmoid()``.
+  Of a single logit: ``torch.sigmoid``.
+
+With a ``contrast`` it is the target's less the contrast's; as a probability that of the target among the two.
 """
 
 Read = Callable[[Tensor, Tensor], Tensor]
@@ -91,16 +92,25 @@ def _probability(output: Tensor) -> Tensor:
     return output.softmax(-1)
 
 
-def reader(evidence: Evidence, target: Target, count: int) -> Read:
+def reader(evidence: Evidence, target: Target, contrast: Target, count: int) -> Read:
     """Return what reads the target's evidence off the outputs of some of ``count`` examples.
 
     Raises:
         InvalidInputError: If the evidence is unknown.
         AssertionError: If there are several targets and not as many as examples, as in Captum.
     """
-    refuse_wrong_counts(count, (target,), None)
+    refuse_wrong_counts(count, (target, contrast), None)
     transform = transformed(evidence)
-    return lambda output, examples: _selected(transform(output), of_examples(target, examples, count))
+    if contrast is None:
+        return lambda output, examples: _selected(transform(output), of_examples(target, examples, count))
+    of_two = evidence == "probability"
+
+    def lead(output: Tensor, examples: Tensor) -> Tensor:
+        read = output if of_two else transform(output)
+        chosen, other = (_selected(read, of_examples(which, examples, count)) for which in (target, contrast))
+        return (chosen - other).sigmoid() if of_two else chosen - other
+
+    return lead
 
 
 def _selected(evidence: Tensor, target: Target) -> Tensor:

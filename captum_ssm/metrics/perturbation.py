@@ -31,6 +31,7 @@ def activation(
     *,
     baselines: Baselines,
     target: Target = None,
+    contrast: Target = None,
     evidence: Evidence = "probability",
     **options: Unpack[Options],
 ) -> Curve:
@@ -44,6 +45,7 @@ def activation(
         baselines: What stands where nothing is inserted, such as the id of ``<unk>``. Of token ids not the padding
             token: transformers' classifiers look for it to find where to read.
         target: The explained class, in any form that Captum takes.
+        contrast: What it is explained against, likewise, if anything; see :data:`Evidence`.
         evidence: What is read off the output, see :data:`Evidence`.
         options: See :class:`Options`.
 
@@ -74,7 +76,7 @@ def activation(
         tensor([[0., 3., 6.]])
     """
     trial = Trial("activation", forward_func, inputs, attributions, **options)
-    return trial.replace(trial.scores, baselines, reader(evidence, target, len(trial.inputs)), insert=True)
+    return trial.replace(trial.scores, baselines, reader(evidence, target, contrast, len(trial.inputs)), insert=True)
 
 
 def pruning(
@@ -128,6 +130,7 @@ def morf(
     *,
     baselines: Baselines | None = None,
     target: Target = None,
+    contrast: Target = None,
     evidence: Evidence = "probability",
     removal: Removal = "replace",
     **options: Unpack[Options],
@@ -140,6 +143,7 @@ def morf(
         attributions: As there.
         baselines: As there; needed unless tokens are deleted.
         target: As there.
+        contrast: As there.
         evidence: As there.
         removal: How a feature is taken away, see :data:`Removal`.
         options: See :class:`Options`.
@@ -159,7 +163,8 @@ def morf(
         Samek et al., "Evaluating the visualization of what a deep neural network has learned" (2017), for the order.
     """
     trial = Trial("morf", forward_func, inputs, attributions, **options)
-    return _taken_away(trial, trial.scores, baselines, reader(evidence, target, len(trial.inputs)), removal, target)
+    read = reader(evidence, target, contrast, len(trial.inputs))
+    return _taken_away(trial, trial.scores, baselines, read, removal, (target, contrast))
 
 
 def lerf(
@@ -169,6 +174,7 @@ def lerf(
     *,
     baselines: Baselines | None = None,
     target: Target = None,
+    contrast: Target = None,
     evidence: Evidence = "probability",
     removal: Removal = "replace",
     **options: Unpack[Options],
@@ -183,6 +189,7 @@ def lerf(
         attributions: As there.
         baselines: As there; needed unless tokens are deleted.
         target: As there.
+        contrast: As there.
         evidence: As there.
         removal: How a feature is taken away, see :data:`Removal`.
         options: See :class:`Options`.
@@ -199,7 +206,8 @@ def lerf(
         One forward for each example and fraction.
     """
     trial = Trial("lerf", forward_func, inputs, attributions, **options)
-    return _taken_away(trial, -trial.scores, baselines, reader(evidence, target, len(trial.inputs)), removal, target)
+    read = reader(evidence, target, contrast, len(trial.inputs))
+    return _taken_away(trial, -trial.scores, baselines, read, removal, (target, contrast))
 
 
 def lerf_minus_morf(
@@ -209,6 +217,7 @@ def lerf_minus_morf(
     *,
     baselines: Baselines | None = None,
     target: Target = None,
+    contrast: Target = None,
     evidence: Evidence = "probability",
     removal: Removal = "replace",
     **options: Unpack[Options],
@@ -221,6 +230,7 @@ def lerf_minus_morf(
         attributions: As there.
         baselines: As there; needed unless tokens are deleted.
         target: As there.
+        contrast: As there.
         evidence: As there.
         removal: How a feature is taken away, see :data:`Removal`.
         options: See :class:`Options`.
@@ -241,9 +251,9 @@ def lerf_minus_morf(
         Jafari et al., "MambaLRP" (NeurIPS 2024), section 5.
     """
     trial = Trial("lerf minus morf", forward_func, inputs, attributions, **options)
-    read = reader(evidence, target, len(trial.inputs))
+    read = reader(evidence, target, contrast, len(trial.inputs))
     least, most = (
-        _taken_away(trial, sign * trial.scores, baselines, read, removal, target, name)
+        _taken_away(trial, sign * trial.scores, baselines, read, removal, (target, contrast), name)
         for sign, name in ((-1, ", lerf"), (1, ", morf"))
     )
     return least - most
@@ -255,7 +265,7 @@ def _taken_away(
     baselines: Baselines | None,
     read: Callable[[Tensor, Tensor], Tensor],
     removal: Removal,
-    target: Target,
+    targets: tuple[Target, ...],
     name: str = "",
 ) -> Curve:
     if removal == "replace":
@@ -264,7 +274,7 @@ def _taken_away(
         raise InvalidInputError(f"removal must be 'replace' or 'delete', not {removal!r}.")
     if baselines is not None:
         raise InvalidInputError("Tokens that are deleted have no baselines. Leave them out, or pass removal='replace'.")
-    places = target if isinstance(target, list) else [target]
+    places = [place for target in targets for place in (target if isinstance(target, list) else [target])]
     if any(isinstance(place, tuple) and len(place) > 1 and place[0] >= 0 for place in places):
         raise InvalidInputError(
             "The target names a position from the start, which another token has once some are deleted. Count it from "

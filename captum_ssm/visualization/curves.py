@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.metrics.curve import Curve
+from captum_ssm.metrics.curve import Curve, mean_and_error
 from captum_ssm.visualization.tokens import as_array
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -86,9 +87,8 @@ def curves_figure(
 
 
 def _label(name: str, curve: Curve) -> str:
-    area = as_array(curve.area)
-    spread = f" ± {area.std(ddof=1) / len(area) ** 0.5:.3f}" if len(area) > 1 else ""
-    return f"{name}: {area.mean():.3f}{spread}"
+    mean, error = mean_and_error(curve.area)
+    return f"{name}: {mean:.3f}" if math.isnan(error) else f"{name}: {mean:.3f} ± {error:.3f}"
 
 
 def _count(curves: Mapping[str, Curve]) -> str:
