@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--fusion",
-        choices=["absolute", "mean", "positive", "norm"],
+        choices=["absolute", "mean", "positive", "norm", "root"],
         default=None,
         help="rollout and raw: how channels become one matrix (default: absolute)",
     )
