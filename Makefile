@@ -12,7 +12,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native lint bench clean
+.PHONY: demo test test-native lint bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -32,6 +32,11 @@ bench: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/families.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/vision.py
+
+# Measures the methods against each other; hours on one core if nothing is stored. See benchmarks/RESULTS.md.
+benchmark: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/run.py
+	$(VENV)/bin/python benchmarks/report.py
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing captum-ssm[$*] into $(VENV) (some minutes the first time)"

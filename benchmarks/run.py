@@ -1,0 +1,163 @@
+"""Train the models, explain their answers by every method, and store the figures.
+
+    python benchmarks/run.py                                  everything that is not stored yet
+    python benchmarks/run.py --only marker-needle mamba 0     one model
+    python benchmarks/run.py --again                          measure anew what is stored already
+
+One JSON for each model goes to ``benchmarks/data``, its checkpoint to ``out/benchmark``. What is stored is not measured
+again, method by method, so a run can be stopped at any time, and a new method costs its own time only. Everything is
+seeded: another run stores the same figures, but for the seconds. ``report.py`` makes ``RESULTS.md`` of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers as hf
+from cases import Canvases, Case, Marks, Sentences, Synthetic
+from methods import METHODS, NotApplicableError
+from tasks import FAMILIES, TASKS, accuracy, build, train
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from captum_ssm.errors import InvalidInputError
+
+ROOT = Path(__file__).parents[1]
+DATA, CHECKPOINTS = ROOT / "benchmarks" / "data", ROOT / "out" / "benchmark"
+SEEDS = (0, 1, 2)
+LEARNT = 0.95
+"""Accuracy below which a task was not learnt, and there is nothing to explain."""
+SLOW = {("induction", "mamba"), ("copying", "mamba")}
+"""Not trained: a quarter of an hour each, as transformers runs Mamba token by token without its kernels."""
+
+Name = tuple[str, str, int]
+
+
+def names() -> Iterator[Name]:
+    """Yield task, family and seed of every model, the most important first."""
+    for task in ("marker-needle", "two-votes", "sentences", "canvases", "induction", "copying"):
+        families = {"sentences": ("mamba",), "canvases": ("vision_mamba",)}.get(task, tuple(FAMILIES))
+        for seed in SEEDS:
+            yield from ((task, family, seed) for family in families if (task, family) not in SLOW)
+
+
+def trained(task: str, family: str, seed: int) -> Any:
+    """Return a model that was trained on a task, read from its checkpoint or trained now."""
+    folder = CHECKPOINTS / f"{task}-{family}-{seed}"
+    if not folder.exists():
+        model = build(family, seed)
+        train(model, TASKS[task](), seed)
+        model.save_pretrained(folder)
+    return hf.AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def case(task: str, family: str, seed: int) -> Case | float:
+    """Return what is explained; only the accuracy if the model has not learnt its task."""
+    if task == "sentences":
+        return Sentences(seed)
+    if task == "canvases":
+        return Canvases(seed)
+    model = trained(task, family, seed)
+    reached = accuracy(model, TASKS[task]().batch(1000, Generator().manual_seed(2**31 + 1)))
+    return Synthetic(task, model) if reached >= LEARNT else reached
+
+
+def measure(case: Case, methods: Iterable[str] = tuple(METHODS)) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield the figures of each method by its name, or None if it cannot explain this model."""
+    count = sum(len(question.inputs) for question in case.questions)
+    for name in methods:
+        torch.manual_seed(0)
+        start = perf_counter()
+        try:
+            scores = [METHODS[name].explain(question) for question in case.questions]
+        except NotApplicableError:
+            yield name, None
+            continue
+        except InvalidInputError as error:
+            if "has a factor named" not in str(error):  # left out what the family has not
+                raise
+            yield name, None
+            continue
+        seconds = (perf_counter() - start) / count
+        yield name, {"seconds": float(f"{seconds:.2g}"), **stored(case.mark(scores))}
+
+
+def stored(marks: Marks) -> dict[str, Any]:
+    """Return marks as they are stored: of a figure its mean and the mean's standard error over the inputs."""
+
+    def mean_and_error(figure: Tensor) -> list[float]:
+        values = figure.double()
+        if values.dim() == 0:
+            return [round(float(values), 4)]
+        return [round(float(values.mean()), 4), round(float(values.std() / len(values) ** 0.5), 4)]
+
+    return {
+        "figures": {name: mean_and_error(figure) for name, figure in marks.figures.items()},
+        "curves": {name: [round(float(value), 4) for value in curve] for name, curve in marks.curves.items()},
+    }
+
+
+def run(name: Name, again: bool = False, methods: Collection[str] = tuple(METHODS)) -> None:
+    """Measure and store what is not stored of one model."""
+    path = DATA / ("-".join(map(str, name)) + ".json")
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {"methods": {}}
+    missing = [method for method in methods if method not in record["methods"]]
+    if not missing or record.get("learnt") is False:
+        return
+    found = case(*name)
+    learnt = not isinstance(found, float)
+    record = {
+        **dict(zip(("task", "family", "seed"), name)),
+        "learnt": learnt,
+        "accuracy": round(found.accuracy if learnt else found, 4),
+        "inputs": sum(len(question.inputs) for question in found.questions) if learnt else 0,
+        "versions": {package: version(package) for package in ("torch", "transformers", "captum")},
+        "machine": platform.machine(),
+        "methods": record["methods"],
+    }
+    DATA.mkdir(exist_ok=True)
+    if learnt:
+        for method, marks in tqdm(measure(found, missing), desc=path.stem, total=len(missing), disable=None):
+            record["methods"][method] = marks
+    order = {method: record["methods"][method] for method in METHODS if method in record["methods"]}
+    path.write_text(dump(record | {"methods": order}))
+
+
+def dump(record: dict[str, Any]) -> str:
+    """Return a record as JSON, a line for each method."""
+    items = record["methods"].items()
+    methods = ",\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(marks)}" for name, marks in items)
+    head = json.dumps({key: value for key, value in record.items() if key != "methods"})
+    return f'{head[:-1]}, "methods": {{\n{methods}\n}}}}\n'
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="task, family and seed; models that have all words")
+    parser.add_argument("--again", action="store_true", help="measure anew what is stored already")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=tuple(METHODS))
+    options = parser.parse_args()
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    wanted = [name for name in names() if set(options.only or ()) <= {str(part) for part in name}]
+    if not wanted:
+        sys.exit(f"no model has all of these: {' '.join(options.only)}")
+    for name in wanted:
+        start = perf_counter()
+        run(name, options.again, options.methods)
+        print(f"{'-'.join(map(str, name))} {perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
