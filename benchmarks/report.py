@@ -129,7 +129,7 @@ def table(stored: Sequence[Mapping[str, Any]], columns: Sequence[Column], kinds:
 def _shown(found: Cell | None, bold: bool) -> str:
     if found is None:
         return "–"
-    text = f"{found[0]:.2f} ± {found[1]:.2f}"
+    text = f"{found[0]:.3f} ± {found[1]:.3f}"
     return f"**{text}**" if bold else text
 
 
@@ -289,7 +289,7 @@ def document(stored: Sequence[Mapping[str, Any]]) -> str:
         ]
         curves_figure(
             curves(stored),
-            title="Real sentences: LeRF − MoRF, words replaced; higher is better",
+            title="Words replaced, LeRF − MoRF: higher is better",
             xlabel="share of words replaced",
             ylabel="difference of the verdict's probability",
         ).savefig(HERE / "results.png", dpi=110)
