@@ -1,4 +1,4 @@
-"""Write RESULTS.md and its picture from the stored figures.
+"""Write RESULTS.md, its picture, and the README's summary from the stored figures.
 
     python benchmarks/report.py
 
@@ -316,9 +316,48 @@ def document(stored: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+SHOWN = {
+    "random": "random",
+    "integrated gradients": "integrated gradients, 50 steps",
+    "occlusion": "occlusion",
+    "scan alone, rollout": 'rollout, `attention="scan"`',
+    "unified, rollout": "rollout",
+    "unified, root, rollout": 'rollout, `fusion="root"`',
+    "gradient-weighted, channel": "attribution, as published",
+    "gradient-weighted, signed": "attribution, `rectify=None`",
+    "relevance, frozen, half": "relevance, frozen gates",
+    "relevance, reference": "relevance, with a reference",
+}
+"""The methods of the README's summary, as it calls them."""
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def summary_of_readme(stored: Sequence[Mapping[str, Any]]) -> str:
+    """Return the README's table: means alone, the best and those within a spread of it in bold."""
+    columns, taken = [column for column in summary() if cell(stored, column, "random")], times(stored)
+    cells = {column: {method: cell(stored, column, method) for method in SHOWN} for column in columns}
+    lines = [
+        "| method | " + " | ".join(column.title for column in columns) + " | time |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for method, name in SHOWN.items():
+        row = []
+        for column in columns:
+            found = cells[column][method]
+            mark = "**" if method in leaders(cells[column], column.higher) else ""
+            row.append("–" if found is None else f"{mark}{found[0]:.2f}{mark}")
+        lines.append(f"| {name} | " + " | ".join(row) + f" | {taken[method]:.0f} × |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Write the page."""
-    (HERE / "RESULTS.md").write_text(document(records()), encoding="utf-8")
+    """Write the page and the summary."""
+    stored = records()
+    (HERE / "RESULTS.md").write_text(document(stored), encoding="utf-8")
+    readme = HERE.parent / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{START}\n{summary_of_readme(stored)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ def test_the_page_is_made_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.
     assert report.document(report.records()) == page
 
 
+def test_the_readme_shows_what_is_stored() -> None:
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(report.START)[2].partition(report.END)[0]
+    assert shown.strip() == report.summary_of_readme(report.records())
+
+
 def test_all_that_is_stored_is_finite_and_of_three_seeds() -> None:
     stored = report.records()
     for each in stored:
