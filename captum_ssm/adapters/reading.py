@@ -14,7 +14,7 @@ from captum_ssm.operators import Diagonal
 def parameters(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Return the mixer's parameters and floating-point buffers by dotted name, as ``x`` in type and device."""
     tensors = [*mixer.named_parameters(), *mixer.named_buffers()]
-    return {name: tensor.to(x) for name, tensor in tensors if tensor.is_floating_point()}
+    return {name: tensor.to(x.device, x.dtype) for name, tensor in tensors if tensor.is_floating_point()}
 
 
 def padding(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:

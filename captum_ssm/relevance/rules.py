@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache, reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.operators import Recurrence
 from captum_ssm.relevance.functions import ALIASES, CASTS, KINDS, LIKE
 from captum_ssm.relevance.quotient import quotient
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
-from captum_ssm.relevance.traced import Traced, constants, references, traced, values
+from captum_ssm.relevance.traced import Traced, constants, put, references, values
 
 GateRule = Literal["half", "value"]
 """Who gets the relevance of a product with a gate: both factors half of it, or the value all."""
@@ -66,31 +66,30 @@ class Rule(ABC):
         function: Callable[..., Tensor] = KINDS["secant"]  # type: ignore[assignment]
         return function(name, u)
 
-    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what ``func`` gives for these arguments, some of which are traced."""
-        if func.__name__ == "__get__":  # of a property, such as the shape
-            name = func.__self__.__name__  # type: ignore[attr-defined]
-            return self._linear(func, args, kwargs) if KINDS.get(name) else func(*values(args))
-        if func.__name__ in _MARKS:
+    def __call__(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], live: list[Traced]
+    ) -> Any:
+        """Return what ``func`` gives for these arguments, of which ``live`` are traced."""
+        own, name, is_property, in_place = _called(func)
+        if is_property:
+            return self._linear(func, args, kwargs, live) if KINDS.get(name) else func(*values(args))
+        if own in _MARKS:
             return args[0]
-        if func.__name__ in _OUTSIDE:
+        if own in _OUTSIDE:
             raise _unknown(func, "what leaves torch cannot be followed")
-        core = func.__name__.strip("_")
-        name = ALIASES.get(core, core)
         if name == "recur":
             return self._once(*args)
         if name in ("secant", "upper_bound"):
             return getattr(self, name)(*args)
-        inside = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        if inside or core in ("iadd", "isub", "imul", "idiv", "itruediv", "ipow", "setitem"):
-            return self._in_place(func, name, args, kwargs)
+        if in_place:
+            return self._in_place(func, name, args, kwargs, live)
         if name in LIKE and len(args) > 1:
             args = (args[0], *constants(args[1:]))
             if not isinstance(args[0], Traced):
                 return func(*args, **kwargs)
         if name in CASTS:
             return self._cast(func, args, kwargs)
-        return self._apply(func, name, args, kwargs)
+        return self._apply(func, name, args, kwargs, live)
 
     def _once(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Run a recurrence, unless it was the last that ran, and on the same: norms make adapters run it before."""
@@ -103,24 +102,30 @@ class Rule(ABC):
         self._last = (factors, x, y)
         return y
 
-    def _apply(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind, live = KINDS.get(name), traced((args, kwargs))
+    def _apply(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: list[Traced],
+    ) -> Any:
+        kind = KINDS.get(name)
         if callable(kind):
             try:
                 return kind(*args, **kwargs)
             except (NotImplementedError, TypeError) as error:
                 raise _unknown(func, str(error)) from error
         if kind == "linear" or (kind == "product" and len(live) == 1):
-            return self._linear(func, args, kwargs)
+            return self._linear(func, args, kwargs, live)
         if name == "linear":  # by a weight that depends on the input
             return _linear_with_bias(*args, **kwargs)
         if kind == "product" and len(live) == 2 and not name.startswith("conv"):
-            dtype = torch.promote_types(live[0].value.dtype, live[1].value.dtype)
-            fixed_args, fixed_kwargs = constants((args, kwargs), dtype)
-            return self.product(_of_two(func, args, kwargs, fixed_args, fixed_kwargs), *live)
+            return self.product(_OfTwo(func, args, kwargs, _type(live)), *live)
         if kind == "elementwise" and len(live) == 1:
             made = "inverse" if name in _INVERSES else "activated"
-            found = self.elementwise(_of_one(func, args, kwargs), live[0], made)
+            others = {key: value for key, value in kwargs.items() if key != "inplace"}
+            found = self.elementwise(_OfOne(func, args, others), live[0], made)
             if kwargs.get("inplace"):
                 vars(live[0]).update(value=values(found), reference=references(found))
             return found
@@ -128,12 +133,8 @@ class Rule(ABC):
             return func(*constants(args), **constants(kwargs))
         return self._decide(func, name, args, kwargs)
 
-    def _linear(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        live = traced((args, kwargs))
-        dtype = live[0].value.dtype
-        for other in live[1:]:
-            dtype = torch.promote_types(dtype, other.value.dtype)
-        value, reference = _of_both(func, args, kwargs, dtype)
+    def _linear(self, func: Callable[..., Any], args: Any, kwargs: Any, live: list[Traced]) -> Any:
+        value, reference = _of_both(func, args, kwargs, _type(live))
         kept = len(live) == 1 and func.__name__ not in _CONTRACTIONS
         return self.pair(value, reference, live[0].kind if kept else None)
 
@@ -145,17 +146,24 @@ class Rule(ABC):
             return tuple(self.pair(v, r, kind) for v, r in zip(value, reference))
         return value
 
-    def _in_place(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_place(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: list[Traced],
+    ) -> Any:
         target = args[0]
         if not isinstance(target, Traced):
-            target = Traced.adopt(target, self, traced((args, kwargs))[0].value.dtype)
+            target = Traced.adopt(target, self, live[0].value.dtype)
+            live = [target, *live]
         if KINDS.get(name) == "linear":
             _of_both(func, args, kwargs, target.value.dtype)
             return target
-        changed = self._apply(getattr(torch.Tensor, name), name, args, kwargs)
+        changed = self._apply(getattr(torch.Tensor, name), name, args, kwargs, live)
         target.value.copy_(values(changed))
-        with torch.no_grad():
-            target.reference.copy_(references(changed))
+        target.reference.copy_(references(changed))
         return target
 
     def _cast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,6 +203,32 @@ class Rule(ABC):
         if not same:
             self.held.add(name)
 
+
+class _Called(NamedTuple):
+    """What a function is called."""
+
+    own: str
+    """Its own name, or its property's."""
+    name: str
+    """The name that its kind is known by."""
+    is_property: bool
+    in_place: bool
+
+
+@lru_cache
+def _called(func: Callable[..., Any]) -> _Called:
+    """Read what a function is called off its name."""
+    own = func.__name__
+    if own == "__get__":  # of a property, such as the transpose
+        name = func.__self__.__name__  # type: ignore[attr-defined]
+        return _Called(name, name, is_property=True, in_place=False)
+    core = own.strip("_")
+    in_place = core in _ASSIGNMENTS or (own.endswith("_") and not own.endswith("__"))
+    return _Called(own, ALIASES.get(core, core), is_property=False, in_place=in_place)
+
+
+_ASSIGNMENTS = {"iadd", "isub", "imul", "idiv", "itruediv", "ipow", "setitem"}
+"""Operators of Python that write into their first argument."""
 
 _MARKS = {"requires_grad_", "retain_grad"}
 """Functions that say something about the graph, which is the rule's affair."""
@@ -344,51 +378,46 @@ class _OfOne:
     """A function of its one traced argument; the others are constants."""
 
     func: Callable[..., Any]
-    leaves: Sequence[Any]
-    spec: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     def __call__(self, t: Tensor) -> Tensor:
-        filled = [t if isinstance(leaf, Traced) else leaf for leaf in self.leaves]
-        args, kwargs = tree_unflatten(filled, self.spec)
+        args, kwargs = put((self.args, self.kwargs), lambda _: t)
         result: Tensor = self.func(*args, **kwargs)
         return result
 
     @property
     def alone(self) -> bool:
         """Whether no other tensor goes with the argument, entry by entry."""
-        return not any(isinstance(leaf, Tensor) and leaf.dim() and not isinstance(leaf, Traced) for leaf in self.leaves)
+        others = [*self.args, *self.kwargs.values()]
+        return not any(isinstance(t, Tensor) and t.dim() and not isinstance(t, Traced) for t in others)
+
+
+@dataclass(frozen=True)
+class _OfTwo:
+    """A function of its two traced arguments; the others are constants, and of at least this type."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        both = iter((x, y))
+        args, kwargs = put((self.args, self.kwargs), lambda _: next(both), self.dtype)
+        result: Tensor = self.func(*args, **kwargs)
+        return result
 
 
 def _of_both(func: Callable[..., Any], args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the function of the values, and of the references."""
-    value_args, value_kwargs = values((args, kwargs), dtype)
-    reference_args, reference_kwargs = references((args, kwargs), dtype)
-    value = func(*value_args, **value_kwargs)
-    with torch.no_grad():
-        return value, func(*reference_args, **reference_kwargs)
+    value = func(*values(args, dtype), **values(kwargs, dtype))
+    return value, func(*references(args, dtype), **references(kwargs, dtype))
 
 
-def _of_one(func: Callable[..., Any], args: Any, kwargs: Any) -> _OfOne:
-    """Return the function of its one traced argument."""
-    return _OfOne(func, *tree_flatten((args, {k: v for k, v in kwargs.items() if k != "inplace"})))
-
-
-def _of_two(
-    func: Callable[..., Any], args: Any, kwargs: Any, fixed_args: Any, fixed_kwargs: Any
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function of its two traced arguments."""
-    leaves, spec = tree_flatten((args, kwargs))
-    fixed, _ = tree_flatten((fixed_args, fixed_kwargs))
-    first, second = (k for k, leaf in enumerate(leaves) if isinstance(leaf, Traced))
-
-    def of_two(x: Tensor, y: Tensor) -> Tensor:
-        filled = list(fixed)
-        filled[first], filled[second] = x, y
-        put_args, put_kwargs = tree_unflatten(filled, spec)
-        result: Tensor = func(*put_args, **put_kwargs)
-        return result
-
-    return of_two
+def _type(live: list[Traced]) -> torch.dtype:
+    """Return the type that holds all of these."""
+    return reduce(torch.promote_types, [x.dtype for x in live])
 
 
 def _linear_with_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""What a function gives for arguments some of which are traced."""
+Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], "list[Traced]"], Any]
+"""What a function gives for arguments some of which are traced: those come last, once more, as a list."""
 
 
 class Traced(Tensor):
     """A value of a running model, with the value that it is compared with.
 
-    To the model it looks like its value. Every torch function of it goes to its rule.
+    To the model it looks like its value, which answers what is asked of its form alone. Every torch function of it
+    goes to its rule.
 
     Attributes:
         value: Part of the graph of the explanation: its gradient is the multiplier of its difference to the reference.
@@ -56,7 +57,8 @@ class Traced(Tensor):
         return plain._hold(value, reference, rule, None)  # type: ignore
 
     def _hold(self, value: Tensor, reference: Tensor, rule: Rule, kind: str | None) -> Traced:
-        vars(self).update(value=value, reference=reference.detach(), rule=rule, kind=kind)
+        reference = reference.detach() if reference.requires_grad else reference
+        vars(self).update(value=value, reference=reference, rule=rule, kind=kind)
         return self
 
     @classmethod
@@ -64,39 +66,67 @@ class Traced(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Let the rule of the first traced argument answer."""
-        first = traced((args, kwargs))
-        if not first:  # while it is being made
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        live = traced((args, kwargs))
         with torch.enable_grad():
-            return first[0].rule(func, args, kwargs or {})
+            return live[0].rule(func, args, kwargs or {}, live)
+
+
+for _name in ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "is_floating_point"):
+    setattr(Traced, _name, property(attrgetter(f"value.{_name}")))  # of the form alone: no rule is asked
 
 
 def traced(nested: Any) -> list[Traced]:
-    """Return the traced tensors in a nest of lists, tuples and dictionaries; None holds none."""
-    found = tree_leaves(nested)
-    return [leaf for leaf in found if isinstance(leaf, Traced) and "rule" in vars(leaf)]
+    """Return the traced tensors in a nest of lists, tuples and dictionaries."""
+    if isinstance(nested, Traced):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, (list, tuple)):
+        return []
+    return [leaf for part in nested for leaf in traced(part)]
+
+
+def put(nested: Any, become: Callable[[Traced], Any], dtype: torch.dtype | None = None) -> Any:
+    """Return the arguments with something else in the place of what is traced.
+
+    Args:
+        nested: A nest of lists, tuples and dictionaries.
+        become: What stands for a traced tensor.
+        dtype: All other tensors are constants, and of at least this type.
+    """
+    if isinstance(nested, Traced):
+        return become(nested)
+    if isinstance(nested, Tensor):
+        return _constant(nested, dtype)
+    if isinstance(nested, tuple):
+        return tuple([put(part, become, dtype) for part in nested])
+    if isinstance(nested, list):
+        return [put(part, become, dtype) for part in nested]
+    if isinstance(nested, dict):
+        return {key: put(part, become, dtype) for key, part in nested.items()}
+    return nested
 
 
 def values(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the values of what is traced; all else is constant, and at least of type ``dtype``."""
-    return tree_map(lambda leaf: leaf.value if isinstance(leaf, Traced) else _constant(leaf, dtype), nested)
+    """Return the arguments with the values of what is traced, see :func:`put`."""
+    return put(nested, attrgetter("value"), dtype)
 
 
 def references(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the references of what is traced, else as :func:`values`."""
-    return tree_map(lambda leaf: leaf.reference if isinstance(leaf, Traced) else _constant(leaf, dtype), nested)
+    """Return the arguments with the references of what is traced, see :func:`put`."""
+    return put(nested, attrgetter("reference"), dtype)
 
 
 def constants(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the values of what is traced, free of the graph, else as :func:`values`."""
-    return tree_map(lambda leaf: _constant(leaf.value if isinstance(leaf, Traced) else leaf, dtype), nested)
+    """Return the arguments with the values of what is traced, free of the graph, see :func:`put`."""
+    return put(nested, lambda leaf: leaf.value.detach(), dtype)
 
 
-def _constant(leaf: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
+def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
     leaf = leaf.detach() if leaf.requires_grad else leaf
-    return leaf.to(torch.promote_types(leaf.dtype, dtype)) if dtype is not None and leaf.is_floating_point() else leaf
+    if dtype is None or leaf.dtype is dtype or not leaf.is_floating_point():
+        return leaf
+    return leaf.to(torch.promote_types(leaf.dtype, dtype))
 
 
 def _offset(tensor: Tensor) -> int:
