@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from captum_ssm.operators.base import Index, Operator, since, take
 
@@ -78,9 +81,7 @@ class CausalConv(Operator):
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
         """Return the convolution of ``x``. Cost: O(L·D·K)."""
-        y = self.w[:, -1] * x
-        for lag in range(1, min(self.w.shape[1], x.shape[-2])):
-            y[..., lag:, :] += self.w[:, -1 - lag] * x[..., :-lag, :]
+        y = causal_convolution(x, self.w)
         return y + self.bias if bias and self.bias is not None else y
 
     def adjoint(self, u: Tensor) -> Tensor:
@@ -112,6 +113,15 @@ class CausalConv(Operator):
     def sizes(self) -> tuple[int | None, int | None]:
         """Output and input channels."""
         return self.w.shape[0], self.w.shape[0]
+
+
+def causal_convolution(x: Tensor, w: Tensor) -> Tensor:
+    """Convolve ``x`` (..., L, D) with taps (D, K): a function by itself, that a rule of relevance can take over."""
+    if has_torch_function((x, w)):
+        return handle_torch_function(causal_convolution, (x, w), x, w)
+    (_, K), L = w.shape, x.shape[-2]
+    padded = F.pad(x, (0, 0, K - 1, 0))
+    return reduce(add, (w[:, k] * padded[..., k : k + L, :] for k in reversed(range(K))))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ _NAMES: dict[Kind, str] = {
     """,
     "product": """
         mul multiply matmul mm bmm mv dot inner outer einsum tensordot linear conv1d conv2d conv3d
-        _grouped_mm grouped_mm grouped_mm_fallback vecdot kron
+        _grouped_mm grouped_mm grouped_mm_fallback vecdot kron causal_convolution
     """,
     "elementwise": """
         exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow float_power abs absolute
