@@ -17,6 +17,7 @@ from captum_ssm.relevance.functions import KINDS
 from captum_ssm.relevance.quotient import quotient
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
 from captum_ssm.relevance.rules import Difference, Frozen, Rule
+from captum_ssm.relevance.slopes import SLOPES
 from captum_ssm.relevance.traced import Traced
 
 B, L = 2, 7
@@ -692,3 +693,33 @@ def test_the_quotient_of_a_function_with_other_tensors_takes_their_own_entries(s
     found = quotient(function, x, r, function(x), function(r))
     wanted = torch.where(close, exponent * x ** (exponent - 1), (function(x) - function(r)) / (x - r))
     assert (found - wanted).abs().max() <= 1e-5
+
+
+CLOSED: dict[str, Any] = {
+    **{name: elementwise(name) for name in SLOPES},  # but for what has a closed form in some cases alone
+    "second power": lambda x: x**2, "third power": lambda x: x**3, "gelu": partial(F.gelu, approximate="tanh"),
+    "softplus beyond its threshold": lambda x: F.softplus(10 * x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3, 1e-1, 1.0, 30.0])
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_slope_of_float32_is_about_the_quotient_of_float64(name: str, distance: float) -> None:
+    """However near or far value and reference are."""
+    function, within = CLOSED[name], DOMAINS.get(name, lambda x: x)
+    x = within(3 * torch.randn(1000))
+    r = within(x + distance * torch.randn(1000))
+    out = function(Traced.of(x.requires_grad_(), r, Difference()))
+    (found,) = torch.autograd.grad(out.value.sum(), x)
+    v, w = x.detach().double(), r.double()
+    wide = torch.where(v == w, derivative(function, v), (function(v) - function(w)) / (v - w))
+    assert ((found - wide).abs() <= 2e-5 * wide.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_slope_is_finite_where_there_is_none(name: str) -> None:
+    x = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf, torch.inf, 1.0], requires_grad=True)
+    r = torch.tensor([0.0, 1.0, -torch.inf, 1.0, torch.inf, 1.0])
+    out = CLOSED[name](Traced.of(x, r, Difference()))
+    (slope,) = torch.autograd.grad(out.value, x, torch.ones_like(x))
+    assert slope.isfinite().all()

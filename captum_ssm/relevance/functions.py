@@ -47,7 +47,7 @@ _NAMES: dict[Kind, str] = {
 
 ALIASES = {"radd": "add", "iadd": "add", "isub": "sub", "rmul": "mul", "imul": "mul", "rmatmul": "matmul",
            "truediv": "div", "divide": "div", "true_divide": "div", "idiv": "div", "itruediv": "div",
-           "rtruediv": "rdiv", "ipow": "pow", "rpow": "pow"}  # fmt: skip
+           "rtruediv": "rdiv", "ipow": "pow"}  # fmt: skip
 """Operators of Python by the name of the function that they are."""
 
 CASTS = {"to", "cpu", "cuda", "type", "type_as", "float", "double", "half", "bfloat16"}
@@ -80,6 +80,11 @@ def _divide(x: Any, y: Any, *, rounding_mode: None = None) -> Any:
 @made_of("rdiv")
 def _divided(y: Tensor, x: Any) -> Any:
     return x * torch.reciprocal(y)
+
+
+@made_of("rpow")
+def _raised(exponent: Tensor, base: Any) -> Any:
+    return torch.pow(base, exponent)
 
 
 @made_of("softmax")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
 from captum_ssm.operators.scan import decays, earlier, heads_first, prefix
+from captum_ssm.relevance.slopes import slope_of_exp
 
 _NODES = {2: (0.5,), 4: (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)}
 """Gauss's points on (0, 1). The mean over them of a product's gradient, each factor on the line from reference to
@@ -373,12 +374,6 @@ def _to_factors(products: Any, evaluated: Any, gradients: Sequence[Any]) -> list
         gradient = gradients[k].transpose(1, 2)
         if value.exponential:
             exponents = [replace(p, exponential=False).tokens(0, gradient.shape[1]) for p in (value, other)]
-            gradient = gradient * _quotient_of_exponentials(*exponents, *(side[k] for side in evaluated))
+            gradient = gradient * slope_of_exp(*exponents, *(side[k] for side in evaluated))
         found += shares.gradients(lambda _, gradient=gradient: gradient)  # type: ignore[misc]
     return found
-
-
-def _quotient_of_exponentials(x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Return ``(exp(x) - exp(r)) / (x - r)`` for ``y = exp(x)`` and ``z = exp(r)``: smooth, and nothing overflows."""
-    distance = (x - r).abs()
-    return torch.maximum(y, z) * torch.where(distance == 0, 1, -torch.expm1(-distance) / distance)

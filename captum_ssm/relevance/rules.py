@@ -22,6 +22,7 @@ from captum_ssm.operators import Recurrence
 from captum_ssm.relevance.functions import ALIASES, CASTS, KINDS, LIKE
 from captum_ssm.relevance.quotient import quotient
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
+from captum_ssm.relevance.slopes import SLOPES
 from captum_ssm.relevance.traced import Traced, constants, put, references, values
 
 GateRule = Literal["half", "value"]
@@ -125,7 +126,7 @@ class Rule(ABC):
         if kind == "elementwise" and len(live) == 1:
             made = "inverse" if name in _INVERSES else "activated"
             others = {key: value for key, value in kwargs.items() if key != "inplace"}
-            found = self.elementwise(_OfOne(func, args, others), live[0], made)
+            found = self.elementwise(_OfOne(func, name, args, others), live[0], made)
             if kwargs.get("inplace"):
                 vars(live[0]).update(value=values(found), reference=references(found))
             return found
@@ -254,7 +255,7 @@ class Difference(Rule):
         """Return the function with the difference quotient as its multiplier."""
         value, reference = x.value.detach(), x.reference
         y, z = function(value), function(reference)
-        return self.pair(_linear_form(x.value, y, quotient(function, value, reference, y, z, function.alone)), z, kind)
+        return self.pair(_linear_form(x.value, y, function.slope(value, reference, y, z)), z, kind)
 
     def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
         """Return the product with a mean of the other factor as each factor's multiplier.
@@ -302,7 +303,7 @@ class Frozen(Rule):
         y, zero = function(value), torch.zeros_like(value)
         if bool((function(zero) != 0).any()):
             return y
-        slope = quotient(function, value, zero, y, zero, function.alone)
+        slope = function.slope(value, zero, y, zero)
         return self.pair(_linear_form(x.value, y, slope), slope * x.reference, kind)
 
     def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
@@ -378,6 +379,7 @@ class _OfOne:
     """A function of its one traced argument; the others are constants."""
 
     func: Callable[..., Any]
+    name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -386,11 +388,15 @@ class _OfOne:
         result: Tensor = self.func(*args, **kwargs)
         return result
 
-    @property
-    def alone(self) -> bool:
-        """Whether no other tensor goes with the argument, entry by entry."""
+    def slope(self, x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """Return the difference quotient of the values ``y`` at ``x`` and ``z`` at ``r``; 0 where there is no slope."""
+        if self.name in SLOPES and self.args and isinstance(self.args[0], Traced):
+            slope = SLOPES[self.name](x, r, y, z, *self.args[1:], **self.kwargs)
+            if slope is not None:
+                return torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
         others = [*self.args, *self.kwargs.values()]
-        return not any(isinstance(t, Tensor) and t.dim() and not isinstance(t, Traced) for t in others)
+        alone = not any(isinstance(t, Tensor) and t.dim() and not isinstance(t, Traced) for t in others)
+        return quotient(self, x, r, y, z, alone)
 
 
 @dataclass(frozen=True)
