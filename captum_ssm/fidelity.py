@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_ssm.capture import MixerCall
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.operators import Chain
-from captum_ssm.registry import Adapter, find_adapter
+from captum_ssm.registry import find_adapter
 from captum_ssm.rerun import rerun
 
 _CAUSES = (
@@ -59,37 +59,37 @@ def decompose(call: MixerCall, tolerance: float | None = None, real: Tensor | No
 
     Cost: one pass of the chain, O(L·D·(E + N)), and one more for each length of padding before a sequence.
     """
+    x = _widened(call)
+    with torch.no_grad():
+        chain = adapt(call, x)
+        error = check(call, chain.apply(x, bias=True), tolerance, real, chain)
+    return Decomposition(call.name, chain, x, error)
+
+
+def adapt(call: MixerCall, x: Tensor) -> Chain:
+    """Return what the adapter makes of a call, unchecked.
+
+    Args:
+        call: As for :func:`decompose`.
+        x: The call's input, in at least float32.
+
+    Raises:
+        ModelStateError: If the layer's input or output is not finite.
+        UnsupportedModelError: If no adapter knows the layer, or it is another library's layer of the same name.
+    """
     for what, tensor in (("input", call.x), ("output", call.y)):
         if not bool(tensor.isfinite().all()):
             raise ModelStateError(
                 f"The {what} of layer '{call.name}' has NaN or infinite entries. Check the model's weights and the "
                 "inputs for NaN or infinity, or run the model in a wider floating-point type."
             )
-    adapter = find_adapter(call.mixer)
+    adapter, name = find_adapter(call.mixer), type(call.mixer).__name__
     if adapter is None:
-        raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({type(call.mixer).__name__}).")
-    x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
-    with torch.no_grad():
-        chain = _adapt(adapter, call, x)
-        shown = x.new_ones(x.shape[:2]) if real is None else real.to(x)
-        y, exact = (shown.unsqueeze(-1) * output for output in (chain.apply(x, bias=True), call.y.to(x)))
-        error = relative_error(y, exact)
-        tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
-        if not (error <= tolerance or _is_rounding(call, x, y, shown)):
-            raise FidelityError(call.name, error, tolerance, _CAUSES)
-        if chain.causal:
-            _refuse_leaking_padding(call, chain, x, y, shown)
-        _refuse_read_gaps(call, chain, x, y, shown)
-    return Decomposition(call.name, chain, x, error)
-
-
-def _adapt(adapter: Adapter, call: MixerCall, x: Tensor) -> Chain:
-    """Return what the adapter makes of a call; raise if it meets another library's layer of the same name."""
+        raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({name}).")
     try:
         return adapter(call.mixer, x, call.kwargs)
     except (AttributeError, KeyError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        name = type(call.mixer).__name__
         raise UnsupportedModelError(
             f"Layer '{call.name}' has the name {name}, but is not built like the layer that the adapter of this name "
             f"knows: {what}. Register an adapter of its own: captum_ssm.unregister({name!r}) where the name itself is "
@@ -97,16 +97,53 @@ def _adapt(adapter: Adapter, call: MixerCall, x: Tensor) -> Chain:
         ) from error
 
 
-def _is_rounding(call: MixerCall, x: Tensor, y: Tensor, real: Tensor) -> bool:
+@torch.no_grad()
+def check(
+    call: MixerCall, y: Tensor, tolerance: float | None = None, real: Tensor | None = None, chain: Chain | None = None
+) -> float:
+    """Check what a call's decomposition gives, and return its relative error.
+
+    Args:
+        call: As for :func:`decompose`.
+        y: What the decomposition gives for the call's input.
+        tolerance: As for :func:`decompose`.
+        real: Likewise.
+        chain: The decomposition; None makes it where there is padding, which asks for more than ``y``.
+
+    Raises:
+        FidelityError: As :func:`decompose`.
+        InvalidInputError: Likewise.
+    """
+    shown = y.new_ones(y.shape[:2]) if real is None else real.to(y)
+    y, exact = (shown.unsqueeze(-1) * output for output in (y, call.y.to(y)))
+    error = relative_error(y, exact)
+    tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
+    if not (error <= tolerance or _is_rounding(call, y, shown)):
+        raise FidelityError(call.name, error, tolerance, _CAUSES)
+    if not bool(shown.all()):
+        x = _widened(call)
+        chain = adapt(call, x) if chain is None else chain
+        if chain.causal:
+            _refuse_leaking_padding(call, chain, x, y, shown)
+        _refuse_read_gaps(call, chain, x, y, shown)
+    return error
+
+
+def _widened(call: MixerCall) -> Tensor:
+    """Return a call's input in at least float32."""
+    return call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+
+
+def _is_rounding(call: MixerCall, y: Tensor, real: Tensor) -> bool:
     """Whether a layer in a narrow type differs from its decomposition by its own rounding alone.
 
     Its own code must give the real output when it is run again in its type, and what the decomposition gives when it
-    is run in the type of ``x``.
+    is run in the type of ``y``.
     """
-    if call.y.dtype == x.dtype:
+    if call.y.dtype == y.dtype:
         return False
     own = call.x if call.own is None else call.own
-    for like, expected in ((call.y, call.y), (x, y)):
+    for like, expected in ((call.y, call.y), (y, y)):
         output = rerun(call.mixer, own.to(like), call.kwargs).to(y) * real.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * real.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False

@@ -24,8 +24,7 @@ from captum_ssm.attr.inputs import (
 )
 from captum_ssm.capture import MixerCall
 from captum_ssm.errors import FidelityError, InvalidInputError
-from captum_ssm.fidelity import decompose
-from captum_ssm.operators import Chain
+from captum_ssm.fidelity import check, decompose
 from captum_ssm.readout import is_language_model, scores
 from captum_ssm.relevance.rules import Difference, Frozen, GateRule, Rule
 from captum_ssm.relevance.traced import Traced
@@ -402,11 +401,12 @@ class _Explained:
             reference = torch.where(self.args[0].bool().unsqueeze(-1), reference, value.detach())
         return reference
 
-    def _checked(self, call: MixerCall) -> Chain:
+    def _checked(self, call: MixerCall, y: Tensor | None) -> None:
+        """Check a layer's decomposition by what it gave; by itself where it ran on another input."""
+        call, tolerance = call.detach(), self.method.tolerance
         real = real_tokens(self.method.forward_func, self.args, [call])
-        decomposition = decompose(call.detach(), self.method.tolerance, real)
-        self.fidelity[call.name] = decomposition.error
-        return decomposition.chain
+        error = decompose(call, tolerance, real).error if y is None else check(call, y, tolerance, real)
+        self.fidelity[call.name] = error
 
     def _check(self, baseline: Baseline) -> None:
         """Raise if a baseline does not fit the inputs."""

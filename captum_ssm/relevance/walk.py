@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import FidelityError, UnsupportedModelError
-from captum_ssm.fidelity import TOLERANCE, relative_error
+from captum_ssm.fidelity import TOLERANCE, adapt, relative_error
 from captum_ssm.operators import Chain, Flip, Operator, Sum
-from captum_ssm.registry import find_adapter, find_mixers
+from captum_ssm.registry import find_mixers
 from captum_ssm.relevance.functions import OPAQUE
 from captum_ssm.relevance.rules import Rule
 from captum_ssm.relevance.traced import Traced, constants, traced
@@ -55,7 +55,7 @@ def embedded(model: nn.Module, ids: Tensor, become: Callable[[nn.Module, Tensor]
 @contextmanager
 def follow(
     model: nn.Module,
-    checked: Callable[[MixerCall], Chain],
+    checked: Callable[[MixerCall, Tensor | None], None],
     whole: bool = True,
     checkpoints: bool = False,
     apart: list[Traced] | None = None,
@@ -65,7 +65,8 @@ def follow(
 
     Args:
         model: The model. All is as before when the context is left.
-        checked: Called with each mixer's real call, on the input alone; returns its decomposition.
+        checked: Called with each mixer's real call, on the input alone, and with what its decomposition gives for that;
+            None if the decomposition has run on an input of a wider type.
         whole: Whether the gates of the mixers are traced too.
         checkpoints: Keep no more than what enters each block, and run the block again for the gradient. The context
             must then be open until the gradient is there.
@@ -83,19 +84,19 @@ def follow(
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        adapter = find_adapter(call.mixer)
-        assert adapter is not None
-        chain = None
-        if not again:
-            chain = checked(MixerCall(call.name, call.mixer, plain(call.x), call.y, call.kwargs))
-        if whole or checkpoints or chain is None or call.y.dtype != call.x.value.dtype:  # twice alike, if twice
-            chain = adapter(call.mixer, call.x if whole else call.x.value.detach(), call.kwargs)
+        found = MixerCall(call.name, call.mixer, plain(call.x), call.y, call.kwargs)
+        rounded = call.y.dtype != call.x.dtype  # the layer itself then ran on another input
+        if rounded and not again:
+            checked(found, None)
+        chain = adapt(found, call.x if whole else call.x.value.detach())
         cast(Rule, call.x.rule).reuse = entering is None and apart is None
         x: Tensor = call.x
         for name, operator in reversed(list(chain.factors.items())):
             if entering is not None and not again:
                 entering(call.name, name, x)
             x = operator.apply(x, bias=True) if apart is None else _cut_skip(operator, x, apart)
+        if not rounded and not again:
+            checked(found, constants(x))
         return x
 
     with ExitStack() as stack:
