@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import reduce
+from operator import mul
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
+from captum_ssm.operators import Product, Recurrence, Scan
 from captum_ssm.operators.scan import decays, earlier, heads_first, prefix
 from captum_ssm.relevance.slopes import slope_of_exp
 
@@ -66,98 +67,102 @@ def difference_of_scans(
         reference: Likewise.
     """
     (x, factors), (other_x, other_factors) = value, reference
-    y, other = _Difference.apply(scan, other_x, x, *factors, *other_factors)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        both = [torch.cat([x, other_x]), *(_beside(v, r, len(x)) for v, r in zip(factors, other_factors))]
+    y, other = _Difference.apply(scan, both, x, *factors)  # type: ignore[no-untyped-call]
     return y, other
 
 
+def _beside(value: Tensor, other: Tensor, B: int) -> Tensor:
+    """Return the value and the reference as the two halves of a batch (2B, ...); a shared constant stays shared."""
+    shared = value is other and len(value) == 1
+    return value if shared else torch.cat([t.expand(B, -1, -1, -1) for t in (value, other)])
+
+
+def _sides(beside: Tensor) -> Sequence[Tensor]:
+    """Return the value and the reference again, each (B, ...), or (1, ...) if they share it."""
+    return (beside, beside) if len(beside) == 1 else beside.chunk(2)
+
+
 class _Difference(torch.autograd.Function):
-    """Two runs of a recurrence forwards; backwards one, with mean coefficients."""
+    """A recurrence of value and reference beside each other forwards; backwards one, with mean coefficients."""
 
     @staticmethod
-    def forward(ctx: Any, scan: Recurrence, other_x: Tensor, x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.structure = scan.with_factors([f.new_empty((0,) * 4) for f in scan.factors])
-        half = len(factors) // 2
-        runs = [list(run) for run in (
-            scan.with_factors(factors[:half]).chunks(x), scan.with_factors(factors[half:]).chunks(other_x)
-        )]  # fmt: skip
-        before = [torch.stack([h for _, h in run]) for run in runs]
-        ctx.save_for_backward(other_x, x, *before, *factors)
-        y, other = (torch.cat([y for y, _ in run], dim=1) for run in runs)
+    def forward(ctx: Any, scan: Recurrence, beside: Sequence[Tensor], *own: Tensor) -> tuple[Tensor, Tensor]:
+        x, *factors = beside
+        ys, before = zip(*scan.with_factors(factors).chunks(x))
+        ctx.structure = scan.with_factors([x.new_empty((0,) * 4)] * len(factors))
+        ctx.shapes = [t.shape for t in own]
+        ctx.save_for_backward(torch.stack(before), *beside)
+        y, other = torch.cat(ys, dim=1).chunk(2)
         ctx.mark_non_differentiable(other)
         return y, other
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        other_x, x, before, other_before, *factors = ctx.saved_tensors
-        half = len(factors) // 2
-        scans = [ctx.structure.with_factors(some) for some in (factors[:half], factors[half:])]
-        dx, into = torch.empty_like(x), [torch.zeros_like(f) for f in factors[:half]]
-        T, G = scans[0].chunk_size(x), torch.zeros_like(before[0])
+        before, x, *factors = ctx.saved_tensors
+        scan = ctx.structure.with_factors(factors)
+        dx, *into = (dy.new_zeros(shape) for shape in ctx.shapes)
+        T, G = scan.chunk_size(x), torch.zeros_like(_mean(before[0]))
         for number in reversed(range(len(before))):
             part = slice(number * T, min((number + 1) * T, x.shape[1]))
-            value, other = (
-                _Side(s.map(lambda f, part=part: f[:, part], axis=1), inputs[:, part], h[number])
-                for s, inputs, h in zip(scans, (x, other_x), (before, other_before))
-            )
-            dx[:, part], gradients, G = _chunk_gradients(value, other, dy[:, part], G)
+            run = _Run(scan.map(lambda f, part=part: f[:, part], axis=1), x[:, part], before[number])
+            dx[:, part], gradients, G = _chunk_gradients(run, dy[:, part], G)
             for total, gradient in zip(into, gradients):
-                where = total[:, part] if total.shape[1] > 1 else total
-                where += gradient
-        return None, None, dx, *into, *[None] * half
+                if gradient is not None:
+                    where = total[:, part] if total.shape[1] > 1 else total
+                    where += gradient.sum_to_size(where.shape)
+        return None, None, dx, *into
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One chunk of the value's run, or of the reference's: its recurrence, input (B, T, H, P) and state before it."""
+class _Run:
+    """One chunk: the recurrence, input (2B, T, H, P) and state before it, of value and reference beside each other."""
 
     scan: Recurrence
     x: Tensor
     h: Tensor
 
 
-def _chunk_gradients(value: _Side, other: _Side, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+def _chunk_gradients(run: _Run, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """Run one chunk backwards.
 
     Args:
-        value: The chunk.
-        other: The reference's.
+        run: The chunk.
         dy: Multipliers of the output (B, T, H, P).
         G: Multipliers of the state after the chunk (B, H, N, P).
 
     Returns:
-        Multipliers of the input, of every factor of every coefficient, and of the state before the chunk.
+        Multipliers of the input, of every factor of every coefficient, None of a constant, and of the state before.
     """
-    sides, T = (value, other), dy.shape[1]
-    N = value.h.shape[2]
-    products = [side.scan.products for side in sides]
-    evaluated = [[p.tokens(0, T) for p in side] for side in products]
-    means = [(v + r) / 2 for v, r in zip(*evaluated)]
-    means[1] = (
-        _Shares(products[0][1], products[1][1], more=1).mean().expand(-1, T, -1, -1)
-    )  # b is one of three factors with x
+    T, N = dy.shape[1], G.shape[2]
+    evaluated = [p.tokens(0, T) for p in run.scan.products]
+    means = [_mean(t) for t in evaluated]
+    shares = [_Shares(p, more=int(k == 1)) for k, p in enumerate(run.scan.products)]  # b meets x as a third factor
+    means[1] = shares[1].mean().expand(-1, T, -1, -1)
 
-    rest = [[heads_first(t, N) for t in side[1:]] for side in [*evaluated, means]]
-    xs, dy = [side.x.transpose(1, 2) for side in sides], dy.transpose(1, 2)
-    lag = getattr(value.scan, "lag", 0)
-    by_states = isinstance(value.scan, Scan) and value.scan.by_states(value.x)
-    run = _explicit if by_states else _implicit
-    after, before, recalled = zip(*(run(side[0], r, x, s.h) for side, r, x, s in zip(evaluated, rest, xs, sides)))
-    g, found, first = (_explicit_adjoint if by_states else _implicit_adjoint)(means[0], rest[2], dy, G, lag)
+    rest, mean_rest = ([heads_first(t, N) for t in some[1:]] for some in (evaluated, means))
+    x, dy = run.x.transpose(1, 2), dy.transpose(1, 2)
+    lag = getattr(run.scan, "lag", 0)
+    by_states = isinstance(run.scan, Scan) and run.scan.by_states(run.x)
+    forwards, backwards = (_explicit, _explicit_adjoint) if by_states else (_implicit, _implicit_adjoint)
+    states: tuple[_States, _States, Tensor | None] = forwards(evaluated[0], rest, x, run.h)
+    after, before, recalled = states
+    adjoint: tuple[_States, Any, Tensor] = backwards(means[0], mean_rest, dy, G, lag)
+    g, found, first = adjoint
 
-    read = before if lag else after
-    gradients = [
-        _mean(g.inner(state) for state in before),  # a
-        [g.onto_keys(x) for x in xs],  # b, by the value's and the reference's x
-        _mean(state.onto_keys(dy) for state in read),  # c
-    ]
-    if isinstance(value.scan, DeltaScan):
-        gradients += [-_mean(state.onto_keys(found) for state in before), -g.onto_keys(_mean(recalled))]
-    dx = g.onto_values(rest[2][0]).transpose(1, 2)
-    return dx, _to_factors(products, evaluated, gradients), first
+    value, other = _sides(x)
+    to_a, to_c = before.mean(g.inner), (before if lag else after).mean(lambda state: state.onto_keys(dy))
+    gradients = [lambda _: to_a, lambda node: g.onto_keys(torch.lerp(other, value, node)), lambda _: to_c]
+    if recalled is not None:
+        to_recall, to_erase = before.mean(lambda state: state.onto_keys(found)), g.onto_keys(_mean(recalled))
+        gradients += [lambda _: -to_recall, lambda _: -to_erase]
+    dx = g.onto_values(mean_rest[0]).transpose(1, 2)
+    return dx, _to_factors(shares, evaluated, gradients), first
 
 
 class _States(Protocol):
-    """A state (N, P) for each token of a chunk, known by what it does. Shapes (B, H, T, ...)."""
+    """A state (N, P) for each token of a chunk, known by what it does. Shapes (B, H, T, ...), further axes in front."""
 
     def onto_keys(self, p: Tensor) -> Tensor:
         """Return ``sum_p state[n, p] p``, (B, H, T, N), for ``p`` (B, H, T, P)."""
@@ -167,6 +172,9 @@ class _States(Protocol):
 
     def inner(self, other: Any) -> Tensor:
         """Return ``sum_p`` of the product of two states, (B, H, T, N), or the sum over n too, (B, H, T, 1)."""
+
+    def mean(self, function: Callable[[Any], Tensor]) -> Tensor:
+        """Return the mean of what a linear function makes of the value's states and of the reference's (2B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,9 @@ class _Explicit:
 
     def inner(self, other: _Explicit) -> Tensor:
         return (self.h * other.h).sum(-1)
+
+    def mean(self, function: Callable[[_Explicit], Tensor]) -> Tensor:
+        return function(_Explicit(_mean(self.h)))
 
 
 def _explicit(a: Tensor, rest: Sequence[Tensor], x: Tensor, h: Tensor) -> tuple[_Explicit, _Explicit, None]:
@@ -244,7 +255,7 @@ class _Implicit:
 
     def inner(self, other: _Implicit) -> Tensor:
         each = self.m.shape[-1] > 1
-        edges = (self.E * other.E).sum(-1).unsqueeze(2)  # (B, H, 1, N)
+        edges = (self.E * other.E).sum(-1).unsqueeze(-2)  # (B, H, 1, N)
         found = self.m * other.m * (edges if each else edges.sum(-1, keepdim=True))
         for one, two in ((self, other), (other, self)):
             for M, beta, xi in one.terms:
@@ -263,6 +274,13 @@ class _Implicit:
                     pairs = (beta @ gamma.mT) * (xi @ eta.mT)
                     found = found + ((M.squeeze(-1) @ pairs) * K.squeeze(-1)).sum(-1, keepdim=True)
         return found
+
+    def mean(self, function: Callable[[_Implicit], Tensor]) -> Tensor:
+        M, E = _sides(self.m), _sides(self.E)
+        terms = [[_sides(t) for t in term] for term in self.terms]
+        sides = (_Implicit([(K[k], beta[k], xi[k]) for K, beta, xi in terms], M[k], E[k]) for k in range(2))
+        one, two = map(function, sides)
+        return (one + two) / 2
 
 
 def _spread(M: Tensor, weights: Tensor | None, keys: Tensor) -> Tensor:
@@ -319,27 +337,28 @@ def _between(rows: Tensor, M: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("...tn,...tsn,...sn->...ts", rows, M, columns)
 
 
-def _mean(pair: Any) -> Tensor:
-    one, two = pair
-    return (one + two) / 2
+def _mean(beside: Tensor) -> Tensor:
+    """Return the mean of the value and the reference."""
+    one, two = _sides(beside)
+    return one if one is two else (one + two) / 2
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """The factors of one coefficient, on the way from the reference to the value, and how many ``more`` they meet."""
+    """A coefficient's factors, on the way from the reference to the value, and how many ``more`` they meet."""
 
-    value: Product
-    other: Product
+    product: Product
     more: int = 0
 
     @property
     def nodes(self) -> tuple[float, ...]:
         """Points of the line that are enough for all factors."""
-        return _NODES[2 if len(self.value.factors) + self.more <= 2 else 4]
+        return _NODES[2 if len(self.product.factors) + self.more <= 2 else 4]
 
     def at(self, node: float) -> list[Tensor]:
         """Return the factors at a point of the line."""
-        return [r if v is r else torch.lerp(r, v, node) for v, r in zip(self.value.factors, self.other.factors)]
+        sides = map(_sides, self.product.factors)
+        return [v if v is r else torch.lerp(r, v, node) for v, r in sides]
 
     def mean(self) -> Tensor:
         """Return the multiplier of one more factor."""
@@ -349,31 +368,32 @@ class _Shares:
         result: Tensor = total
         return result
 
-    def gradients(self, gradient: Callable[[float], Tensor]) -> list[Tensor]:
-        """Return the factors' multipliers from that of their product, at each point of the line."""
-        found: list[Any] = [0] * len(self.value.factors)
+    def gradients(self, gradient: Callable[[float], Tensor], slope: Any) -> list[Tensor | None]:
+        """Return the factors' multipliers, None of a constant.
+
+        Args:
+            gradient: The multiplier (B, H, T, N or 1) of the coefficient, at a point of the line.
+            slope: Of the coefficient in the product.
+        """
+        found: list[Any] = [None if len(factor) == 1 else 0 for factor in self.product.factors]
         for node in self.nodes:
-            at, whole = self.at(node), gradient(node) / len(self.nodes)
+            at, whole = self.at(node), gradient(node).transpose(1, 2) * (slope / len(self.nodes))
             for k, factor in enumerate(at):
-                part = whole
-                for j, f in enumerate(at):
-                    part = part * f if j != k else part
-                found[k] = found[k] + part.sum_to_size(factor.shape)
+                if found[k] is not None:
+                    part = reduce(mul, (f for j, f in enumerate(at) if j != k), whole)
+                    found[k] = found[k] + part.sum_to_size(factor.shape)
         return found
 
 
-def _to_factors(products: Any, evaluated: Any, gradients: Sequence[Any]) -> list[Tensor]:
-    """Return the multipliers of all factors from those of the coefficients (B, H, T, N or 1)."""
-    found: list[Tensor] = []
-    for k, (value, other) in enumerate(zip(*products)):
-        shares = _Shares(value, other, more=int(k == 1))
-        if k == 1:
-            with_value, with_other = (g.transpose(1, 2) for g in gradients[1])
-            found += shares.gradients(partial(torch.lerp, with_other, with_value))
-            continue
-        gradient = gradients[k].transpose(1, 2)
-        if value.exponential:
-            exponents = [replace(p, exponential=False).tokens(0, gradient.shape[1]) for p in (value, other)]
-            gradient = gradient * slope_of_exp(*exponents, *(side[k] for side in evaluated))
-        found += shares.gradients(lambda _, gradient=gradient: gradient)  # type: ignore[misc]
+def _to_factors(
+    shares: Sequence[_Shares], evaluated: Sequence[Tensor], gradients: Sequence[Callable[[float], Tensor]]
+) -> list[Tensor | None]:
+    """Return the multipliers of all factors from those of the coefficients, see :meth:`_Shares.gradients`."""
+    found: list[Tensor | None] = []
+    for share, coefficient, gradient in zip(shares, evaluated, gradients):
+        slope: Any = 1
+        if share.product.exponential:
+            exponents = replace(share.product, exponential=False).tokens(0, coefficient.shape[1])
+            slope = slope_of_exp(*_sides(exponents), *_sides(coefficient))
+        found += share.gradients(gradient, slope)
     return found

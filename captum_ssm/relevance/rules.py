@@ -277,7 +277,8 @@ class Difference(Rule):
 
     def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the recurrence with the same rule at every product of every step."""
-        value, reference = difference_of_scans(scan, values((x, factors)), references((x, factors)))
+        inputs = put((x, factors), lambda traced: traced)  # the constants are those of both
+        value, reference = difference_of_scans(scan, values(inputs), references(inputs))
         return self.pair(value, reference)
 
 
