@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -164,9 +165,13 @@ def decomposed(call: MixerCall) -> Tensor:
     return call.y + (chained - chained.detach())
 
 
+signature = lru_cache(inspect.signature)
+"""The signature of a function, read once."""
+
+
 def _arguments(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Split a mixer's call into its input and its other arguments by parameter name."""
-    bound = inspect.signature(type(mixer).forward).bind(mixer, *args, **kwargs)
+    bound = signature(type(mixer).forward).bind(mixer, *args, **kwargs)
     arguments = dict(list(bound.arguments.items())[1:])
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.capture import signature
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.kernels import is_kernel_failure
 
@@ -33,7 +34,11 @@ def is_native(model: object) -> bool:
 
 
 def _takes(model: object, *names: str) -> bool:
-    return isinstance(model, nn.Module) and {*names} <= inspect.signature(model.forward).parameters.keys()
+    if not isinstance(model, nn.Module):
+        return False
+    own = "forward" in vars(model)  # of the object, not of its class: nothing is to outlive the object
+    found = inspect.signature(model.forward) if own else signature(type(model).forward)
+    return {*names} <= found.parameters.keys()
 
 
 def input_embeddings(model: Any) -> nn.Module | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import mul
+from operator import add, mul
 from typing import Any, Protocol
 
 import torch
@@ -152,11 +152,16 @@ def _chunk_gradients(run: _Run, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Ten
     g, found, first = adjoint
 
     value, other = _sides(x)
-    to_a, to_c = before.mean(g.inner), (before if lag else after).mean(lambda state: state.onto_keys(dy))
-    gradients = [lambda _: to_a, lambda node: g.onto_keys(torch.lerp(other, value, node)), lambda _: to_c]
+    gradients: list[Callable[[float], Tensor]] = [
+        lambda _: before.mean(g.inner),  # a
+        lambda node: g.onto_keys(torch.lerp(other, value, node)),  # b
+        lambda _: (before if lag else after).mean(lambda state: state.onto_keys(dy)),  # c
+    ]
     if recalled is not None:
-        to_recall, to_erase = before.mean(lambda state: state.onto_keys(found)), g.onto_keys(_mean(recalled))
-        gradients += [lambda _: -to_recall, lambda _: -to_erase]
+        gradients += [
+            lambda _: -before.mean(lambda state: state.onto_keys(found)),
+            lambda _: -g.onto_keys(_mean(recalled)),
+        ]
     dx = g.onto_values(mean_rest[0]).transpose(1, 2)
     return dx, _to_factors(shares, evaluated, gradients), first
 
@@ -362,11 +367,7 @@ class _Shares:
 
     def mean(self) -> Tensor:
         """Return the multiplier of one more factor."""
-        total: Any = 0
-        for node in self.nodes:
-            total = total + torch.stack(torch.broadcast_tensors(*self.at(node))).prod(0) / len(self.nodes)
-        result: Tensor = total
-        return result
+        return reduce(add, (reduce(mul, self.at(node)) for node in self.nodes)) / len(self.nodes)
 
     def gradients(self, gradient: Callable[[float], Tensor], slope: Any) -> list[Tensor | None]:
         """Return the factors' multipliers, None of a constant.
@@ -376,7 +377,7 @@ class _Shares:
             slope: Of the coefficient in the product.
         """
         found: list[Any] = [None if len(factor) == 1 else 0 for factor in self.product.factors]
-        for node in self.nodes:
+        for node in self.nodes if any(part is not None for part in found) else ():
             at, whole = self.at(node), gradient(node).transpose(1, 2) * (slope / len(self.nodes))
             for k, factor in enumerate(at):
                 if found[k] is not None:
