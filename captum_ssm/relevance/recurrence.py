@@ -189,16 +189,20 @@ class _Explicit:
     h: Tensor
 
     def onto_keys(self, p: Tensor) -> Tensor:
-        return (self.h * p.unsqueeze(-2)).sum(-1)
+        return _sum(self.h * p.unsqueeze(-2), -1)
 
     def onto_values(self, q: Tensor) -> Tensor:
-        return (self.h * q.unsqueeze(-1)).sum(-2)
+        return _sum(self.h * q.unsqueeze(-1), -2)
 
     def inner(self, other: _Explicit) -> Tensor:
-        return (self.h * other.h).sum(-1)
+        return _sum(self.h * other.h, -1)
 
     def mean(self, function: Callable[[_Explicit], Tensor]) -> Tensor:
         return function(_Explicit(_mean(self.h)))
+
+
+def _sum(t: Tensor, axis: int) -> Tensor:
+    return t.squeeze(axis) if t.shape[axis] == 1 else t.sum(axis)
 
 
 def _explicit(a: Tensor, rest: Sequence[Tensor], x: Tensor, h: Tensor) -> tuple[_Explicit, _Explicit, None]:
@@ -381,9 +385,15 @@ class _Shares:
             at, whole = self.at(node), gradient(node).transpose(1, 2) * (slope / len(self.nodes))
             for k, factor in enumerate(at):
                 if found[k] is not None:
-                    part = reduce(mul, (f for j, f in enumerate(at) if j != k), whole)
-                    found[k] = found[k] + part.sum_to_size(factor.shape)
+                    others = [f for j, f in enumerate(at) if j != k]
+                    found[k] = found[k] + _contracted(factor.shape, whole, *others)
         return found
+
+
+def _contracted(shape: torch.Size, *factors: Tensor) -> Tensor:
+    """Return the product of four-dimensional tensors, summed to a shape."""
+    kept = "".join(axis for axis, size in zip("bthn", shape) if size > 1)
+    return torch.einsum(f"{','.join(['bthn'] * len(factors))}->{kept}", *factors).view(shape)
 
 
 def _to_factors(

@@ -136,4 +136,4 @@ def _gated(x: Tensor, r: Tensor, s: Tensor, t: Tensor, slope: Tensor) -> Tensor:
 
 def _decline(distance: Tensor) -> Tensor:
     """Return ``(1 - exp(-d)) / d``, 1 at 0."""
-    return torch.where(distance == 0, 1, -torch.expm1(-distance) / distance)
+    return torch.where(distance == 0, 1, torch.expm1(-distance).div_(distance).neg_())
