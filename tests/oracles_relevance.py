@@ -47,6 +47,14 @@ def product(*pairs: Pair) -> Pair:
     return linear + (exact - linear).detach(), math.prod(references)
 
 
+def read(value: Pair, gate: Pair, share: float) -> Pair:
+    """Return ``value * gate``, where of what the two change together this share is the value's."""
+    (v, w), (g, h) = value, gate
+    value_first, gate_first = v * g.detach() + w * g, v * h + v.detach() * g
+    linear = share * value_first + (1 - share) * gate_first
+    return linear + (v * g - linear).detach(), w * h
+
+
 def exponential(pair: Pair) -> Pair:
     """Return the exponential; its multiplier is the difference quotient."""
     value, reference = pair
@@ -57,7 +65,11 @@ def exponential(pair: Pair) -> Pair:
 
 
 def difference_of_recurrence(
-    coefficients: Sequence[Sequence[Pair]], x: Pair, lag: int = 0, exponential_decay: bool = False
+    coefficients: Sequence[Sequence[Pair]],
+    x: Pair,
+    lag: int = 0,
+    exponential_decay: bool = False,
+    state_share: float = 0.5,
 ) -> Pair:
     """Return ``y_t = <c_t, h_{t-lag}>`` of ``h_t = a_t h_{t-1} - erase_t <recall_t, h_{t-1}> + b_t x_t`` by tokens.
 
@@ -67,6 +79,7 @@ def difference_of_recurrence(
         x: (B, L, H, P).
         lag: 1 if the state is read before it is written.
         exponential_decay: Whether a is the exponential of the product of its factors.
+        state_share: Of what the state and c change together, the part that is the state's.
     """
     B, L, H, P = x[0].shape
     N = max(factor.shape[3] for factors in coefficients for factor, _ in factors)
@@ -81,7 +94,7 @@ def difference_of_recurrence(
     state: Pair = (torch.zeros(B, H, N, P).to(x[0]),) * 2
     outputs: list[Pair] = []
     for t in range(L):
-        decay, write, read, *erasing = (at(factors, t) for factors in coefficients)
+        decay, write, out, *erasing = (at(factors, t) for factors in coefficients)
         now = (x[0][:, t, :, None], x[1][:, t, :, None])
         a = product(*decay)
         kept = product(exponential(a) if exponential_decay else a, state)
@@ -92,7 +105,7 @@ def difference_of_recurrence(
             found = [part.sum(-2, keepdim=True) for part in product(product(*recall), state)]
             erased = product(product(*erase), (found[0], found[1]))
             after = after[0] - erased[0], after[1] - erased[1]
-        y = product(product(*read), state if lag else after)
+        y = read(state if lag else after, product(*out), state_share)
         outputs.append((y[0].sum(-2), y[1].sum(-2)))
         state = after
     values, references = zip(*outputs)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles_relevance import difference_of_recurrence, product, shapley
+from oracles_relevance import difference_of_recurrence, product, read, shapley
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
@@ -109,14 +109,14 @@ def assert_exact(actual: Tensor, expected: Tensor) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("chunk", [None, 1, 3])
-def test_the_multipliers_are_those_of_every_product_of_every_token(case: Case, chunk: int | None) -> None:
+@pytest.mark.parametrize(("chunk", "share"), [(None, 0.5), (1, 0.75), (3, 1.0)])
+def test_the_multipliers_are_those_of_every_product_of_every_token(case: Case, chunk: int | None, share: float) -> None:
     factors, x = factors_of(case), random(B, L, case.heads, case.channels)
     dy = torch.randn(B, L, case.heads, case.channels, dtype=torch.float64)
     leaves = [x[0], *flat(factors, 0)]
-    expected, other = difference_of_recurrence(factors, x, case.lag, case.exponential)
+    expected, other = difference_of_recurrence(factors, x, case.lag, case.exponential, share)
     y, reference = difference_of_scans(
-        scan_of(case, factors, chunk), (x[0], flat(factors, 0)), (x[1], flat(factors, 1))
+        scan_of(case, factors, chunk), (x[0], flat(factors, 0)), (x[1], flat(factors, 1)), share
     )
     assert_exact(y, expected)
     assert_exact(reference, other)
@@ -208,6 +208,39 @@ def test_a_product_of_two_is_shared_by_the_shapley_value(function: Any) -> None:
         assert_exact(((value.detach() - reference) * gradient).sum(), share)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("gate", ["activated", "inverse"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_value_and_what_reads_it_share_what_they_change_together(share: float, gate: str, first: bool) -> None:
+    """For a gate as the oracle has it; for one over b by its law, with the shares weighed by the denominators."""
+    (v, w), (g, h) = random(5), random(5)
+    if gate == "inverse":
+        g, h = (g.detach().abs() + 0.1).requires_grad_(), h.abs() + 0.1
+    rule = Difference(share)
+    pairs = Traced.of(v, w, rule), Traced.of(g, h, rule, gate)
+    out = operator.mul(*pairs) if first else operator.mul(*pairs[::-1])
+    gradients = torch.autograd.grad(out.value.sum(), [v, g])
+    if gate == "activated":
+        wanted = torch.autograd.grad(read((v, w), (g, h), share)[0].sum(), [v, g])
+    else:  # a/b - a'/b' = ((a - a') - (q a/b + p a'/b') (b - b')) / (p b + q b')
+        b, c = 1 / g.detach(), 1 / h
+        whole = share * b + (1 - share) * c
+        mean = (1 - share) * v.detach() * g.detach() + share * w * h
+        wanted = 1 / whole, mean * (c - b) / (g.detach() - h) / whole
+    for found, expected in zip(gradients, wanted):
+        assert_exact(found, expected)
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.expand(3, 4), lambda x: x.expand_as(torch.zeros(3, 4)), lambda x: x.reshape_as(torch.zeros(1, 3)),
+    lambda x: x.to(torch.zeros(1)), lambda x: x.unsqueeze(0)[0], lambda x: x.mT.contiguous().mT,
+])  # fmt: skip
+def test_what_only_changes_its_form_stays_the_inverse_that_it_is(change: Any) -> None:
+    scale = torch.rsqrt(Traced.of(*(t.detach().abs() for t in random(3, 1)), Difference()))
+    assert scale.kind == "inverse"
+    assert change(scale).kind == "inverse"
+
+
 # --- Through the rules --------------------------------------------------------------------------------------------
 
 
@@ -231,9 +264,9 @@ def test_a_recurrence_of_traced_coefficients_goes_to_the_rule(name: str) -> None
     factors, x = factors_of(case), random(B, L, case.heads, case.channels)
     dy = torch.randn(B, L, case.heads * case.channels, dtype=torch.float64)
     leaves = [x[0], *flat(factors, 0)]
-    expected, other = difference_of_recurrence(factors, x, case.lag, case.exponential)
+    expected, other = difference_of_recurrence(factors, x, case.lag, case.exponential, state_share=0.8)
     wanted = torch.autograd.grad((expected.flatten(2) * dy).sum(), leaves)
-    for rule in (Difference(), Frozen()):
+    for rule in (Difference(0.8), Frozen()):
         pairs = [[(Traced.of(*pair, rule), pair[1]) for pair in pairs] for pairs in factors]
         y = scan_of(case, pairs, None).apply(Traced.of(*x, rule).flatten(2))
         gradients = torch.autograd.grad((y.value * dy).sum(), leaves, allow_unused=True)

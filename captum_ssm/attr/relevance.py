@@ -26,7 +26,7 @@ from captum_ssm.capture import MixerCall
 from captum_ssm.errors import FidelityError, InvalidInputError
 from captum_ssm.fidelity import check, decompose
 from captum_ssm.readout import is_language_model, scores
-from captum_ssm.relevance.rules import Difference, Frozen, GateRule, Rule
+from captum_ssm.relevance.rules import VALUE_SHARE, Difference, Frozen, GateRule, Rule
 from captum_ssm.relevance.traced import Traced
 from captum_ssm.relevance.walk import embedded, follow
 
@@ -47,16 +47,17 @@ class ImplicitAttentionRelevance(ModelMethod):
     family.
 
     With ``baselines``, *difference to a reference*: the relevance of the tokens sums to ``F(x) - F(x')``. At every
-    product each factor's change counts times the mean of the other factor,
-    ``ab - a'b' = (a + a')/2 (b - b') + (b + b')/2 (a - a')``, and every function of single entries becomes its
-    difference quotient. So gates and values are credited alike. Both sides of each such equation are equal, hence by
+    product each factor's change counts times a mean of the other factor,
+    ``ab - a'b' = (p b + q b') (a - a') + (q a + p a') (b - b')``, and every function of single entries becomes its
+    difference quotient. So both gates and values are credited. Both sides of each such equation are equal, hence by
     the chain rule so are those of the whole model: no error is left but rounding.
 
-    The second is DeepLIFT's rescale rule, extended to products by the Shapley value of their factors (two factors, or
-    three where a recurrence is fed with delta, B and x): exact for each function, though not the Shapley value of
-    the model. The first is layer-wise relevance propagation. Layers run by their decomposition, in linear time,
-    whichever kernel the model itself uses; all between them is followed function by function as the model's own code
-    calls it. A function without a rule is refused by name (:func:`captum_ssm.register_rule`).
+    The second is DeepLIFT's rescale rule, extended to products: by the Shapley value of their factors, ``p = q = 1/2``
+    (or of three where a recurrence is fed with delta, B and x), but for a value and what reads it, which
+    ``value_share`` divides. It is exact for each function, though not the Shapley value of the model. The first is
+    layer-wise relevance propagation. Layers run by their decomposition, in linear time, whichever kernel the model
+    itself uses; all between them is followed function by function as the model's own code calls it. A function without
+    a rule is refused by name (:func:`captum_ssm.register_rule`).
 
     Decisions are the input's: which experts a token is sent to, which keys a sparse attention selects. If the
     reference would have decided otherwise, ``terms["decisions"]`` has what that alone changes, and ``held`` names the
@@ -67,6 +68,10 @@ class ImplicitAttentionRelevance(ModelMethod):
         model: Likewise.
         gate_rule: For frozen gates, what a product with a gate does: ``"half"``: the gate, through its own linear form,
             and the value get half each (MambaLRP); ``"value"``: the value gets all.
+        value_share: With a reference, which part of what a value and the gate that reads it change together is the
+            value's, 0 to 1: of a product with an activated gate or with a norm's scale, and of a recurrence's state
+            with what reads it (C, a query, a receptance). 1/2 is the Shapley value. More than that tells rather where
+            information comes from than what made the model look there.
         apart: Terms to keep apart from the tokens' relevance: ``("skip",)`` keeps what passes a recurrence by its
             direct path.
         checkpoints: Keep only what enters each block and run the blocks again for the gradient: less memory, about
@@ -111,6 +116,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         model: nn.Module | None = None,
         *,
         gate_rule: GateRule = "half",
+        value_share: float = VALUE_SHARE,
         apart: Sequence[str] = (),
         checkpoints: bool = False,
         tolerance: float | None = None,
@@ -118,6 +124,8 @@ class ImplicitAttentionRelevance(ModelMethod):
         super().__init__(forward_func, model, tolerance=tolerance)
         if gate_rule not in ("half", "value"):
             raise InvalidInputError(f"gate_rule must be 'half' or 'value', not {gate_rule!r}.")
+        if not 0 <= value_share <= 1:
+            raise InvalidInputError(f"value_share is a part of a whole, from 0 to 1, not {value_share}.")
         self.apart = (apart,) if isinstance(apart, str) else tuple(apart)
         if set(self.apart) - {"skip"}:
             raise InvalidInputError(f"Only 'skip' can be kept apart, not {sorted(set(self.apart) - {'skip'})}.")
@@ -126,6 +134,7 @@ class ImplicitAttentionRelevance(ModelMethod):
                 "checkpoints run the blocks twice, so nothing can be kept apart; leave out one of them."
             )
         self.gate_rule: GateRule = gate_rule
+        self.value_share = value_share
         self.checkpoints = checkpoints
         self.terms: dict[str, Tensor] = {}
         self.completeness = 0.0
@@ -296,7 +305,7 @@ class _Explained:
         self.method, self.inputs, self.baseline = method, inputs, baseline
         self.target, self.contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
         self.args = tuple(map(free_of_inference_mode, args))
-        self.rule: Rule = Frozen(method.gate_rule) if baseline is None else Difference()
+        self.rule: Rule = Frozen(method.gate_rule) if baseline is None else Difference(method.value_share)
         self.fidelity: dict[str, float] = {}
         self.apart: list[Traced] = []
         if baseline is not None:

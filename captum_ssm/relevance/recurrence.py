@@ -1,7 +1,8 @@
 """The rules of relevance for a recurrence, in linear time and without a loop over tokens.
 
 Every product of ``h_t = a_t h_{t-1} - erase_t w_t + b_t x_t``, ``w_t = <recall_t, h_{t-1}>``, ``y_t = <c_t, h_t>`` has
-two factors that may change. With the mean of the other factor as each one's multiplier, the multiplier ``g_t`` of the
+two factors that may change. With a mean of the other factor as each one's multiplier (of equal weights, but for c and
+the state that it reads), the multiplier ``g_t`` of the
 state runs backwards through the same recurrence with mean coefficients, and each coefficient's is ``g`` times the mean
 of what it is multiplied by::
 
@@ -57,7 +58,10 @@ class _Adjoint(torch.autograd.Function):
 
 
 def difference_of_scans(
-    scan: Recurrence, value: tuple[Tensor, Sequence[Tensor]], reference: tuple[Tensor, Sequence[Tensor]]
+    scan: Recurrence,
+    value: tuple[Tensor, Sequence[Tensor]],
+    reference: tuple[Tensor, Sequence[Tensor]],
+    state_share: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Return a recurrence's outputs for a value and a reference; the first with the multipliers as its gradient.
 
@@ -65,11 +69,12 @@ def difference_of_scans(
         scan: The recurrence; its own coefficients are not used.
         value: Input (B, L, H, P) and factors of the coefficients.
         reference: Likewise.
+        state_share: Of what the state and c change together, the part that is the state's.
     """
     (x, factors), (other_x, other_factors) = value, reference
     with torch.no_grad():
         both = [torch.cat([x, other_x]), *(_beside(v, r, len(x)) for v, r in zip(factors, other_factors))]
-    y, other = _Difference.apply(scan, both, x, *factors)  # type: ignore[no-untyped-call]
+    y, other = _Difference.apply(scan, state_share, both, x, *factors)  # type: ignore[no-untyped-call]
     return y, other
 
 
@@ -88,11 +93,13 @@ class _Difference(torch.autograd.Function):
     """A recurrence of value and reference beside each other forwards; backwards one, with mean coefficients."""
 
     @staticmethod
-    def forward(ctx: Any, scan: Recurrence, beside: Sequence[Tensor], *own: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, scan: Recurrence, state_share: float, beside: Sequence[Tensor], *own: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x, *factors = beside
         ys, before = zip(*scan.with_factors(factors).chunks(x))
         ctx.structure = scan.with_factors([x.new_empty((0,) * 4)] * len(factors))
-        ctx.shapes = [t.shape for t in own]
+        ctx.shapes, ctx.state_share = [t.shape for t in own], state_share
         ctx.save_for_backward(torch.stack(before), *beside)
         y, other = torch.cat(ys, dim=1).chunk(2)
         ctx.mark_non_differentiable(other)
@@ -107,12 +114,12 @@ class _Difference(torch.autograd.Function):
         for number in reversed(range(len(before))):
             part = slice(number * T, min((number + 1) * T, x.shape[1]))
             run = _Run(scan.map(lambda f, part=part: f[:, part], axis=1), x[:, part], before[number])
-            dx[:, part], gradients, G = _chunk_gradients(run, dy[:, part], G)
+            dx[:, part], gradients, G = _chunk_gradients(run, dy[:, part], G, ctx.state_share)
             for total, gradient in zip(into, gradients):
                 if gradient is not None:
                     where = total[:, part] if total.shape[1] > 1 else total
                     where += gradient.sum_to_size(where.shape)
-        return None, None, dx, *into
+        return None, None, None, dx, *into
 
 
 @dataclass(frozen=True)
@@ -124,20 +131,23 @@ class _Run:
     h: Tensor
 
 
-def _chunk_gradients(run: _Run, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
+def _chunk_gradients(
+    run: _Run, dy: Tensor, G: Tensor, state_share: float
+) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """Run one chunk backwards.
 
     Args:
         run: The chunk.
         dy: Multipliers of the output (B, T, H, P).
         G: Multipliers of the state after the chunk (B, H, N, P).
+        state_share: As in :func:`difference_of_scans`.
 
     Returns:
         Multipliers of the input, of every factor of every coefficient, None of a constant, and of the state before.
     """
     T, N = dy.shape[1], G.shape[2]
     evaluated = [p.tokens(0, T) for p in run.scan.products]
-    means = [_mean(t) for t in evaluated]
+    means = [_mean(t, state_share if k == 2 else 0.5) for k, t in enumerate(evaluated)]  # the third is c
     shares = [_Shares(p, more=int(k == 1)) for k, p in enumerate(run.scan.products)]  # b meets x as a third factor
     means[1] = shares[1].mean().expand(-1, T, -1, -1)
 
@@ -155,7 +165,7 @@ def _chunk_gradients(run: _Run, dy: Tensor, G: Tensor) -> tuple[Tensor, list[Ten
     gradients: list[Callable[[float], Tensor]] = [
         lambda _: before.mean(g.inner),  # a
         lambda node: g.onto_keys(torch.lerp(other, value, node)),  # b
-        lambda _: (before if lag else after).mean(lambda state: state.onto_keys(dy)),  # c
+        lambda _: (before if lag else after).mean(lambda state: state.onto_keys(dy), 1 - state_share),  # c
     ]
     if recalled is not None:
         gradients += [
@@ -178,8 +188,11 @@ class _States(Protocol):
     def inner(self, other: Any) -> Tensor:
         """Return ``sum_p`` of the product of two states, (B, H, T, N), or the sum over n too, (B, H, T, 1)."""
 
-    def mean(self, function: Callable[[Any], Tensor]) -> Tensor:
-        """Return the mean of what a linear function makes of the value's states and of the reference's (2B, ...)."""
+    def mean(self, function: Callable[[Any], Tensor], share: float = 0.5) -> Tensor:
+        """Return the mean of what a linear function makes of the value's states, with this share, and the reference's.
+
+        Its own are those of both, (2B, ...).
+        """
 
 
 @dataclass(frozen=True)
@@ -197,8 +210,8 @@ class _Explicit:
     def inner(self, other: _Explicit) -> Tensor:
         return _sum(self.h * other.h, -1)
 
-    def mean(self, function: Callable[[_Explicit], Tensor]) -> Tensor:
-        return function(_Explicit(_mean(self.h)))
+    def mean(self, function: Callable[[_Explicit], Tensor], share: float = 0.5) -> Tensor:
+        return function(_Explicit(_mean(self.h, share)))
 
 
 def _sum(t: Tensor, axis: int) -> Tensor:
@@ -284,12 +297,12 @@ class _Implicit:
                     found = found + ((M.squeeze(-1) @ pairs) * K.squeeze(-1)).sum(-1, keepdim=True)
         return found
 
-    def mean(self, function: Callable[[_Implicit], Tensor]) -> Tensor:
+    def mean(self, function: Callable[[_Implicit], Tensor], share: float = 0.5) -> Tensor:
         M, E = _sides(self.m), _sides(self.E)
         terms = [[_sides(t) for t in term] for term in self.terms]
         sides = (_Implicit([(K[k], beta[k], xi[k]) for K, beta, xi in terms], M[k], E[k]) for k in range(2))
         one, two = map(function, sides)
-        return (one + two) / 2
+        return torch.lerp(two, one, share)
 
 
 def _spread(M: Tensor, weights: Tensor | None, keys: Tensor) -> Tensor:
@@ -346,10 +359,10 @@ def _between(rows: Tensor, M: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("...tn,...tsn,...sn->...ts", rows, M, columns)
 
 
-def _mean(beside: Tensor) -> Tensor:
-    """Return the mean of the value and the reference."""
+def _mean(beside: Tensor, share: float = 0.5) -> Tensor:
+    """Return the mean of the value, with this share, and the reference."""
     one, two = _sides(beside)
-    return one if one is two else (one + two) / 2
+    return one if one is two else torch.lerp(two, one, share)
 
 
 @dataclass(frozen=True)

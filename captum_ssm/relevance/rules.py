@@ -28,6 +28,10 @@ from captum_ssm.relevance.traced import Traced, constants, put, references, valu
 GateRule = Literal["half", "value"]
 """Who gets the relevance of a product with a gate: both factors half of it, or the value all."""
 
+VALUE_SHARE = 0.75
+"""Of what a value and the gate that reads it change together, the part that is the value's: what
+``benchmarks/RESULTS.md`` recommends."""
+
 _INVERSES = {"rsqrt", "reciprocal"}
 
 
@@ -88,6 +92,7 @@ class Rule(ABC):
             args = (args[0], *constants(args[1:]))
             if not isinstance(args[0], Traced):
                 return func(*args, **kwargs)
+            live = [args[0]]
         if name in CASTS:
             return self._cast(func, args, kwargs)
         return self._apply(func, name, args, kwargs, live)
@@ -245,11 +250,20 @@ _SELECTIONS = {"topk": 2, "sort": 1, "max": 1, "min": 1, "median": 1, "kthvalue"
 
 
 class Difference(Rule):
-    """Compare with a reference: at a product each factor's change times the mean of the other.
+    """Compare with a reference: at a product each factor's change times a mean of the other.
 
-    ``ab - a'b' = (a + a')/2 (b - b') + (b + b')/2 (a - a')``, which is the Shapley value of two factors, and at a
-    function of each entry the difference quotient ``(f(x) - f(x')) / (x - x')``, DeepLIFT's rescale rule.
+    ``ab - a'b' = (p b + q b') (a - a') + (q a + p a') (b - b')`` with ``p + q = 1``: of what the two change together,
+    ``(a - a') (b - b')``, p goes to a and q to b. A half each is the Shapley value of two factors. At a function of
+    each entry the multiplier is the difference quotient ``(f(x) - f(x')) / (x - x')``, DeepLIFT's rescale rule.
+
+    Args:
+        value_share: p of a value in a product with what reads it: with a gate that came out of an activation, with one
+            over something, and of a recurrence's state with the coefficient ``c``. All other products share by halves.
     """
+
+    def __init__(self, value_share: float = VALUE_SHARE) -> None:
+        super().__init__()
+        self.value_share = value_share
 
     def elementwise(self, function: _OfOne, x: Traced, kind: str) -> Tensor:
         """Return the function with the difference quotient as its multiplier."""
@@ -260,25 +274,27 @@ class Difference(Rule):
     def product(self, function: Callable[[Tensor, Tensor], Tensor], x: Traced, y: Traced) -> Tensor:
         """Return the product with a mean of the other factor as each factor's multiplier.
 
-        Of a number and one over something positive, a quotient, each mean is weighed by the size of the denominators,
-        ``a/b - a'/b' = (2 (a - a') - (a/b + a'/b') (b - b')) / (b + b')``: all is bounded where a denominator is small.
+        Of a number and one over something positive, a quotient, the shares are weighed by the denominators,
+        ``a/b - a'/b' = ((a - a') - (q a/b + p a'/b') (b - b')) / (p b + q b')``: all is bounded where a denominator is
+        small.
         """
         a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
         value, reference = function(a, b), function(r, s)
-        if x.kind == "inverse" or y.kind == "inverse":
-            inverse = (b, s) if y.kind == "inverse" else (a, r)
-            weights = _weights(*inverse)  # of the value's factor and of the reference's in the multiplier of the other
-            other = weights if y.kind == "inverse" else weights[::-1]
-            mean_y, mean_x = other[0] * b + other[1] * s, other[1] * a + other[0] * r
-        else:
-            mean_y, mean_x = (b + s) / 2, (a + r) / 2
-        linear = function(x.value, mean_y) + function(mean_x, y.value)
+        p: Any = 0.5
+        if (x.kind is None) != (y.kind is None):  # one of them is a gate
+            p = self.value_share if x.kind is None else 1 - self.value_share
+        q: Any = 1 - p
+        if y.kind == "inverse":
+            p, q = _of_quotient(p, q, b, s)
+        elif x.kind == "inverse":
+            q, p = _of_quotient(q, p, a, r)
+        linear = function(x.value, p * b + q * s) + function(q * a + p * r, y.value)
         return self.pair(_with_value(linear, value), reference)
 
     def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the recurrence with the same rule at every product of every step."""
         inputs = put((x, factors), lambda traced: traced)  # the constants are those of both
-        value, reference = difference_of_scans(scan, values(inputs), references(inputs))
+        value, reference = difference_of_scans(scan, values(inputs), references(inputs), self.value_share)
         return self.pair(value, reference)
 
 
@@ -360,11 +376,14 @@ class _Slope(torch.autograd.Function):
         return torch.where(slope == 0, 0, gradient * slope), None, None
 
 
-def _weights(s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``r / (s + r)`` and ``s / (s + r)``; a half each if the signs differ."""
-    alike = s * r > 0
-    total = torch.where(alike, s + r, 1)
-    return torch.where(alike, r / total, 0.5), torch.where(alike, s / total, 0.5)
+def _of_quotient(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of a number and of one over something, b and its reference s, that make them a quotient's.
+
+    They are the shares themselves if the signs of b and s differ.
+    """
+    alike = b * s > 0
+    total = torch.where(alike, p * s + q * b, 1)
+    return torch.where(alike, p * s / total, p), torch.where(alike, q * b / total, q)
 
 
 def _with_value(linear: Tensor, value: Tensor) -> Tensor:
