@@ -237,7 +237,7 @@ def accuracy(model: Any, batch: Batch) -> float:
 
 
 def train(
-    model: Any, task: Task, seed: int = 0, steps: int = 8000, size: int = 64, rate: float = 3e-3, goal: float = 0.995
+    model: Any, task: Task, seed: int = 0, steps: int = 6000, size: int = 64, rate: float = 3e-3, goal: float = 0.98
 ) -> tuple[float, int]:
     """Train a model in place on fresh sequences until it is good enough.
 
@@ -286,7 +286,7 @@ def main() -> None:
     command.add_argument("--task", choices=TASKS, required=True)
     command.add_argument("--family", choices=FAMILIES, required=True)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=8000, help="at most this many (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=6000, help="at most this many (default: %(default)s)")
     command.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     options = parser.parse_args()
     hf.logging.set_verbosity_error()

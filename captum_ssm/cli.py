@@ -51,7 +51,7 @@ OWN: dict[str, tuple[tuple[str, ...], Any]] = {
     "reference": (("relevance",), None),
     "gates": (("relevance",), "half"),
     "rectify": (("attribution",), "none"),
-    "fusion": (("rollout", "raw"), "absolute"),
+    "fusion": (("rollout", "raw"), "root"),
     "attention": (_OF_MATRICES, "unified"),
     "without": (_OF_MATRICES, ()),
 }
@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         "--fusion",
         choices=["absolute", "mean", "positive", "norm", "root"],
         default=None,
-        help="rollout and raw: how channels become one matrix (default: absolute)",
+        help="rollout and raw: how channels become one matrix (default: root)",
     )
     command.add_argument(
         "--attention",

@@ -374,7 +374,7 @@ def test_where_a_layer_mixes_channels_its_factors_are_fused_and_multiplied(
     added = torch.einsum("bdik,de,ekj,bje->bdij", outer, layer.value.weight.detach(), shift[0], x)
     assert_close(method.attribute(ids, fusion="norm"), torch.einsum("od,bdij->boij", W, added).norm(dim=1), 1e-5)
     read = lambda ids: tangled_model(ids)[:, -1]  # noqa: E731
-    raw = RawImplicitAttention(read, tangled_model).attribute(ids, target=1)
+    raw = RawImplicitAttention(read, tangled_model, fusion="absolute").attribute(ids, target=1)
     assert_close(raw, method.attribute(ids)[:, -1], 1e-6)
 
 
@@ -476,7 +476,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "channel": ImplicitAttentionAttribution,
     "token": lambda model: ImplicitAttentionAttribution(model, rectify="token"),
     "signed": lambda model: ImplicitAttentionAttribution(model, rectify=None),
-    "rollout": ImplicitAttentionRollout,
+    "rollout": lambda model: ImplicitAttentionRollout(model, fusion="absolute"),
     "raw norm": lambda model: RawImplicitAttention(model, fusion="norm"),
 }
 
@@ -550,7 +550,7 @@ def test_scores_are_those_of_the_written_out_matrices(mask: Tensor | None, famil
     for name, matrices in explicit.items():
         scores = METHODS[name](model).attribute(ids, target=3, additional_forward_args=mask)
         assert_close(scores.double(), oracles.rollout(matrices, query), 1e-6)
-    raw = RawImplicitAttention(model, layers=2).attribute(ids, 3, additional_forward_args=mask)
+    raw = RawImplicitAttention(model, layers=2, fusion="absolute").attribute(ids, 3, additional_forward_args=mask)
     assert_close(raw.double(), torch.einsum("bi,bij->bj", query, sum(explicit["rollout"]) / 2), 1e-6)
     if mask is not None:
         assert raw[0][mask[0] == 0].eq(0).all()

@@ -501,7 +501,7 @@ def test_the_attribution_is_the_product_of_the_written_out_matrices(
 def test_every_token_can_be_explained(class_token: Any) -> None:
     model, images = vision_mamba(class_token=class_token, depth=2), randn(2, 2, 6, 6)
     reads, gradients, _ = oracles_vision.recorded(model, images, 3)
-    rolled, raw = ImplicitAttentionRollout(model), RawImplicitAttention(model)
+    rolled, raw = (method(model, fusion="absolute") for method in (ImplicitAttentionRollout, RawImplicitAttention))
     attributed = ImplicitAttentionAttribution(model)
     layers = [oracles_vision.bidirectional(block.mixer, x) for block, x in zip(model.layers, reads, strict=True)]
     matrices = [fused(parts, "unified", "absolute", ("forward", "backward")) for parts in layers]

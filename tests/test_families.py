@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "token": functools.partial(ImplicitAttentionAttribution, rectify="token"),
     "signed": functools.partial(ImplicitAttentionAttribution, rectify=None),
     **{f"rollout {name}": functools.partial(ImplicitAttentionRollout, fusion=name) for name in FUSIONS},
-    "raw": functools.partial(RawImplicitAttention, layers=2),
+    "raw": functools.partial(RawImplicitAttention, layers=2, fusion="absolute"),
 }
 BLIND = ("recurrent_gemma", "rwkv", "xlstm")
 """Families whose models ignore the attention mask in their recurrences."""

@@ -407,7 +407,7 @@ def test_another_forward_function_of_the_same_model_is_measured_again(ids: Tenso
 
     def scores(model: Any, path: Callable[[Any, Tensor], Tensor]) -> Tensor:
         read = lambda ids: model.head(path(model, model.embed(ids))[:, -1])  # noqa: E731
-        return ImplicitAttentionRollout(read, model).attribute(ids, target=1, query=-1)
+        return ImplicitAttentionRollout(read, model, fusion="absolute").attribute(ids, target=1, query=-1)
 
     one, two = Model(late), Model(early)
     one.mix[2], two.mix[2] = nn.Identity().eval(), nn.Identity().eval()
@@ -494,14 +494,16 @@ def test_a_layer_beside_the_way_to_the_output_is_not_asked_for() -> None:
 @every_case
 def test_a_models_rollout_follows_its_wiring(case: Case, ids: Tensor) -> None:
     model = Model(case.path)
-    scores = ImplicitAttentionRollout(model).attribute(ids, target=1)
+    scores = ImplicitAttentionRollout(model, fusion="absolute").attribute(ids, target=1)
     fused = [LayerImplicitAttention(model, number).attribute(ids).double() for number in range(3)]
     query = torch.zeros(2, 7, dtype=torch.float64)
     query[:, -1] = 1
     expected = oracles.wired_rollout(case.streams, [fused[number] for number in case.mixers], query)
     assert_close(scores.double(), expected, 1e-5)
     x = model.embed(ids).detach()
-    assert_close(ImplicitAttentionRollout(model).attribute(x, target=1).sum(-1).double(), expected, 1e-5)
+    assert_close(
+        ImplicitAttentionRollout(model, fusion="absolute").attribute(x, target=1).sum(-1).double(), expected, 1e-5
+    )
 
 
 # --- Names of shared modules and repeated calls ---------------------------------------------------------------------
@@ -525,7 +527,7 @@ def test_further_calls_of_a_module_are_numbered(ids: Tensor) -> None:
 
 def test_every_call_of_a_shared_module_is_checked_and_explained(ids: Tensor) -> None:
     model = Model(on_two_branches)
-    method = ImplicitAttentionRollout(model)
+    method = ImplicitAttentionRollout(model, fusion="absolute")
     method.attribute(ids, target=1)
     assert list(method.fidelity) == ["mix.0#3", "mix.2", "mix.0#2", "mix.1", "mix.0"]
     assert max(method.fidelity.values()) <= 1e-5
@@ -677,7 +679,7 @@ def test_a_rollout_uses_what_a_wire_declares(which: str, ids: Tensor, unchanged:
 
     model = Wired()
     with unchanged(model, ids):
-        scores = ImplicitAttentionRollout(model).attribute(ids, target=1)
+        scores = ImplicitAttentionRollout(model, fusion="absolute").attribute(ids, target=1)
     matrices, keep, embedded = [], {}, {}
     for number, call in enumerate(record(model, ids)):
         block = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))
@@ -703,7 +705,7 @@ def test_a_factor_of_the_output_may_differ_by_token(ids: Tensor) -> None:
         return Wire(write=block.gate(state).sigmoid().squeeze(-1))
 
     model = Wired()
-    scores = ImplicitAttentionRollout(model).attribute(ids, target=1)
+    scores = ImplicitAttentionRollout(model, fusion="absolute").attribute(ids, target=1)
     matrices = []
     for number, call in enumerate(record(model, ids)):
         block = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))

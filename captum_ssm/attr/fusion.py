@@ -20,7 +20,8 @@ Fusion = Literal["absolute", "mean", "positive", "norm", "root"]
 * ``"positive"``: ``C_ij = mean_d max(A^d_ij, 0)``;
 * ``"norm"``: the Euclidean length of what token j adds to token i's output, ``|W_out (A_ij v_j)|``; O(L²·D·(N + E));
 * ``"root"``: ``sqrt(sum_d (|w_d| A^d_ij v_jd)²)`` with the columns ``w_d`` of ``W_out``: what ``"norm"`` is where all
-  channels write in directions of their own, in the time of ``"absolute"``.
+  channels write in directions of their own, in the time of ``"absolute"``. The default of rollout and raw attention, as
+  ``benchmarks/RESULTS.md`` has it ahead.
 
 Where a layer mixes channels between two factors that mix tokens, as RWKV between its token shift and its recurrence,
 there is no matrix for each channel: the factors are fused by themselves, and their matrices multiplied (except for

@@ -26,7 +26,8 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
         model: Likewise.
         layers: How many layers, counted from the last.
-        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`.
+        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`; as published:
+            ``"absolute"``.
         **options: ``attention``, ``without`` and ``tolerance``, likewise.
 
     Source:
@@ -41,7 +42,7 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         model: nn.Module | None = None,
         *,
         layers: int = 1,
-        fusion: Fusion = "absolute",
+        fusion: Fusion = "root",
         **options: Any,
     ) -> None:
         super().__init__(forward_func, model, **options)

@@ -25,7 +25,8 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
     Args:
         forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
         model: Likewise.
-        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`.
+        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`; as published:
+            ``"absolute"``.
         **options: ``attention``, ``without`` and ``tolerance``, likewise.
 
     Source:
@@ -39,7 +40,7 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         forward_func: Callable[..., Any],
         model: nn.Module | None = None,
         *,
-        fusion: Fusion = "absolute",
+        fusion: Fusion = "root",
         **options: Any,
     ) -> None:
         super().__init__(forward_func, model, **options)
