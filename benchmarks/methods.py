@@ -224,21 +224,27 @@ def _gradients(question: Question, method: Any, **options: Any) -> Tensor:
 # --- this package ---------------------------------------------------------------------------------
 
 
-def implicit(method: Callable[..., Any], question: Question, referred: bool = False, **options: Any) -> Tensor:
+def implicit(method: Callable[..., Any], question: Question, references: int = 0, **options: Any) -> Tensor:
     """Return what one of this package's classes finds.
 
     Args:
         method: The class.
         question: What is explained.
-        referred: Whether it is given the reference.
+        references: How many it is given: the question's own, and embeddings of 0, which for images are the same.
         **options: Of the class.
+
+    Raises:
+        NotApplicableError: If it is to be given two, and the inputs are images.
     """
+    if references == 2 and question.images:
+        raise NotApplicableError
+    baselines = [question.reference, 0.0][:references]
     forward = question.outputs if question.log_probability else question.model
     found = method(forward, model=question.model, **options).attribute(
         question.inputs,
         target=question.target,
         contrast=question.contrast,
-        **({"baselines": question.reference} if referred else {}),
+        **({"baselines": baselines} if baselines else {}),
         **({"patches": True} if question.images else {}),
     )
     return found.detach().flatten(1)
@@ -309,21 +315,20 @@ METHODS: dict[str, Method] = {
     "gradient-weighted, signed": Method("ours", weighted(rectify=None)),
     "relevance, frozen, half": Method("ours", relevance(gate_rule="half")),
     "relevance, frozen, value": Method("ours", relevance(gate_rule="value")),
-    "relevance, reference": Method("ours", relevance(referred=True)),
+    "relevance, reference": Method("ours", relevance(references=1)),
+    "relevance, two references": Method("ours", relevance(references=2)),
+    "relevance, Shapley values": Method("variant", relevance(references=1, value_share=0.5)),
+    "relevance, values first": Method("variant", relevance(references=1, value_share=1.0)),
     **{f"rollout without {term}": Method("ablation", rollout(without=(term,))) for term in ABLATED},
     **{f"gradient-weighted without {term}": Method("ablation", weighted(without=(term,))) for term in ABLATED},
 }
 METHODS |= {
     f"{name}, log p": Method("variant", partial(with_log_probability, explain=METHODS[name].explain))
     for name in (
-        "saliency",
         "gradient × input",
-        "integrated gradients",
-        "occlusion",
         "gradient-weighted, channel",
         "gradient-weighted, token",
         "gradient-weighted, signed",
-        "relevance, frozen, half",
         "relevance, reference",
     )
 }

@@ -38,16 +38,18 @@ GROUPS = {
     "published": "published for recurrent models",
     "ours": "ours",
     "ablation": "ours, with a factor left out",
-    "variant": "of the log-probability",
+    "variant": "variants",
 }
 INTRODUCTION = """
-Which explanation of a recurrent model finds what matters. `make benchmark` trains the models, measures, stores the
-figures in `benchmarks/data` and writes this page from them; what is stored already is not measured again
-(`python benchmarks/run.py --again` does). All is seeded; a second run gives the same figures, but for the times.
+Which explanation of a recurrent model finds what matters. `make benchmark` measures, stores the figures in
+`benchmarks/data` and writes this page from them; what is stored already is not measured again
+(`python benchmarks/run.py --again` does). All is seeded. The models' weights are in `benchmarks/weights`, so a second
+run gives the same figures, but for rounding and the times; delete a file, and its model is trained again
+(on another kind of processor the rounding, and so the weights, may come out otherwise).
 
 Cells: mean over three seeds ± their standard deviation. Of the shipped models there is one each: three draws of inputs
-take the place of seeds. In bold the best method and those within a spread of it. torch {torch}, transformers
-{transformers}, Captum {captum}.
+take the place of seeds. In bold the best method and those within a spread of it. A dash: not for this model. torch
+{torch}, transformers {transformers}, Captum {captum}.
 """.strip()
 
 Cell = tuple[float, float]
@@ -176,9 +178,11 @@ class Claim:
 
 
 def ground_truth(task: str, figure: str) -> list[Column]:
-    """Return a column for each family that a task has, and their mean."""
+    """Return a column for each family that a task has, their mean, and the means of the other figures."""
     of_one = [Column(title, task, figure, family) for family, title in FAMILIES.items() if family != "vision_mamba"]
-    return [*of_one[:-1], Column("mean", task, figure), of_one[-1]]
+    others = [name for name in ("recall", "AP", "AUC") if name != figure]
+    means = [Column("mean", task, figure), *(Column(f"mean {name}", task, name) for name in others)]
+    return [*of_one[:-1], *means, of_one[-1]]
 
 
 SENTENCES = [
@@ -240,21 +244,46 @@ def claims() -> list[Claim]:
 def competitive(stored: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return how RWKV and Griffin compare with a transformer of the same size, each under the same method."""
     lines = []
-    for method in ("unified, rollout", "gradient-weighted, channel", "relevance, reference"):
-        for task, (figure, _) in TASKS.items():
-            found = {
-                f: cell(stored, Column("", task, figure, f), method) for f in ("rwkv", "recurrent_gemma", "transformer")
-            }
-            if None in found.values():
-                continue
-            shown = [f"{value[0]:.2f}" for value in found.values() if value is not None]
-            lines.append(f"| {method} | {task}, {figure} | " + " | ".join(shown) + " |")
+    for method in ("unified, rollout", "unified, root, rollout", "gradient-weighted, channel", "relevance, reference"):
+        for family in ("rwkv", "recurrent_gemma"):
+            for task in TASKS:
+                ours, theirs = (cell(stored, Column("", task, "recall", f), method) for f in (family, "transformer"))
+                if ours is None or theirs is None:
+                    continue
+                held = ours[0] >= theirs[0] - max(ours[1], theirs[1])
+                lines.append(
+                    f"| {method} | {FAMILIES[family]} | {task}, recall | {ours[0]:.2f} | {theirs[0]:.2f} "
+                    f"| {'held' if held else 'not held'} |"
+                )
     return lines
+
+
+def against_integrated_gradients(stored: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how many times as long as ours integrated gradients take, the median over seeds, task by task."""
+    ours = ("relevance, frozen, half", "relevance, reference", "relevance, two references")
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in stored:
+        row = ratios.setdefault((record["task"], FAMILIES[record["family"]]), {})
+        whole = record["methods"]["integrated gradients"]["seconds"]
+        for method in ours:
+            found = record["methods"][method]
+            if found is not None:
+                row.setdefault(method, []).append(whole / found["seconds"])
+    return [
+        "| task | model | " + " | ".join(ours) + " |",
+        "|---|---|" + "---|" * len(ours),
+        *(
+            f"| {task} | {model} | "
+            + " | ".join(f"{median(row[method]):.0f} ×" if method in row else "–" for method in ours)
+            + " |"
+            for (task, model), row in ratios.items()
+        ),
+    ]
 
 
 def curves(stored: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Return the mean curve of some methods as words are replaced, least relevant first less most relevant first."""
-    drawn = ("random", "integrated gradients", "occlusion", "scan alone, rollout", "unified, rollout",
+    drawn = ("random", "integrated gradients", "occlusion", "scan alone, rollout", "unified, root, rollout",
              "gradient-weighted, channel", "relevance, reference")  # fmt: skip
     found: dict[str, list[list[float]]] = {}
     for record in stored:
@@ -305,12 +334,16 @@ def document(stored: Sequence[Mapping[str, Any]]) -> str:
         "In that of gradient × input on the same inputs, median over all models.",
         "| method | time |\n|---|---|\n"
         + "\n".join(f"| {m} | {taken[m]:.1f} × |" for m in METHODS if m in taken and METHODS[m].kind in MAIN),
+        "Times that integrated gradients with 50 steps take, in those of ours. Synthetic tasks: 150 sequences at once; "
+        "sentences: those of one length at once, mostly two to four.",
+        "\n".join(against_integrated_gradients(stored)),
         "## The papers' claims",
         "| claim | on | with | against | |\n|---|---|---|---|---|\n"
         + "\n".join(line for claim in claims() for line in claim.line(stored)),
         "For RWKV and Griffin the methods should do about as well as for a transformer of the same size (softmax "
         "layers of the same hybrid), trained on the same task:",
-        "| method | task | RWKV-4 | Griffin | transformer |\n|---|---|---|---|---|\n" + "\n".join(competitive(stored)),
+        "| method | model | task | its figure | the transformer's | |\n|---|---|---|---|---|---|\n"
+        + "\n".join(competitive(stored)),
         (HERE / "tried.md").read_text(encoding="utf-8").strip(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -327,6 +360,7 @@ SHOWN = {
     "gradient-weighted, signed": "attribution, `rectify=None`",
     "relevance, frozen, half": "relevance, frozen gates",
     "relevance, reference": "relevance, with a reference",
+    "relevance, two references": "relevance, with two references",
 }
 """The methods of the README's summary, as it calls them."""
 START, END = "<!-- results -->", "<!-- /results -->"
