@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
 from train_reviews import rotten_tomatoes_splits
 from vision_mamba import load_digits_model, two_digit_canvases
 
-SEQUENCES, SENTENCES, CANVASES = 150, 80, 64
+SEQUENCES, SENTENCES, CANVASES = 100, 80, 64
 """How many inputs are explained: of a synthetic task, of one draw of sentences, of one draw of canvases."""
 JUDGED, ELSEWHERE = 2**31 + 7, 2**31 + 8
 """Seeds of the sequences that are explained, and of others that tell how much each position matters on average."""

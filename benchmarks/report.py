@@ -334,7 +334,7 @@ def document(stored: Sequence[Mapping[str, Any]]) -> str:
         "In that of gradient × input on the same inputs, median over all models.",
         "| method | time |\n|---|---|\n"
         + "\n".join(f"| {m} | {taken[m]:.1f} × |" for m in METHODS if m in taken and METHODS[m].kind in MAIN),
-        "Times that integrated gradients with 50 steps take, in those of ours. Synthetic tasks: 150 sequences at once; "
+        "Times that integrated gradients with 50 steps take, in those of ours. Synthetic tasks: 100 sequences at once; "
         "sentences: those of one length at once, mostly two to four.",
         "\n".join(against_integrated_gradients(stored)),
         "## The papers' claims",

@@ -41,10 +41,19 @@ LEARNT = 0.9
 Name = tuple[str, str, int]
 
 
+MODELS: dict[str, tuple[str, ...]] = {
+    "marker-needle": tuple(FAMILIES),
+    "two-votes": tuple(FAMILIES),
+    "sentences": ("mamba",),
+    "canvases": ("vision_mamba",),
+    **dict.fromkeys(("induction", "copying"), tuple(family for family in FAMILIES if family != "transformer")),
+}
+"""The models of each task, the most important task first; the transformer is there to be compared with on two."""
+
+
 def names() -> Iterator[Name]:
-    """Yield task, family and seed of every model, the most important first."""
-    for task in ("marker-needle", "two-votes", "sentences", "canvases", "induction", "copying"):
-        families = {"sentences": ("mamba",), "canvases": ("vision_mamba",)}.get(task, tuple(FAMILIES))
+    """Yield task, family and seed of every model."""
+    for task, families in MODELS.items():
         for seed in SEEDS:
             yield from ((task, family, seed) for family in families)
 
