@@ -138,6 +138,9 @@ _STATES = 2**17
 _ROWS = 16
 """Rows of a step of :meth:`Scan.rows`."""
 
+_FEW = 32
+"""Tokens that :func:`prefix` takes one by one: fewer operations than those of pairs."""
+
 
 def _chunked(coefficient: Tensor, T: int) -> Tensor:
     """Return ``coefficient`` (B, L, D or 1, N) in chunks of T tokens, (T, B, D or 1, chunks, N), filled up with 0."""
@@ -254,8 +257,8 @@ def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]
 def prefix(a: Tensor, v: Tensor) -> Tensor:
     """Return all states of ``h_t = a_t h_{t-1} + v_t``, ``h_{-1} = 0``, along axis 1.
 
-    Neighbours are merged into pairs, the sequence of pairs, half as long, is solved likewise, and the
-    states between the pairs follow in one step. Cost: O(T) work in O(log T) steps.
+    A few tokens follow one after the other. Of more, neighbours are merged into pairs, the sequence of pairs, half as
+    long, is solved likewise, and the states between the pairs follow in one step. Cost: O(T) work in O(log T) steps.
 
     Args:
         a: Decays, broadcastable to ``v``, of full length T along axis 1; the first one is not used.
@@ -265,8 +268,10 @@ def prefix(a: Tensor, v: Tensor) -> Tensor:
         The states, shaped as ``v``.
     """
     T = v.shape[1]
-    if T == 1:
-        return v
+    if T <= _FEW:
+        first, *rest = v.unbind(1)
+        steps = zip(a.unbind(1)[1:], rest)
+        return torch.stack([*accumulate(steps, lambda h, step: torch.addcmul(step[1], step[0], h), initial=first)], 1)
     odd = prefix(a[:, 1::2] * a[:, : T - 1 : 2], v[:, 1::2] + a[:, 1::2] * v[:, : T - 1 : 2])
     h = torch.empty_like(v)
     h[:, 0] = v[:, 0]
