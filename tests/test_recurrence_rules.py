@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -756,3 +757,28 @@ def test_a_slope_is_finite_where_there_is_none(name: str) -> None:
     out = CLOSED[name](Traced.of(x, r, Difference()))
     (slope,) = torch.autograd.grad(out.value, x, torch.ones_like(x))
     assert slope.isfinite().all()
+
+
+def test_what_an_operator_makes_of_the_same_is_made_once() -> None:
+    rule = Difference()
+    x, w = Traced.of(torch.randn(1, 4, 3), torch.zeros(1, 4, 3), rule), torch.randn(3, 3)
+    assert F.linear(x, w) is not F.linear(x, w)
+    with rule.sharing():
+        y = F.linear(x, w)
+        assert F.linear(x, w) is y
+        assert F.linear(x, w.clone()) is not y
+        assert F.linear(x.clone(), w) is not y
+    with rule.sharing(shared=False):
+        assert F.linear(x, w) is not F.linear(x, w)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda y: y.add_(1), lambda y: F.relu(y, inplace=True), lambda y: y.__setitem__(0, 1.0)]
+)
+def test_what_is_written_into_is_not_shared(write: Callable[[Tensor], object]) -> None:
+    rule = Difference()
+    x = Traced.of(torch.randn(2, 4, 3), torch.zeros(2, 4, 3), rule)
+    with rule.sharing():
+        expected = (x + 1).value.clone()
+        write(x + 1)
+        assert torch.equal((x + 1).value, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from operator import mul
 from typing import Any, ClassVar, TypeVar
 
@@ -40,12 +40,12 @@ class Product:
                 raise ValueError(
                     f"A scan coefficient has shape (B, L, H, N) with 1 where it is shared, not {tuple(factor.shape)}."
                 )
-        _shared_shape([factor.shape for factor in self.factors])
+        _shared_shape(*(factor.shape for factor in self.factors))
 
     @cached_property
     def shape(self) -> torch.Size:
         """(B, L, H, N) with 1 where the coefficient is shared."""
-        return _shared_shape([factor.shape for factor in self.factors])
+        return _shared_shape(*(factor.shape for factor in self.factors))
 
     def map(self, function: Callable[[Tensor], Tensor], axis: int) -> Product:
         """Apply ``function`` to every factor that is not shared along ``axis``."""
@@ -58,7 +58,8 @@ class Product:
         return value.expand(-1, stop - start, -1, -1)
 
 
-def _shared_shape(shapes: Sequence[torch.Size]) -> torch.Size:
+@lru_cache
+def _shared_shape(*shapes: torch.Size) -> torch.Size:
     """Return the shape that all of these broadcast to, as ``torch.broadcast_shapes``, which is far slower.
 
     Raises:
@@ -184,7 +185,7 @@ class Recurrence(HeadOperator):
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, not {self.chunk}.")
-        _shared_shape([p.shape for p in self.products])
+        _shared_shape(*(p.shape for p in self.products))
 
     @cached_property
     def products(self) -> tuple[Product, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, Literal, NamedTuple
@@ -43,12 +44,23 @@ class Rule(ABC):
             decided otherwise for the reference; the reference follows the input's decision.
     """
 
-    reuse = True
-    """Whether a recurrence that runs twice on the same is run once: not if what enters it is asked for."""
-
     def __init__(self) -> None:
         self.held: set[str] = set()
+        self._made: dict[Any, Any] | None = None
         self._last: tuple[Any, Tensor, Tensor] | None = None
+
+    @contextmanager
+    def sharing(self, shared: bool = True) -> Iterator[None]:
+        """Run once, while the context is open, what of a layer's operators runs twice on the same.
+
+        An adapter runs some of them for its gates, and its chain all of them. Not if what enters one is asked for, or
+        passes it apart: then ``shared`` is False.
+        """
+        self._made = {} if shared else None
+        try:
+            yield
+        finally:
+            self._made = self._last = None
 
     @abstractmethod
     def elementwise(self, function: _OfOne, x: Traced, kind: str) -> Tensor:
@@ -86,7 +98,12 @@ class Rule(ABC):
             return self._once(*args)
         if name in ("secant", "upper_bound"):
             return getattr(self, name)(*args)
+        if self._made is not None and name in _OPERATORS and not in_place and not kwargs:
+            if (func, args) not in self._made:
+                self._made[func, args] = self._apply(func, name, args, kwargs, live)
+            return self._made[func, args]
         if in_place:
+            self._forget()
             return self._in_place(func, name, args, kwargs, live)
         if name in LIKE and len(args) > 1:
             args = (args[0], *constants(args[1:]))
@@ -97,9 +114,14 @@ class Rule(ABC):
             return self._cast(func, args, kwargs)
         return self._apply(func, name, args, kwargs, live)
 
+    def _forget(self) -> None:
+        """Share nothing that was made before: it is about to be written into, or what it was made of."""
+        if self._made is not None:
+            self._made, self._last = {}, None
+
     def _once(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Run a recurrence, unless it was the last that ran, and on the same: norms make adapters run it before."""
-        if self.reuse and self._last is not None:
+        if self._made is not None and self._last is not None:
             last, its_x, y = self._last
             same = len(last) == len(factors) and all(f is g for f, g in zip(last, factors))
             if same and its_x.shape == x.shape and torch.equal(values(its_x), values(x)):
@@ -133,6 +155,7 @@ class Rule(ABC):
             others = {key: value for key, value in kwargs.items() if key != "inplace"}
             found = self.elementwise(_OfOne(func, name, args, others), live[0], made)
             if kwargs.get("inplace"):
+                self._forget()
                 vars(live[0]).update(value=values(found), reference=references(found))
             return found
         if kind == "constant":
@@ -244,6 +267,9 @@ _OUTSIDE = {"data_ptr", "numpy", "__array__", "__dlpack__", "__set__", "backward
 
 _CONTRACTIONS = {"linear", "matmul", "__matmul__", "einsum", "conv1d", "sum", "mean", "bmm", "mm", "_grouped_mm"}
 """Functions whose result is no longer what their argument was."""
+
+_OPERATORS = {"linear", "causal_convolution", "add", "mul"}
+"""Functions that the operators of a chain are made of, besides recurrences."""
 
 _SELECTIONS = {"topk": 2, "sort": 1, "max": 1, "min": 1, "median": 1, "kthvalue": 2}
 """Functions that give entries and their numbers, with the position of the argument that is the axis."""
@@ -373,7 +399,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return torch.where(slope == 0, 0, gradient * slope), None, None
+        return (gradient * slope).masked_fill(slope == 0, 0), None, None
 
 
 def _of_quotient(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,13 +88,13 @@ def follow(
         rounded = call.y.dtype != call.x.dtype  # the layer itself then ran on another input
         if rounded and not again:
             checked(found, None)
-        chain = adapt(found, call.x if whole else call.x.value.detach())
-        cast(Rule, call.x.rule).reuse = entering is None and apart is None
         x: Tensor = call.x
-        for name, operator in reversed(list(chain.factors.items())):
-            if entering is not None and not again:
-                entering(call.name, name, x)
-            x = operator.apply(x, bias=True) if apart is None else _cut_skip(operator, x, apart)
+        with cast(Rule, call.x.rule).sharing(entering is None and apart is None):
+            chain = adapt(found, x if whole else call.x.value.detach())
+            for name, operator in reversed(list(chain.factors.items())):
+                if entering is not None and not again:
+                    entering(call.name, name, x)
+                x = operator.apply(x, bias=True) if apart is None else _cut_skip(operator, x, apart)
         if not rounded and not again:
             checked(found, constants(x))
         return x
