@@ -638,6 +638,29 @@ def test_the_prefix_is_the_recurrence(T: int) -> None:
         assert_close(state, h)
 
 
+@pytest.mark.parametrize("T", [1, 2, 5, 31, 32, 33, 70])
+def test_the_suffix_is_the_recurrence_from_the_end(T: int) -> None:
+    torch.manual_seed(T)
+    a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
+    g = torch.zeros(2, 3, dtype=torch.float64)
+    states = scans.suffix(a, v)
+    for t in reversed(range(T)):
+        g = (a[:, t + 1] * g if t + 1 < T else 0) + v[:, t]
+        assert_close(states[:, t], g)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 31, 32, 33, 70])
+def test_the_states_follow_the_one_that_they_start_from(T: int) -> None:
+    torch.manual_seed(T)
+    a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
+    h = torch.randn(2, 3, dtype=torch.float64)
+    first, *states = scans.states_from(h, a, v).unbind(1)
+    assert torch.equal(first, h)
+    for t, state in enumerate(states):
+        h = a[:, t] * h + v[:, t]
+        assert_close(state, h)
+
+
 @pytest.mark.parametrize("P", [1, 3])
 @pytest.mark.parametrize("shared", ["b", "b and c", "a and b", "c"])
 def test_weights_may_be_shared_by_all_states(P: int, shared: str) -> None:

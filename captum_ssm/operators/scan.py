@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
@@ -216,8 +216,8 @@ class _States(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-        before, states = _states(a, b, x, h)
-        return (c.unsqueeze(-1) * (before if lag else states)).sum(-2), states[:, -1].clone()
+        states = _states(a, b, x, h)
+        return (c.unsqueeze(-1) * (states[:, :-1] if lag else states[:, 1:])).sum(-2), states[:, -1].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -227,14 +227,15 @@ class _States(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         a, b, c, x, h = ctx.saved_tensors
-        before, states = _states(a, b, x, h)
+        states = _states(a, b, x, h)
+        before, states = states[:, :-1], states[:, 1:]
         reads = (c.unsqueeze(-1) * dy.unsqueeze(-2)).expand_as(states)  # what each read adds to the gradient
         last = dh.unsqueeze(1)
         if ctx.lag:  # token t reads the state before it
             writes = torch.cat([reads[:, 1:], last], dim=1)
         else:
             writes = torch.cat([reads[:, :-1], reads[:, -1:] + last], dim=1)
-        g = prefix(a.unsqueeze(-1).roll(-1, 1).flip(1), writes.flip(1)).flip(1)
+        g = suffix(a.unsqueeze(-1), writes)
         first = a[:, 0].unsqueeze(-1) * g[:, 0] + (reads[:, 0] if ctx.lag else 0)
         gradients = (
             (g * before).sum(-1),
@@ -246,12 +247,10 @@ class _States(torch.autograd.Function):
         return *(d.sum_to_size(t.shape) for d, t in zip(gradients, (a, b, c, x, h))), None
 
 
-def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states before and after each token of a chunk, (B, T, H, N, P) each."""
-    a, writes = a.unsqueeze(-1), (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])
-    first = writes[:, :1] + a[:, :1] * h.unsqueeze(1)
-    states = prefix(a, torch.cat([first, writes[:, 1:]], dim=1))
-    return torch.cat([h.unsqueeze(1), states[:, :-1]], dim=1), states
+def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    """Return the state before a chunk and those after each of its tokens, (B, T + 1, H, N, P)."""
+    writes = (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])
+    return states_from(h, a.unsqueeze(-1), writes)
 
 
 def prefix(a: Tensor, v: Tensor) -> Tensor:
@@ -269,15 +268,32 @@ def prefix(a: Tensor, v: Tensor) -> Tensor:
     """
     T = v.shape[1]
     if T <= _FEW:
-        first, *rest = v.unbind(1)
-        steps = zip(a.unbind(1)[1:], rest)
-        return torch.stack([*accumulate(steps, lambda h, step: torch.addcmul(step[1], step[0], h), initial=first)], 1)
+        return torch.stack(_in_turn(a.unbind(1)[1:], v.unbind(1)), 1)
     odd = prefix(a[:, 1::2] * a[:, : T - 1 : 2], v[:, 1::2] + a[:, 1::2] * v[:, : T - 1 : 2])
     h = torch.empty_like(v)
     h[:, 0] = v[:, 0]
     h[:, 1::2] = odd
     h[:, 2::2] = v[:, 2::2] + a[:, 2::2] * odd[:, : (T - 1) // 2]
     return h
+
+
+def states_from(h: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    """Return ``h`` and all states of ``h_t = a_t h_{t-1} + v_t`` after it, (B, T + 1, ...), see :func:`prefix`."""
+    if v.shape[1] <= _FEW:
+        return torch.stack(_in_turn(a.unbind(1), [h, *v.unbind(1)]), 1)
+    return prefix(torch.cat([a[:, :1], a], 1), torch.cat([h.unsqueeze(1), v], 1))
+
+
+def suffix(a: Tensor, v: Tensor) -> Tensor:
+    """Return all states of ``g_t = a_{t+1} g_{t+1} + v_t``, ``g_T = 0``, along axis 1: :func:`prefix` from the end."""
+    if v.shape[1] <= _FEW:
+        return torch.stack(_in_turn(a.unbind(1)[:0:-1], v.unbind(1)[::-1])[::-1], 1)
+    return prefix(a.roll(-1, 1).flip(1), v.flip(1)).flip(1)
+
+
+def _in_turn(a: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """Return the states of tokens that write ``v``, one after the other, with the decays between them."""
+    return [*accumulate(zip(a, v[1:]), lambda h, step: torch.addcmul(step[1], step[0], h), initial=v[0])]
 
 
 def _by_matrix(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:

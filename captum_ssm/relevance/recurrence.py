@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add, mul
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators import Product, Recurrence, Scan
-from captum_ssm.operators.scan import decays, earlier, heads_first, prefix
+from captum_ssm.operators.scan import decays, earlier, heads_first, states_from, suffix
 from captum_ssm.relevance.slopes import slope_of_exp
 
 _NODES = {2: (0.5,), 4: (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)}
@@ -146,7 +146,8 @@ def _chunk_gradients(
         Multipliers of the input, of every factor of every coefficient, None of a constant, and of the state before.
     """
     T, N = dy.shape[1], G.shape[2]
-    evaluated = [p.tokens(0, T) for p in run.scan.products]
+    exponents = [replace(p, exponential=False).tokens(0, T) if p.exponential else None for p in run.scan.products]
+    evaluated = [p.tokens(0, T) if e is None else e.exp() for p, e in zip(run.scan.products, exponents)]
     means = [_mean(t, state_share if k == 2 else 0.5) for k, t in enumerate(evaluated)]  # the third is c
     shares = [_Shares(p, more=int(k == 1)) for k, p in enumerate(run.scan.products)]  # b meets x as a third factor
     means[1] = shares[1].mean().expand(-1, T, -1, -1)
@@ -173,7 +174,7 @@ def _chunk_gradients(
             lambda _: -g.onto_keys(_mean(recalled)),
         ]
     dx = g.onto_values(mean_rest[0]).transpose(1, 2)
-    return dx, _to_factors(shares, evaluated, gradients), first
+    return dx, _to_factors(shares, exponents, evaluated, gradients), first
 
 
 class _States(Protocol):
@@ -221,10 +222,8 @@ def _sum(t: Tensor, axis: int) -> Tensor:
 def _explicit(a: Tensor, rest: Sequence[Tensor], x: Tensor, h: Tensor) -> tuple[_Explicit, _Explicit, None]:
     """Return the states after and before each token of a chunk that starts from ``h``."""
     decay = heads_first(a, a.shape[3]).unsqueeze(-1)
-    writes = (rest[0].unsqueeze(-1) * x.unsqueeze(-2)).expand(*x.shape[:3], *h.shape[2:]).clone()
-    writes[:, :, 0] += decay[:, :, 0] * h
-    states = _along_tokens(decay, writes)
-    return _Explicit(states), _Explicit(torch.cat([h.unsqueeze(2), states[:, :, :-1]], dim=2)), None
+    states = _along_tokens(partial(states_from, h), decay, rest[0].unsqueeze(-1) * x.unsqueeze(-2))
+    return _Explicit(states[:, :, 1:]), _Explicit(states[:, :, :-1]), None
 
 
 def _explicit_adjoint(
@@ -232,16 +231,16 @@ def _explicit_adjoint(
 ) -> tuple[_Explicit, None, Tensor]:
     """Return the multipliers of the states of a chunk that ``G`` comes after, and of the state before it."""
     decay = heads_first(a, a.shape[3]).unsqueeze(-1)
-    reads = (rest[1].unsqueeze(-1) * dy.unsqueeze(-2)).expand(*dy.shape[:3], *G.shape[2:])
-    writes = torch.cat([reads[:, :, 1:], G.unsqueeze(2)], dim=2) if lag else reads.clone()
+    reads = rest[1].unsqueeze(-1) * dy.unsqueeze(-2)
+    writes = torch.cat([reads[:, :, 1:], G.unsqueeze(2)], dim=2) if lag else reads
     if not lag:
         writes[:, :, -1] += G
-    g = _along_tokens(decay.roll(-1, 2).flip(2), writes.flip(2)).flip(2)
+    g = _along_tokens(suffix, decay, writes)
     return _Explicit(g), None, decay[:, :, 0] * g[:, :, 0] + (reads[:, :, 0] if lag else 0)
 
 
-def _along_tokens(decay: Tensor, writes: Tensor) -> Tensor:
-    return prefix(decay.transpose(1, 2), writes.transpose(1, 2)).transpose(1, 2)
+def _along_tokens(states: Callable[[Tensor, Tensor], Tensor], decay: Tensor, writes: Tensor) -> Tensor:
+    return states(decay.transpose(1, 2), writes.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -386,21 +385,20 @@ class _Shares:
         """Return the multiplier of one more factor."""
         return reduce(add, (reduce(mul, self.at(node)) for node in self.nodes)) / len(self.nodes)
 
-    def gradients(self, gradient: Callable[[float], Tensor], slope: Any) -> list[Tensor | None]:
+    def gradients(self, gradient: Callable[[float], Tensor]) -> list[Tensor | None]:
         """Return the factors' multipliers, None of a constant.
 
         Args:
-            gradient: The multiplier (B, H, T, N or 1) of the coefficient, at a point of the line.
-            slope: Of the coefficient in the product.
+            gradient: The multiplier (B, T, H, N or 1) of the product, at a point of the line.
         """
         found: list[Any] = [None if len(factor) == 1 else 0 for factor in self.product.factors]
         for node in self.nodes if any(part is not None for part in found) else ():
-            at, whole = self.at(node), gradient(node).transpose(1, 2) * (slope / len(self.nodes))
+            at, whole = self.at(node), gradient(node)
             for k, factor in enumerate(at):
                 if found[k] is not None:
                     others = [f for j, f in enumerate(at) if j != k]
                     found[k] = found[k] + _contracted(factor.shape, whole, *others)
-        return found
+        return [part if part is None else part / len(self.nodes) for part in found]
 
 
 def _contracted(shape: torch.Size, *factors: Tensor) -> Tensor:
@@ -410,14 +408,21 @@ def _contracted(shape: torch.Size, *factors: Tensor) -> Tensor:
 
 
 def _to_factors(
-    shares: Sequence[_Shares], evaluated: Sequence[Tensor], gradients: Sequence[Callable[[float], Tensor]]
+    shares: Sequence[_Shares],
+    exponents: Sequence[Tensor | None],
+    evaluated: Sequence[Tensor],
+    gradients: Sequence[Callable[[float], Tensor]],
 ) -> list[Tensor | None]:
     """Return the multipliers of all factors from those of the coefficients, see :meth:`_Shares.gradients`."""
     found: list[Tensor | None] = []
-    for share, coefficient, gradient in zip(shares, evaluated, gradients):
-        slope: Any = 1
-        if share.product.exponential:
-            exponents = replace(share.product, exponential=False).tokens(0, coefficient.shape[1])
-            slope = slope_of_exp(*_sides(exponents), *_sides(coefficient))
-        found += share.gradients(gradient, slope)
+    for share, exponent, coefficient, gradient in zip(shares, exponents, evaluated, gradients):
+        slope = None if exponent is None else slope_of_exp(*_sides(exponent), *_sides(coefficient))
+
+        def of_product(
+            node: float, gradient: Callable[[float], Tensor] = gradient, slope: Tensor | None = slope
+        ) -> Tensor:
+            whole = gradient(node).transpose(1, 2)
+            return whole if slope is None else whole * slope
+
+        found += share.gradients(of_product)
     return found
