@@ -309,12 +309,11 @@ class Difference(Rule):
         p: Any = 0.5
         if (x.kind is None) != (y.kind is None):  # one of them is a gate
             p = self.value_share if x.kind is None else 1 - self.value_share
-        q: Any = 1 - p
         if y.kind == "inverse":
-            p, q = _of_quotient(p, q, b, s)
+            p = _of_quotient(p, b, s)
         elif x.kind == "inverse":
-            q, p = _of_quotient(q, p, a, r)
-        linear = function(x.value, p * b + q * s) + function(q * a + p * r, y.value)
+            p = 1 - _of_quotient(1 - p, a, r)
+        linear = function(x.value, torch.lerp(s, b, p)) + function(torch.lerp(a, r, p), y.value)
         return self.pair(_with_value(linear, value), reference)
 
     def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
@@ -402,14 +401,13 @@ class _Slope(torch.autograd.Function):
         return (gradient * slope).masked_fill(slope == 0, 0), None, None
 
 
-def _of_quotient(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of a number and of one over something, b and its reference s, that make them a quotient's.
+def _of_quotient(p: float, b: Tensor, s: Tensor) -> Tensor:
+    """Return the share of a number times one over something, b and its reference s, that makes it a quotient's.
 
-    They are the shares themselves if the signs of b and s differ.
+    It is the share itself if the signs of b and s differ.
     """
     alike = b * s > 0
-    total = torch.where(alike, p * s + q * b, 1)
-    return torch.where(alike, p * s / total, p), torch.where(alike, q * b / total, q)
+    return torch.where(alike, p * s / torch.where(alike, p * s + (1 - p) * b, 1), p)
 
 
 def _with_value(linear: Tensor, value: Tensor) -> Tensor:

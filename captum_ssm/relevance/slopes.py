@@ -59,7 +59,7 @@ def _inverse_root(x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
 @_slope_of("exp")
 def slope_of_exp(x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Return ``(exp(x) - exp(r)) / (x - r)`` for ``y = exp(x)`` and ``z = exp(r)``: nothing overflows."""
-    return torch.maximum(y, z) * _decline((x - r).abs())
+    return _decline((x - r).abs_()).mul_(torch.maximum(y, z))
 
 
 @_slope_of("log")
@@ -136,4 +136,4 @@ def _gated(x: Tensor, r: Tensor, s: Tensor, t: Tensor, slope: Tensor) -> Tensor:
 
 def _decline(distance: Tensor) -> Tensor:
     """Return ``(1 - exp(-d)) / d``, 1 at 0."""
-    return torch.where(distance == 0, 1, torch.expm1(-distance).div_(distance).neg_())
+    return torch.neg(distance).expm1_().div_(distance).neg_().masked_fill_(distance == 0, 1)
