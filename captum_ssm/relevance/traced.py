@@ -35,7 +35,7 @@ class Traced(Tensor):
     @classmethod
     def of(cls, value: Tensor, reference: Tensor, rule: Rule, kind: str | None = None) -> Traced:
         """Return the pair."""
-        return cls._make_subclass(cls, value.detach())._hold(value, reference, rule, kind)
+        return cls._make_subclass(cls, value)._hold(value, reference, rule, kind)
 
     @classmethod
     def adopt(cls, plain: Tensor, rule: Rule, dtype: torch.dtype) -> Traced:
