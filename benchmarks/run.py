@@ -46,9 +46,11 @@ MODELS: dict[str, tuple[str, ...]] = {
     "two-votes": tuple(FAMILIES),
     "sentences": ("mamba",),
     "canvases": ("vision_mamba",),
-    **dict.fromkeys(("induction", "copying"), tuple(family for family in FAMILIES if family != "transformer")),
+    "induction": ("mamba", "mamba2", "rwkv", "qwen3_5"),
+    "copying": ("mamba", "mamba2", "rwkv", "recurrent_gemma", "qwen3_5"),
 }
-"""The models of each task, the most important task first; the transformer is there to be compared with on two."""
+"""The models of each task, the most important task first. The transformer is there to be compared with on two. Griffin
+does not learn induction: 87 % after 6000 steps."""
 
 
 def names() -> Iterator[Name]:
