@@ -182,7 +182,7 @@ class Sentences:
             "target": (question.target == self._answers[1]).long(),
             "evidence": lambda logits: logits[:, self._answers].softmax(-1),
         }
-        given = question.model, question.inputs, found
+        given = partial(_last_logits, question.model), question.inputs, found
         return {
             **{
                 f"{name}, replaced": metric(*given, baselines=self._unknown, **judged, **shared)
@@ -196,6 +196,12 @@ class Sentences:
                 *given, baselines=self._unknown, evidence=lambda logits: logits[:, self._answers], **shared
             ),
         }
+
+
+def _last_logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of the last token alone, where the sentences are judged: far faster than those of all."""
+    logits: Tensor = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+    return logits
 
 
 class Canvases:

@@ -72,6 +72,25 @@ def test_all_that_is_stored_is_finite_and_of_three_seeds() -> None:
         assert sorted(seeds) == list(run.SEEDS), (task, family)
 
 
+@pytest.mark.parametrize("name", [("marker-needle", "rwkv", 0), ("copying", "mamba2", 1), ("two-votes", "qwen3_5", 2)])
+def test_a_figure_comes_back_when_it_is_measured_again(name: run.Name) -> None:
+    """From the stored weights, up to a sequence or two that rounding decides."""
+    stored = json.loads((run.DATA / f"{'-'.join(map(str, name))}.json").read_text(encoding="utf-8"))
+    wanted = ("relevance, reference", "gradient-weighted, signed", "unified, root, rollout", "saliency")
+    for method, found in run.measure(run.case(*name), wanted):
+        assert found is not None
+        for figure, (value, _) in stored["methods"][method]["figures"].items():
+            assert abs(found["figures"][figure][0] - value) <= 0.02, (method, figure)
+
+
+def test_the_weights_of_every_model_are_stored() -> None:
+    """But for those of the models that ship with the package and the tutorials."""
+    names = {"-".join(map(str, name)) for name in run.names()}
+    own = {name for name in names if not name.startswith(("sentences", "canvases"))}
+    assert {path.stem for path in run.WEIGHTS.glob("*.safetensors")} == own
+    assert {path.stem for path in run.DATA.glob("*.json")} == names
+
+
 @pytest.mark.parametrize("task", ["marker-needle", "two-votes"])
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])
 def test_every_method_answers(task: str, family: str) -> None:
