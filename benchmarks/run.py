@@ -41,6 +41,9 @@ LEARNT = 0.9
 Name = tuple[str, str, int]
 
 
+ATTEMPTS = 3
+"""How often training is begun with other random weights until a task is learnt."""
+
 MODELS: dict[str, tuple[str, ...]] = {
     "marker-needle": tuple(FAMILIES),
     "two-votes": tuple(FAMILIES),
@@ -64,8 +67,11 @@ def trained(task: str, family: str, seed: int) -> Any:
     """Return a model that was trained on a task, from its stored weights, which are made now if there are none."""
     path = WEIGHTS / f"{task}-{family}-{seed}.safetensors"
     if not path.exists():
-        model = build(family, seed)
-        train(model, TASKS[task](), seed, rate=RATES.get(family, 3e-3))
+        for attempt in range(ATTEMPTS):
+            model = build(family, seed + 10 * attempt)
+            reached, _ = train(model, TASKS[task](), seed + 10 * attempt, rate=RATES.get(family, 3e-3))
+            if reached >= LEARNT:
+                break
         WEIGHTS.mkdir(exist_ok=True)
         save_model(model.half(), str(path))
     model = build(family, seed)

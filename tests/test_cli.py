@@ -291,7 +291,7 @@ def test_the_scores_of_a_relevance_sum_to_the_difference_that_the_model_shows(
         values = [explained(model(x).logits[:, -1], score, target, against if contrast else None) for x in (ids, other)]
     found = re.fullmatch(
         rf"the scores sum to ({NUMBER}); F\(text\) - F\(reference\) = ({NUMBER}) - \(({NUMBER})\) = ({NUMBER}); "
-        r"gap ([+-]\d\.\de-\d\d)",
+        r"gap ([+-]\d\.\de[+-]\d\d)",
         shown.fact("completeness"),
     )
     assert found
@@ -314,7 +314,7 @@ def test_the_scores_of_frozen_gates_and_the_bias_term_sum_to_the_score(run: Any,
     target = tokenizer.convert_tokens_to_ids("positive")
     found = re.fullmatch(
         rf"the scores sum to ({NUMBER}), the term of bias is ({NUMBER}), together ({NUMBER}); F\(text\) = ({NUMBER}); "
-        r"gap ([+-]\d\.\de-\d\d)",
+        r"gap ([+-]\d\.\de[+-]\d\d)",
         shown.fact("completeness"),
     )
     assert found
