@@ -373,7 +373,7 @@ def test_padding_on_the_right_changes_no_layer(ids: Tensor) -> None:
 
 def test_only_the_layers_that_are_shown_are_checked(mamba: nn.Module, ids: Tensor) -> None:
     """Layers are decomposed as they are needed, the last ones first."""
-    method = RawImplicitAttention(mamba)
+    method = RawImplicitAttention(mamba, fusion="absolute")
     method.attribute(ids, target=1)
     assert list(method.fidelity) == ["backbone.layers.1.mixer"]
     last = LayerImplicitAttention(mamba, 1).attribute(ids)[:, -1]

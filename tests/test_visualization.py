@@ -841,7 +841,8 @@ def test_the_bars_of_the_shipped_model_are_the_scores_of_the_rollout() -> None:
     tokenizer = AutoTokenizer.from_pretrained(models.REVIEWS)
     ids = tokenizer("A clumsy, overlong film, yet strangely touching.", return_tensors="pt").input_ids
     tokens = tokenizer.convert_ids_to_tokens(ids[0])
-    matrices = [LayerImplicitAttention(model, k).attribute(ids)[0] for k in range(model.config.num_hidden_layers)]
+    layers = (LayerImplicitAttention(model, k) for k in range(model.config.num_hidden_layers))
+    matrices = [layer.attribute(ids, fusion="root")[0] for layer in layers]
     for query in (-1, 4):
         scores = ImplicitAttentionRollout(model).attribute(ids, target=0, query=query)[0]
         figure = flow_figure(rollout_steps(matrices), tokens, query)

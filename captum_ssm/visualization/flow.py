@@ -32,7 +32,7 @@ def rollout_steps(matrices: Sequence[Matrix] | Matrix) -> Array:
 
     Args:
         matrices: ``C_l``, (layers, L, L) or a list of (L, L), such as :class:`~captum_ssm.LayerImplicitAttention`
-            gives for each layer, the first one first.
+            gives for each layer, the first one first, with the rollout's own ``fusion="root"``.
 
     Returns:
         (layers, L, L): what token i after layer l hands on to token j before it, as a share of its relevance. Row i is
@@ -79,7 +79,7 @@ def flow_figure(
 
     Example:
         >>> import torch
-        >>> matrices = torch.rand(3, 4, 4).tril()  # of LayerImplicitAttention(model, k).attribute(ids)[0] for each k
+        >>> matrices = torch.rand(3, 4, 4).tril()  # of LayerImplicitAttention(model, k).attribute(ids, fusion="root")[0]
         >>> figure = flow_figure(rollout_steps(matrices), ["A", "witty", "film", "."])
     """
     matrices = as_square_matrices(steps)
