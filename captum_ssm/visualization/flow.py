@@ -79,7 +79,7 @@ def flow_figure(
 
     Example:
         >>> import torch
-        >>> matrices = torch.rand(3, 4, 4).tril()  # of LayerImplicitAttention(model, k).attribute(ids, fusion="root")[0]
+        >>> matrices = torch.rand(3, 4, 4).tril()  # LayerImplicitAttention(model, k).attribute(ids, fusion="root")[0]
         >>> figure = flow_figure(rollout_steps(matrices), ["A", "witty", "film", "."])
     """
     matrices = as_square_matrices(steps)
