@@ -332,6 +332,15 @@ def test_exchanging_input_and_reference_turns_every_sign(family: str) -> None:
     assert_close(back, -there, 1e-4)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_whatever_the_share_of_a_value_relevance_adds_up(share: float, mamba: nn.Module) -> None:
+    found, halves = (Relevance(mamba, value_share=part) for part in (share, 0.5))
+    relevance = found.attribute(IDS, TARGET, baselines=BASELINE)
+    other = halves.attribute(IDS, TARGET, baselines=BASELINE)
+    assert_close(relevance.sum(1), other.sum(1))
+    assert (relevance - other).abs().max() > 1e-3 * other.abs().max(), "the tokens divide it otherwise"
+
+
 def forms_of_a_baseline(model: nn.Module) -> dict[str, Any]:
     x = embed(model, torch.full_like(IDS, BASELINE))
     return {
@@ -802,7 +811,10 @@ def test_a_baseline_that_does_not_fit_embeddings_is_refused(baselines: Any, mamb
 
 def test_unknown_options_are_refused(mamba: nn.Module, unchanged: Any) -> None:
     with unchanged(mamba, IDS):
-        for options in ({"gate_rule": "all"}, {"apart": "bias"}, {"apart": ("skip", "conv")}, {"gate_rule": None}):
+        for options in (
+            {"gate_rule": "all"}, {"apart": "bias"}, {"apart": ("skip", "conv")}, {"gate_rule": None},
+            {"value_share": -0.1}, {"value_share": 1.1},
+        ):  # fmt: skip
             with pytest.raises(InvalidInputError):
                 Relevance(mamba, **options)
         with pytest.raises(InvalidInputError, match="checkpoints"):
