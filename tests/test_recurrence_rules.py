@@ -233,13 +233,15 @@ def test_a_value_and_what_reads_it_share_what_they_change_together(share: float,
 
 
 @pytest.mark.parametrize("change", [
-    lambda x: x.expand(3, 4), lambda x: x.expand_as(torch.zeros(3, 4)), lambda x: x.reshape_as(torch.zeros(1, 3)),
-    lambda x: x.to(torch.zeros(1)), lambda x: x.unsqueeze(0)[0], lambda x: x.mT.contiguous().mT,
+    lambda x, like: x.expand(3, 4), lambda x, like: x.expand_as(like), lambda x, like: x.reshape_as(like[:, :1]),
+    lambda x, like: x.to(like), lambda x, like: x.unsqueeze(0)[0], lambda x, like: x.mT.contiguous().mT,
 ])  # fmt: skip
 def test_what_only_changes_its_form_stays_the_inverse_that_it_is(change: Any) -> None:
-    scale = torch.rsqrt(Traced.of(*(t.detach().abs() for t in random(3, 1)), Difference()))
+    """Also where the form is that of something traced."""
+    rule = Difference()
+    scale = torch.rsqrt(Traced.of(*(t.detach().abs() for t in random(3, 1)), rule))
     assert scale.kind == "inverse"
-    assert change(scale).kind == "inverse"
+    assert change(scale, Traced.of(*random(3, 4), rule)).kind == "inverse"
 
 
 # --- Through the rules --------------------------------------------------------------------------------------------
