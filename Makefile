@@ -33,7 +33,8 @@ bench: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/families.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/vision.py
 
-# Measures the methods against each other; hours on one core if nothing is stored. See benchmarks/RESULTS.md.
+# Measures the methods against each other: seconds if all is stored, an hour or so on one core if no figures are, hours
+# if the weights are gone too. See benchmarks/RESULTS.md.
 benchmark: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/report.py
