@@ -4,10 +4,10 @@
     python benchmarks/run.py --only marker-needle mamba 0     one model
     python benchmarks/run.py --again                          measure anew what is stored already
 
-One JSON for each model goes to ``benchmarks/data``. What is stored is not measured again, method by method, so a run can
-be stopped at any time, and a new method costs its own time only. The weights, in half precision, are in
-``benchmarks/weights``; a model without is trained first. Everything is seeded: another run on the same weights stores the
-same figures, but for rounding and the seconds. ``report.py`` makes ``RESULTS.md`` of them.
+One JSON for each model goes to ``benchmarks/data``. What is stored is not measured again, method by method, so a run
+can be stopped at any time, and a new method costs its own time only. The weights, in half precision, are in
+``benchmarks/weights``; a model without is trained first. Everything is seeded: another run on the same weights stores
+the same figures, but for rounding and the seconds. ``report.py`` makes ``RESULTS.md`` of them.
 """
 
 from __future__ import annotations
