@@ -16,7 +16,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from methods import METHODS
+from cases import SEQUENCES
+from methods import METHODS, STEPS
 from run import DATA, SEEDS
 
 from captum_ssm.metrics import Curve
@@ -334,8 +335,8 @@ def document(stored: Sequence[Mapping[str, Any]]) -> str:
         "In that of gradient × input on the same inputs, median over all models.",
         "| method | time |\n|---|---|\n"
         + "\n".join(f"| {m} | {taken[m]:.1f} × |" for m in METHODS if m in taken and METHODS[m].kind in MAIN),
-        "Times that integrated gradients with 50 steps take, in those of ours. Synthetic tasks: 100 sequences at once; "
-        "sentences: those of one length at once, mostly two to four.",
+        f"Times that integrated gradients with {STEPS} steps take, in those of ours. Synthetic tasks: {SEQUENCES} "
+        "sequences at once; sentences: those of one length at once, one to six, two on average.",
         "\n".join(against_integrated_gradients(stored)),
         "## The papers' claims",
         "| claim | on | with | against | |\n|---|---|---|---|---|\n"

@@ -70,7 +70,7 @@ def trained(task: str, family: str, seed: int) -> Any:
     if not path.exists():
         for attempt in range(ATTEMPTS):
             model = build(family, seed + 10 * attempt)
-            reached, _ = train(model, TASKS[task](), seed + 10 * attempt, rate=RATES.get(family, 3e-3))
+            reached, _ = train(model, TASKS[task](), seed + 10 * attempt, rate=RATES[family])
             if reached >= LEARNT:
                 break
         WEIGHTS.mkdir(exist_ok=True)

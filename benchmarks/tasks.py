@@ -211,8 +211,8 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     }),
 }  # fmt: skip
 """The configuration of each family by the name of its model type; the transformer is Qwen3.5's softmax layers alone."""
-RATES = {"qwen3_5": 1e-3, "transformer": 1e-3}
-"""Learning rates of families that do not learn at :func:`train`'s own."""
+RATES = {**dict.fromkeys(FAMILIES, 3e-3), "qwen3_5": 1e-3, "transformer": 1e-3}
+"""The learning rate of each family; Qwen3.5's layers do not learn copying at that of the others."""
 
 
 def build(family: str, seed: int) -> Any:
@@ -292,8 +292,7 @@ def main() -> None:
     hf.logging.set_verbosity_error()
     start = time.perf_counter()
     model = build(options.family, options.seed)
-    rate = RATES.get(options.family, 3e-3)
-    reached, steps = train(model, TASKS[options.task](), options.seed, options.steps, rate=rate)
+    reached, steps = train(model, TASKS[options.task](), options.seed, options.steps, rate=RATES[options.family])
     model.save_pretrained(options.out)
     seconds = time.perf_counter() - start
     print(f"{options.task}-{options.family}-{options.seed} accuracy {reached:.4f} steps {steps} seconds {seconds:.0f}")
