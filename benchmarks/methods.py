@@ -26,7 +26,7 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.metrics import random_attributions
-from captum_ssm.readout import scores
+from captum_ssm.network.forward import run_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from oracles_relevance import mamba_lrp
@@ -75,7 +75,7 @@ class Question:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Return what target and contrast select from, (B, classes), for ids, embeddings or images."""
-        logits = scores(self.model, inputs)
+        logits = run_model(self.model, inputs)
         return logits.log_softmax(-1) if self.log_probability else logits
 
     def score(self, inputs: Tensor, rows: Tensor) -> Tensor:

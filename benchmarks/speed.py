@@ -42,11 +42,11 @@ from captum_ssm import (
     LayerImplicitAttentionAttribution,
     LLMImplicitAttention,
 )
-from captum_ssm.attention import ImplicitAttention, dense
 from captum_ssm.attr.attribution import Rectify
-from captum_ssm.capture import record_mixers
-from captum_ssm.fidelity import decompose
+from captum_ssm.layers.fidelity import decompose
+from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.models import REVIEWS
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Product, Scan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -118,10 +118,10 @@ def dense_against_loop(L: int, D: int) -> str:
     """Dense matrices of a core against the published loop over rows, columns and steps."""
     scan, parameters = selective_scan(L, D)
     like = torch.zeros(1, L, D)
-    dense(scan, like)
-    before = seconds(lambda: dense(scan, like))
+    channel_matrices(scan, like)
+    before = seconds(lambda: channel_matrices(scan, like))
     loop = seconds(lambda: published_alpha(*parameters))
-    after = seconds(lambda: dense(scan, like))
+    after = seconds(lambda: channel_matrices(scan, like))
     ours = (before + after) / 2
     return f"{loop / ours:.0f} x faster ({ours:.2f} s, {loop:.1f} s)"
 
@@ -275,7 +275,7 @@ def rectified_memory(L: int, width: int) -> str:
     v = into.apply(layer.x, bias=True).detach()
     u = torch.randn_like(v)
     with torch.no_grad(), LargestTensor() as largest:
-        grown, took = growth(lambda: ImplicitAttention(core, u, v).dense(torch.relu))
+        grown, took = growth(lambda: CoreMatrix(core, u, v).dense(torch.relu))
     share = largest.entries / (v.shape[-1] * L * L)
     return f"{grown:.2f} GB; largest tensor {share:.1%} of (B, D, L, L) ({took:.0f} s)"
 

@@ -15,10 +15,10 @@ from captum_ssm.attr import (
     RawImplicitAttention,
 )
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
-from captum_ssm.kernels import reference_kernels
-from captum_ssm.registry import register, supported, unregister
+from captum_ssm.layers.mixers import register, supported, unregister
+from captum_ssm.layers.wires import Wire, register_wire, unregister_wire
+from captum_ssm.network.reference_kernels import reference_kernels
 from captum_ssm.relevance.functions import register_rule, unregister_rule
-from captum_ssm.wiring import Wire, register_wire, unregister_wire
 
 __version__ = "0.1.0"
 

@@ -29,7 +29,7 @@ from captum_ssm import (
     models,
 )
 from captum_ssm.attr.base import ModelMethod
-from captum_ssm.readout import scores
+from captum_ssm.network.forward import run_model
 from captum_ssm.visualization import Passage, text_figure, text_html, text_terminal, token_heatmap
 
 METHODS: dict[str, Callable[..., ModelMethod]] = {
@@ -237,7 +237,7 @@ Explained = tuple[Passage, list[str], Callable[[], Figure]]
 def explain_prediction(options: argparse.Namespace, reader: Reader, encoding: Encoding) -> Explained:
     """Explain one prediction: a class, or the next token."""
     with torch.no_grad():
-        logits = scores(reader.model, encoding.ids, encoding.mask)[0]
+        logits = run_model(reader.model, encoding.ids, encoding.mask)[0]
     target = int(logits.argmax()) if options.target is None else reader.target(options.target, len(logits))
     contrast = None if options.contrast is None else reader.target(options.contrast, len(logits))
     if contrast == target:
@@ -247,7 +247,7 @@ def explain_prediction(options: argparse.Namespace, reader: Reader, encoding: En
         return logits.log_softmax(-1) if options.score == "log-probability" else logits
 
     def score(ids: Tensor, mask: Tensor) -> Tensor:
-        return of_logits(scores(reader.model, ids, mask))
+        return of_logits(run_model(reader.model, ids, mask))
 
     reference = reader.reference(options.reference) if options.method == "relevance" else None
     method = METHODS[options.method](score, reader.model, options)

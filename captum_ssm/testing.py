@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall
-from captum_ssm.fidelity import decompose, relative_error
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.operators import Chain
-from captum_ssm.registry import find_adapter
 
 __all__ = ["AdapterReport", "check_adapter"]
 
@@ -95,14 +95,14 @@ def _summands(chain: Chain) -> list[Chain]:
     return list(chain.summands().values()) if chain.split()[1].mixes_channels else [chain]
 
 
-def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> MixerCall:
+def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> LayerCall:
     with torch.no_grad():
         output = mixer(x, **kwargs)
     y = output if isinstance(output, Tensor) else output[0]
-    return MixerCall(type(mixer).__name__, mixer, x, y, kwargs)
+    return LayerCall(type(mixer).__name__, mixer, x, y, kwargs)
 
 
-def _check_differentiable(call: MixerCall, x: Tensor) -> None:
+def _check_differentiable(call: LayerCall, x: Tensor) -> None:
     adapter = find_adapter(call.mixer)
     assert adapter is not None
     with torch.enable_grad():
@@ -141,7 +141,7 @@ def _check_adjoint(chain: Chain, x: Tensor, tolerance: float) -> float:
 
 def _check_core(core: Chain, v: Tensor, tolerance: float, causal: bool) -> float:
     """Matrices, products and single channels of the core agree, and do not read the future."""
-    y, matrices = core.apply(v), dense(core, v)
+    y, matrices = core.apply(v), channel_matrices(core, v)
     deviation = relative_error(torch.einsum("bdij,bjd->bid", matrices, v), y)
     assert deviation <= tolerance, f"the core's matrices times its input differ from its product by {deviation:.1e}"
     future = matrices.triu(1).abs().max().item()

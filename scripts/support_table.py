@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, supported
-from captum_ssm.fidelity import relative_error
+from captum_ssm.layers.fidelity import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from captum_ssm import UnsupportedModelError
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.fidelity import decompose, relative_error
 from captum_ssm.gates import activation, activation_name, inverse_length, secant
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import DeltaScan, Diagonal, Scan
-from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
 GDN = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
@@ -60,7 +61,7 @@ def changeable(name: str) -> Any:
     return copy.deepcopy(layers(name, tiny(name))[0])
 
 
-def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[MixerCall]:
+def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[LayerCall]:
     """Run the model and return the calls of its linear layers."""
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -73,25 +74,25 @@ def arguments(name: str, mask: Tensor | None = None) -> dict[str, Any]:
     return {"attention_mask": mask} | ({"position_embeddings": None} if name == "minimax" else {})
 
 
-def call_directly(name: str, mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> MixerCall:
+def call_directly(name: str, mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> LayerCall:
     with torch.no_grad():
         y = mixer(x, **arguments(name, mask))
-    return MixerCall(name, mixer, x, y if isinstance(y, Tensor) else y[0], arguments(name, mask))
+    return LayerCall(name, mixer, x, y if isinstance(y, Tensor) else y[0], arguments(name, mask))
 
 
-def check(name: str, call: MixerCall, tolerance: float = 1e-5) -> None:
+def check(name: str, call: LayerCall, tolerance: float = 1e-5) -> None:
     """Compare a call with the model's output and, in float64, each of its parts with the oracle."""
     assert decompose(call, tolerance).error <= tolerance
-    call = MixerCall(call.name, call.mixer, call.x.double(), call.y, call.kwargs)
+    call = LayerCall(call.name, call.mixer, call.x.double(), call.y, call.kwargs)
     layer = decompose(call, tolerance)
     expected = ORACLES[name](call.mixer, call.x, call.kwargs.get("attention_mask"))
     assert relative_error(expected["y"], call.y) <= tolerance  # the oracle is the layer
 
     chain = layer.chain
     recurrence = chain.split(chain.mixers[0])[1]
-    assert relative_error(dense(recurrence, expected["v"]), expected["alpha"]) <= 1e-12
+    assert relative_error(channel_matrices(recurrence, expected["v"]), expected["alpha"]) <= 1e-12
     _, core, into = chain.split()
-    assert relative_error(dense(core, expected["v"]), expected["core"]) <= 1e-12
+    assert relative_error(channel_matrices(core, expected["v"]), expected["core"]) <= 1e-12
     assert relative_error(into.apply(layer.x), expected["v"]) <= 1e-12
     gate = chain.factors["gate"]
     assert isinstance(gate, Diagonal) and relative_error(gate.s, expected["gate"]) <= 1e-12
@@ -116,7 +117,7 @@ def test_the_layer_is_the_written_out_layer(name: str, mask: Tensor | None, ids:
 def test_padding_is_not_attended_to(name: str, ids: Tensor) -> None:
     for call in record(name, tiny(name), ids, LEFT):
         scan = decompose(call).chain.split("scan")[1]
-        alpha = dense(scan, torch.empty(2, 7, scan.sizes[0] or 0))
+        alpha = channel_matrices(scan, torch.empty(2, 7, scan.sizes[0] or 0))
         assert alpha[0, :, :, :3].eq(0).all() and alpha[0, :, 4, 3].ne(0).all()
 
 
@@ -185,7 +186,7 @@ def test_an_empty_input_gives_an_empty_output_with_finite_gradients(name: str) -
     assert adapter is not None and decompose(call).error == 0
     x = call.x.clone().requires_grad_()
     core = adapter(call.mixer, x, call.kwargs).split()[1]
-    matrices = dense(core, torch.empty(1, 5, core.sizes[0] or 0))
+    matrices = channel_matrices(core, torch.empty(1, 5, core.sizes[0] or 0))
     (gradient,) = torch.autograd.grad(matrices.sum(), x)
     assert matrices.isfinite().all() and gradient.isfinite().all()
 

@@ -17,12 +17,13 @@ from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 
 from captum_ssm import FidelityError
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.fidelity import decompose, relative_error
 from captum_ssm.gates import activation, running_max, secant
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Scan
-from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
 LAYERS = {
@@ -70,7 +71,7 @@ def changeable(layer: str) -> Any:
     return copy.deepcopy(mixers(layer, tiny(LAYERS[layer]))[-1])
 
 
-def record(layer: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **options: Any) -> list[MixerCall]:
+def record(layer: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **options: Any) -> list[LayerCall]:
     """Run the model and return the calls of its layers of this class."""
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, **{"use_cache": False, **options})
@@ -87,11 +88,11 @@ def arguments(layer: str, x: Tensor) -> dict[str, Any]:
     return {"position_ids": positions, "attention_mask": None, "use_cache": False}
 
 
-def call_directly(mixer: nn.Module, x: Tensor, **kwargs: Any) -> MixerCall:
+def call_directly(mixer: nn.Module, x: Tensor, **kwargs: Any) -> LayerCall:
     kwargs = {**arguments(type(mixer).__name__, x), **kwargs}
     with torch.no_grad():
         output = mixer(x, **kwargs)
-    return MixerCall(type(mixer).__name__, mixer, x, output if isinstance(output, Tensor) else output[0], kwargs)
+    return LayerCall(type(mixer).__name__, mixer, x, output if isinstance(output, Tensor) else output[0], kwargs)
 
 
 def tokens(mixer: nn.Module, B: int, L: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,7 +134,7 @@ def matrices(chain: Chain, x: Tensor) -> Tensor:
     core = chain.split(chain.mixers[0])[1]
     D = core.sizes[0]
     assert D is not None
-    return dense(core, x.new_empty(*x.shape[:2], D))
+    return channel_matrices(core, x.new_empty(*x.shape[:2], D))
 
 
 def whole(chain: Chain, x: Tensor) -> Tensor:

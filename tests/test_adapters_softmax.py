@@ -14,11 +14,12 @@ from transformers import DynamicCache
 
 from captum_ssm import UnsupportedModelError, supported
 from captum_ssm.adapters.softmax import attention_weights
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.fidelity import relative_error
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Attention, Chain
-from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
 LAYERS = {
@@ -82,7 +83,7 @@ def ids() -> Tensor:
     return torch.randint(1, VOCABULARY, (2, L), generator=torch.Generator().manual_seed(1))
 
 
-def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> list[MixerCall]:
+def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> list[LayerCall]:
     """Run the model and return the calls of its softmax layers."""
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, **{"use_cache": False, **kwargs})
@@ -91,7 +92,7 @@ def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: 
     return found
 
 
-def chain_of(call: MixerCall, x: Tensor | None = None) -> Chain:
+def chain_of(call: LayerCall, x: Tensor | None = None) -> Chain:
     x = call.x.to(torch.promote_types(call.x.dtype, torch.float32)) if x is None else x
     adapter = find_adapter(call.mixer)
     assert adapter is not None
@@ -104,11 +105,11 @@ def weights_of(chain: Chain) -> Tensor:
     return attention.weights
 
 
-def real_of(call: MixerCall, mask: Tensor | None) -> Tensor:
+def real_of(call: LayerCall, mask: Tensor | None) -> Tensor:
     return torch.ones(call.x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def error(call: MixerCall, mask: Tensor | None = None) -> float:
+def error(call: LayerCall, mask: Tensor | None = None) -> float:
     """The relative error of the chain at the real tokens."""
     chain, real = chain_of(call), real_of(call, mask)
     x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
@@ -192,7 +193,7 @@ def test_the_matrices_are_the_layer_also_with_padding(name: str, ids: Tensor) ->
         chain = chain_of(call)
         output, core, into = chain.split()
         v = into.apply(call.x, bias=True)
-        y = output.apply(torch.einsum("bdij,bjd->bid", dense(core, v), v), bias=True)
+        y = output.apply(torch.einsum("bdij,bjd->bid", channel_matrices(core, v), v), bias=True)
         u = torch.randn_like(y)
         left, right = (u * chain.apply(call.x)).sum(), (chain.adjoint(u) * call.x).sum()
     assert relative_error(y[LEFT.bool()], call.y[LEFT.bool()]) <= 1e-6
@@ -202,7 +203,7 @@ def test_the_matrices_are_the_layer_also_with_padding(name: str, ids: Tensor) ->
 # --- The equations ------------------------------------------------------------------------------------------------
 
 
-def frequencies(name: str, call: MixerCall) -> list[float]:
+def frequencies(name: str, call: LayerCall) -> list[float]:
     """Return the frequencies of the rotary positions of a layer, from its configuration; none without them."""
     if call.kwargs.get("position_embeddings") is None and name != "recurrent_gemma":
         return []
@@ -217,7 +218,7 @@ def frequencies(name: str, call: MixerCall) -> list[float]:
 
 
 @torch.no_grad()
-def check_equations(name: str, call: MixerCall, mask: Tensor | None) -> None:
+def check_equations(name: str, call: LayerCall, mask: Tensor | None) -> None:
     """Compare a call of a float32 model and its decomposition in float64 with the equations in float64.
 
     transformers computes the softmax, the norms and the rotary angles in float32 whatever the layer's type.
@@ -233,8 +234,8 @@ def check_equations(name: str, call: MixerCall, mask: Tensor | None) -> None:
     _, core, _ = chain.split()
     into = chain.split("attention")[2]
     assert relative_error(into.apply(x, bias=True), expected["v"]) <= (1e-6 if name in LATENT else 1e-12)
-    assert relative_error(dense(attention, expected["v"]), expected["alpha"]) <= 1e-6
-    assert relative_error(dense(core, expected["v"]), expected["core"]) <= 1e-6
+    assert relative_error(channel_matrices(attention, expected["v"]), expected["alpha"]) <= 1e-6
+    assert relative_error(channel_matrices(core, expected["v"]), expected["core"]) <= 1e-6
     assert relative_error(chain.apply(x, bias=True), expected["y"]) <= 1e-6
 
 
@@ -339,7 +340,7 @@ def test_shared_layers_have_adapters_of_their_own(ids: Tensor) -> None:
     one, two = record(model, ids)
     assert one.mixer.get_submodule("v_proj").weight is two.mixer.get_submodule("v_proj").weight
     assert error(one) <= 1e-6 and error(two) <= 1e-6
-    assert error(MixerCall("", one.mixer, one.x, one.y, {**one.kwargs, "layer_idx": two.kwargs["layer_idx"]})) > 0.05
+    assert error(LayerCall("", one.mixer, one.x, one.y, {**one.kwargs, "layer_idx": two.kwargs["layer_idx"]})) > 0.05
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -376,8 +377,8 @@ def test_a_token_that_may_see_nothing_has_a_row_of_0(ids: Tensor) -> None:
 # --- Masks that a call may have -----------------------------------------------------------------------------------
 
 
-def with_mask(call: MixerCall, mask: Any) -> MixerCall:
-    return MixerCall(call.name, call.mixer, call.x, call.y, {**call.kwargs, "attention_mask": mask})
+def with_mask(call: LayerCall, mask: Any) -> LayerCall:
+    return LayerCall(call.name, call.mixer, call.x, call.y, {**call.kwargs, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYERS) - set(SPARSE)))
@@ -425,7 +426,8 @@ def test_reading_the_weights_leaves_no_trace(name: str, ids: Tensor, unchanged: 
         for call in calls:
             before = {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
             chain_of(call)
-            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
+            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}  # type:
+            ignore[arg-type]
     assert not fired and model.config._attn_implementation == "sdpa"
 
 
@@ -475,9 +477,10 @@ def test_a_cache_is_neither_read_nor_written(name: str, ids: Tensor) -> None:
         index: Any = call.kwargs.get("layer_idx", call.mixer.layer_idx)
         for past, length in caches:
             kwargs = {**call.kwargs, "past_key_values": past}
-            assert error(MixerCall(call.name, call.mixer, call.x, call.y, kwargs)) <= 1e-6
+            assert error(LayerCall(call.name, call.mixer, call.x, call.y, kwargs)) <= 1e-6
             assert past.get_seq_length(index) == length
 
 
 def test_the_adapter_names_no_library() -> None:
-    assert "import transformers" not in inspect.getsource(inspect.getmodule(attention_weights))  # type: ignore[arg-type]
+    assert "import transformers" not in inspect.getsource(inspect.getmodule(attention_weights))  # type:
+    ignore[arg-type]

@@ -9,11 +9,12 @@ import torch
 from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
 
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.fidelity import decompose, relative_error
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Product, Scan
-from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
 GATED = ["out", "norm", "gate", "scan", "act", "conv", "in"]
@@ -43,7 +44,7 @@ def mixers(name: str, model: nn.Module) -> list[Any]:
     return found
 
 
-def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[MixerCall]:
+def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[LayerCall]:
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     calls = [call for call in calls if type(call.mixer).__name__ == LAYERS[name][0]]
@@ -51,10 +52,10 @@ def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None)
     return calls
 
 
-def call_of(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> MixerCall:
+def call_of(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> LayerCall:
     kwargs: dict[str, Any] = {"attention_mask": mask}
     with torch.no_grad():
-        return MixerCall(type(mixer).__name__, mixer, x, mixer(x, **kwargs), kwargs)
+        return LayerCall(type(mixer).__name__, mixer, x, mixer(x, **kwargs), kwargs)
 
 
 def pieces_of(model: nn.Module, mixer: Any, x: Tensor, mask: Tensor | None = None) -> oracles_ssd.Pieces:
@@ -274,11 +275,11 @@ def test_the_factors_are_the_written_out_equations(name: str, option: str) -> No
     _, scan, _ = chain.split(chain.mixers[0])
     assert list(scan.factors) == ["scan"]
     like = torch.empty_like(expected.gate)
-    alpha = dense(scan.without("skip"), like)
+    alpha = channel_matrices(scan.without("skip"), like)
     assert relative_error(alpha, expected.alpha) <= 1e-12
     assert not alpha[0, :, :, 0].any()  # no attention to padding
-    assert relative_error(dense(scan, like), oracles_ssd.scan(expected)) <= 1e-12
-    assert relative_error(dense(chain.split()[1], like), oracles_ssd.core(expected)) <= 1e-12
+    assert relative_error(channel_matrices(scan, like), oracles_ssd.scan(expected)) <= 1e-12
+    assert relative_error(channel_matrices(chain.split()[1], like), oracles_ssd.core(expected)) <= 1e-12
 
     gate = Chain({name: factor for name, factor in chain.factors.items() if name in ("norm", "gate")})
     assert relative_error(gate.apply(torch.ones_like(like)), expected.gate) <= 1e-12
@@ -369,7 +370,7 @@ def test_heads_share_their_attention() -> None:
     chain = decompose(call_of(mixer, torch.randn(2, 7, 16))).chain
     scan = chain.factors["scan"]
     assert isinstance(scan, Scan) and (scan.heads, scan.head_size) == (8, 4)
-    alpha = dense(scan.without("skip"), torch.empty(2, 7, 32)).unflatten(1, (8, 4))
+    alpha = channel_matrices(scan.without("skip"), torch.empty(2, 7, 32)).unflatten(1, (8, 4))
     assert torch.equal(alpha, alpha[:, :, :1].expand_as(alpha))
     assert isinstance(scan.c, Tensor)
     groups = scan.c.unflatten(2, (2, 4))

@@ -18,24 +18,19 @@ from captum_ssm import (
     InvalidInputError,
     LayerImplicitAttention,
     RawImplicitAttention,
-    aggregate,
-    attention,
     register,
     unregister,
 )
-from captum_ssm.aggregate import RolledLayer
-from captum_ssm.attention import (
-    ExplicitAttention,
-    ImplicitAttention,
-    ProductAttention,
-    ScaledAttention,
-    TokenMatrix,
-    dense,
-)
-from captum_ssm.attr.fusion import fuse
-from captum_ssm.attr.view import Cut, LayerView
+from captum_ssm.layers.wires import Wire
+from captum_ssm.matrices import core_matrix as attention
+from captum_ssm.matrices import rollout as aggregate
+from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
+from captum_ssm.matrices.fusion import fuse
+from captum_ssm.matrices.rollout import RolloutLayer
+from captum_ssm.matrices.split_layer import Split, SplitLayer
+from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixProduct, ScaledMatrix, TokenMatrix
+from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
-from captum_ssm.wiring import Wire, Wiring
 
 SEEDS = range(6)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -64,8 +59,8 @@ def make(seed: int, P: int, dtype: torch.dtype = torch.float64) -> tuple[Chain, 
 def rollout(layers: list[Any], query: Tensor) -> Tensor:
     """Roll out layers one after the other, each on a plain residual path, the first layer first."""
     reads = [frozenset(range(-1, number)) for number in range(len(layers) + 1)]
-    rolled = [RolledLayer(matrix, torch.ones_like(query), torch.zeros_like(query)) for matrix in layers]
-    return aggregate.rollout(rolled.__getitem__, Wiring(reads[:-1], reads[-1]), query)
+    rolled = [RolloutLayer(matrix, torch.ones_like(query), torch.zeros_like(query)) for matrix in layers]
+    return aggregate.rollout(rolled.__getitem__, ResidualGraph(reads[:-1], reads[-1]), query)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -77,8 +72,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> 
 @every_seed
 def test_dense_is_the_product_of_the_written_out_factors(seed: int, P: int) -> None:
     core, matrices, u, _ = make(seed, P)
-    assert_close(dense(core, u), matrices)
-    assert matrices.triu(1).abs().max() == 0 and dense(core, u).triu(1).abs().max() == 0
+    assert_close(channel_matrices(core, u), matrices)
+    assert matrices.triu(1).abs().max() == 0 and channel_matrices(core, u).triu(1).abs().max() == 0
 
 
 @every_head_size
@@ -86,13 +81,13 @@ def test_dense_is_the_product_of_the_written_out_factors(seed: int, P: int) -> N
 def test_implicit_products_are_those_of_the_explicit_matrix(seed: int, P: int) -> None:
     core, matrices, u, v = make(seed, P)
     explicit = oracles.weighted(matrices, u, v).sum(1)
-    implicit = ImplicitAttention(core, u, v)
+    implicit = CoreMatrix(core, u, v)
     s, r = torch.randn(2, *u.shape[:2], dtype=torch.float64)
     assert_close(implicit.apply(s), torch.einsum("bij,bj->bi", explicit, s))
     assert_close(implicit.adjoint(r), torch.einsum("bij,bi->bj", explicit, r))
     assert_close(implicit.dense(), explicit)
-    assert_close(ExplicitAttention(explicit).apply(s), implicit.apply(s))
-    assert_close(ExplicitAttention(explicit).adjoint(r), implicit.adjoint(r))
+    assert_close(DenseMatrix(explicit).apply(s), implicit.apply(s))
+    assert_close(DenseMatrix(explicit).adjoint(r), implicit.adjoint(r))
 
 
 @every_head_size
@@ -101,7 +96,7 @@ def test_the_bias_of_a_factor_is_no_part_of_the_matrix(seed: int, P: int) -> Non
     core, _, u, v = make(seed, P)
     s = torch.randn(u.shape[:2], dtype=torch.float64)
     assert core.terms.count("bias") == 1
-    assert_close(ImplicitAttention(core.without("bias"), u, v).apply(s), ImplicitAttention(core, u, v).apply(s))
+    assert_close(CoreMatrix(core.without("bias"), u, v).apply(s), CoreMatrix(core, u, v).apply(s))
 
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
@@ -117,7 +112,7 @@ def test_a_function_of_the_entries_comes_before_the_sum_over_channels(
 ) -> None:
     core, matrices, u, v = make(seed, P)
     expected = function(oracles.weighted(matrices, u, v)).sum(1)
-    assert_close(ImplicitAttention(core, u, v).dense(function), expected)
+    assert_close(CoreMatrix(core, u, v).dense(function), expected)
     assert not torch.allclose(expected, function(oracles.weighted(matrices, u, v).sum(1)))
 
 
@@ -127,7 +122,7 @@ def test_lengths_are_those_of_what_each_token_contributes(seed: int, P: int) -> 
     core, matrices, u, v = make(seed, P)
     W = torch.randn(5, u.shape[-1], dtype=torch.float64)
     output = Chain({"out": Projection(W, torch.randn(5, dtype=torch.float64))})
-    assert_close(ImplicitAttention(core, u, v).lengths(output), oracles.lengths(matrices, v, W))
+    assert_close(CoreMatrix(core, u, v).lengths(output), oracles.lengths(matrices, v, W))
 
 
 @every_head_size
@@ -147,7 +142,7 @@ def test_the_root_adds_up_the_squares_of_what_each_channel_writes(seed: int, P: 
         "two": torch.einsum("e,ef,blf,fd->bld", scale.s.square(), W.square(), act.square(), inner.square()),
     }
     for name, output in outputs.items():
-        cut = LayerView("", (Cut(output, core, v, None),), real, Wire(), real[..., 0])
+        cut = SplitLayer("", (Split(output, core, v, None),), real, Wire(), real[..., 0])
         expected = torch.einsum("bid,bdij->bij", written[name], entries.square()).sqrt()
         assert_close(fuse(cut, "root").dense(), expected)
 
@@ -164,8 +159,8 @@ def test_how_the_work_is_cut_never_changes_the_result(
     assert isinstance(weights, Projection)
     monkeypatch.setattr(attention, "_BLOCK", block)
     monkeypatch.setattr(attention, "_CHANNELS", channels)
-    implicit = ImplicitAttention(core, u, v)
-    assert_close(dense(core, u), matrices)
+    implicit = CoreMatrix(core, u, v)
+    assert_close(channel_matrices(core, u), matrices)
     assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
     assert_close(implicit.lengths(output), oracles.lengths(matrices, v, weights.W))
 
@@ -210,7 +205,7 @@ def test_rows_are_the_written_out_matrix_over_several_steps(length: int, lag: in
         matrices = matrices @ oracles.conv_matrix(conv, length)
     entries = torch.einsum("bid,bdij,bjd->bdij", u, matrices, v)
     for entrywise in (None, torch.abs, torch.relu, torch.square):
-        fused = ImplicitAttention(core, u, v).dense(entrywise)
+        fused = CoreMatrix(core, u, v).dense(entrywise)
         assert_close(fused, (entries if entrywise is None else entrywise(entries)).sum(1))
 
 
@@ -229,27 +224,27 @@ def test_a_product_is_the_product_the_first_applied_last(seed: int, count: int) 
     expected = matrices[0]
     for matrix in matrices[1:]:
         expected = expected @ matrix
-    check_matrix(ProductAttention(tuple(map(ExplicitAttention, matrices))), expected)
+    check_matrix(MatrixProduct(tuple(map(DenseMatrix, matrices))), expected)
 
 
 @every_seed
 def test_a_product_takes_implicit_matrices_too(seed: int) -> None:
     (core, matrices, u, v), (other, others, r, s) = make(seed, 1), make(seed + 6, 1)
     one, two = oracles.weighted(matrices, u, v).sum(1), oracles.weighted(others, r, s).sum(1)
-    check_matrix(ProductAttention((ImplicitAttention(core, u, v), ImplicitAttention(other, r, s))), one @ two)
+    check_matrix(MatrixProduct((CoreMatrix(core, u, v), CoreMatrix(other, r, s))), one @ two)
 
 
 @every_seed
 def test_a_factor_scales_the_rows(seed: int) -> None:
     core, matrices, u, v = make(seed, 1)
-    explicit, implicit = oracles.weighted(matrices, u, v).sum(1), ImplicitAttention(core, u, v)
+    explicit, implicit = oracles.weighted(matrices, u, v).sum(1), CoreMatrix(core, u, v)
     rows = torch.randn(u.shape[:2], dtype=torch.float64)
-    for matrix in (implicit, ExplicitAttention(explicit)):
-        check_matrix(ScaledAttention(matrix, rows), rows.unsqueeze(-1) * explicit)
-        check_matrix(ScaledAttention(matrix, 0.5), 0.5 * explicit)
-        check_matrix(ScaledAttention(matrix, torch.tensor(-2.0, dtype=torch.float64)), -2 * explicit)
-        check_matrix(ScaledAttention(ScaledAttention(matrix, rows), 3.0), 3 * rows.unsqueeze(-1) * explicit)
-    assert_close(ScaledAttention(implicit, 1).dense(), explicit)
+    for matrix in (implicit, DenseMatrix(explicit)):
+        check_matrix(ScaledMatrix(matrix, rows), rows.unsqueeze(-1) * explicit)
+        check_matrix(ScaledMatrix(matrix, 0.5), 0.5 * explicit)
+        check_matrix(ScaledMatrix(matrix, torch.tensor(-2.0, dtype=torch.float64)), -2 * explicit)
+        check_matrix(ScaledMatrix(ScaledMatrix(matrix, rows), 3.0), 3 * rows.unsqueeze(-1) * explicit)
+    assert_close(ScaledMatrix(implicit, 1).dense(), explicit)
 
 
 # --- Cores that mix channels, and such as read the future -----------------------------------------------------------
@@ -286,7 +281,7 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
     added = torch.einsum("bidje,bje->bdij", entries, v)
     assert_close(added.sum(-1).transpose(1, 2), core.apply(v))
     weighted = u.transpose(1, 2).unsqueeze(-1) * added
-    implicit = ImplicitAttention(core, u, v)
+    implicit = CoreMatrix(core, u, v)
     check_matrix(implicit, weighted.sum(1))
     for function in FUNCTIONS:
         assert_close(implicit.dense(function), function(weighted).sum(1))
@@ -312,8 +307,8 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
     assert not core.causal
     matrices = oracles.diagonal_matrix(gate) @ weights.repeat_interleave(P, dim=1)
     W = torch.randn(5, H * P, dtype=torch.float64)
-    implicit = ImplicitAttention(core, u, v)
-    assert_close(dense(core, u), matrices)
+    implicit = CoreMatrix(core, u, v)
+    assert_close(channel_matrices(core, u), matrices)
     check_matrix(implicit, oracles.weighted(matrices, u, v).sum(1))
     assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
     assert_close(implicit.lengths(Chain({"out": Projection(W)})), oracles.lengths(matrices, v, W))
@@ -385,10 +380,10 @@ def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
     for number in range(3):  # the first layer first
         core, matrices, u, v = make(seed + 6 * number, 1)  # the same length for each layer
         if signed:
-            layers.append(ImplicitAttention(core, u, v))
+            layers.append(CoreMatrix(core, u, v))
             explicit.append(oracles.weighted(matrices, u, v).sum(1))
         else:
-            layers.append(ExplicitAttention(ImplicitAttention(core, u, v).dense(torch.relu)))
+            layers.append(DenseMatrix(CoreMatrix(core, u, v).dense(torch.relu)))
             explicit.append(oracles.weighted(matrices, u, v).clamp(min=0).sum(1))
     query = torch.rand(explicit[0].shape[:2], dtype=torch.float64)
     scores = rollout(layers, query)
@@ -403,7 +398,7 @@ def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
 @every_seed
 def test_the_order_of_layers_matters_and_rollout_of_none_is_the_query(seed: int) -> None:
     made = [make(seed + 6 * number, 1) for number in range(2)]
-    layers = [ImplicitAttention(core, u, v) for core, _, u, v in made]
+    layers = [CoreMatrix(core, u, v) for core, _, u, v in made]
     query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
     assert torch.equal(rollout([], query), query)
     assert not torch.allclose(rollout(layers, query), rollout(layers[::-1], query))
@@ -414,7 +409,7 @@ def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
     made = [make(seed + 6 * number, 1) for number in range(3)]
     query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
     explicit = sum(oracles.weighted(matrices, u, v).sum(1) for _, matrices, u, v in made) / 3
-    row = aggregate.mean_row([ImplicitAttention(core, u, v) for core, _, u, v in made], query)
+    row = aggregate.mean_row([CoreMatrix(core, u, v) for core, _, u, v in made], query)
     assert_close(row, torch.einsum("bi,bij->bj", query, explicit))
 
 
@@ -450,7 +445,7 @@ def test_fused_attention_never_holds_a_matrix_of_every_channel(
     torch.manual_seed(0)
     a, b, c = (torch.rand(B, L, D, N) for _ in range(3))
     u, v = torch.randn(2, B, L, D)
-    implicit = ImplicitAttention(Chain({"gate": Diagonal(u), "scan": Scan(a, b, c)}), u, v)
+    implicit = CoreMatrix(Chain({"gate": Diagonal(u), "scan": Scan(a, b, c)}), u, v)
     with small_blocks(monkeypatch), Largest() as largest:
         implicit.dense(function)
     assert B * L * L <= largest.entries < B * D * L * L // 8

@@ -23,7 +23,7 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.adapters.s6 import bidirectional
-from captum_ssm.attention import dense
+from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Flip, Operator, Projection, Scan, Sum
 from captum_ssm.testing import check_adapter
 
@@ -59,9 +59,9 @@ def moved(module: nn.Module) -> Any:
 
 def test_a_causal_operator_becomes_one_that_reads_the_future_alone() -> None:
     conv = CausalConv(randn(3, 3))
-    matrices = dense(conv.flipped(), randn(*SHAPE))
+    matrices = channel_matrices(conv.flipped(), randn(*SHAPE))
     assert matrices.tril(-1).abs().max() == 0 < matrices.triu(1).abs().max()
-    assert_close(matrices, dense(conv, randn(*SHAPE)).flip(-2, -1))
+    assert_close(matrices, channel_matrices(conv, randn(*SHAPE)).flip(-2, -1))
     assert conv.causal and not conv.flipped().causal
 
 
@@ -106,11 +106,11 @@ def test_a_sum_adds_its_summands() -> None:
     x, taps = randn(*SHAPE), [one.factors["conv"].w, two.factors["conv"].w]  # type: ignore[attr-defined]
     scan = two.factors["scan"]
     assert isinstance(scan, Scan)
-    first = oracles.diagonal_matrix(one.factors["gate"].s) @ oracles.conv_matrix(taps[0], 6)  # type: ignore[attr-defined]
-    second = oracles.scan_alpha(scan.a, scan.b, scan.c) @ oracles.conv_matrix(taps[1], 6)  # type: ignore[arg-type]
-    assert_close(dense(both, x), first + second)
-    constant = one.factors["gate"].s * one.factors["conv"].bias  # type: ignore[attr-defined]
-    assert_close(both.apply(x, bias=True), oracles.times(first + second, x) + constant)
+    first = oracles.diagonal_matrix(one.factors["gate"].s) @ oracles.conv_matrix(taps[0], 6)  # type:
+    ignore[attr-defined] second = oracles.scan_alpha(scan.a, scan.b, scan.c) @ oracles.conv_matrix(taps[1], 6)  # type:
+    ignore[arg-type] assert_close(channel_matrices(both, x), first + second) constant = one.factors["gate"].s *
+    one.factors["conv"].bias  # type: ignore[attr-defined] assert_close(both.apply(x, bias=True), oracles.times(first +
+    second, x) + constant)
 
 
 def test_a_summand_is_left_out_by_its_name() -> None:
@@ -286,9 +286,9 @@ def test_the_matrices_are_those_of_both_directions_written_out(options: dict[str
         assert_close(parts["y"], mixer(x))
         output, core, into = bidirectional(mixer, x).split()
         forward, backward = (oracles_vision.unified(parts, name) for name in ("forward", "backward"))
-        assert_close(dense(core, parts["value"]), forward + backward)
-        assert_close(dense(core.without("backward"), parts["value"]), forward)
-        assert_close(dense(core.without("forward"), parts["value"]), backward)
+        assert_close(channel_matrices(core, parts["value"]), forward + backward)
+        assert_close(channel_matrices(core.without("backward"), parts["value"]), forward)
+        assert_close(channel_matrices(core.without("forward"), parts["value"]), backward)
         assert_close(into.apply(x, bias=True), parts["value"])
         assert_close(output.apply(parts["gate"]), parts["gate"] @ parts["out"].T)
 

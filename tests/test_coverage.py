@@ -19,7 +19,7 @@ from conftest import build
 from families import FAMILIES, VOCABULARY
 
 from captum_ssm import register, supported, unregister
-from captum_ssm.registry import find_adapter
+from captum_ssm.layers.mixers import find_adapter
 
 MODELS = Path(transformers.__file__).parent / "models"
 SIGNS = re.compile(

@@ -26,8 +26,8 @@ from captum_ssm import (
     RawImplicitAttention,
     UnsupportedModelError,
 )
-from captum_ssm.capture import record_mixers
-from captum_ssm.fidelity import decompose, relative_error
+from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.network.recording import record_mixers
 
 FUSIONS = ("absolute", "mean", "positive", "norm", "root")
 METHODS: dict[str, Callable[..., Any]] = {

@@ -22,9 +22,10 @@ from captum_ssm import (
     register,
     unregister,
 )
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.fidelity import Decomposition, decompose, relative_error
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import Decomposition, decompose, relative_error
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
@@ -36,7 +37,7 @@ MASKS: dict[str, Tensor | None] = {
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
-def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[MixerCall]:
+def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[LayerCall]:
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     assert calls
@@ -104,7 +105,10 @@ def test_an_example_is_decomposed_alike_alone_and_in_a_batch(family: nn.Module, 
         inside, single = one.chain.split()[1], other.chain.split()[1]
         D = inside.sizes[0]
         assert D is not None
-        matrices, matrix = dense(inside, torch.empty(2, 7, D)), dense(single, torch.empty(1, 7, D))
+        matrices, matrix = (
+            channel_matrices(inside, torch.empty(2, 7, D)),
+            channel_matrices(single, torch.empty(1, 7, D)),
+        )
         assert relative_error(matrices[1:], matrix) <= 1e-5
 
 
@@ -115,8 +119,8 @@ def test_left_padding_moves_the_attention_and_changes_nothing_else(family: nn.Mo
         inside, plain = decompose(one).chain.split()[1], decompose(other).chain.split()[1]
         D = plain.sizes[0]
         assert D is not None
-        shifted = dense(inside, torch.empty(2, 10, D))[..., 3:, 3:]
-        assert relative_error(shifted, dense(plain, torch.empty(2, 7, D))) <= 1e-5
+        shifted = channel_matrices(inside, torch.empty(2, 10, D))[..., 3:, 3:]
+        assert relative_error(shifted, channel_matrices(plain, torch.empty(2, 7, D))) <= 1e-5
 
 
 def test_the_bias_is_needed(family: nn.Module, ids: Tensor) -> None:
@@ -195,10 +199,10 @@ def test_the_alpha_of_s6_is_the_published_one(build: Any, options: dict[str, Any
             chain = decompose(call).chain
             scan = chain.factors["scan"]
             assert isinstance(scan, Scan)
-            alpha = dense(scan.without("skip"), expected["v"])
+            alpha = channel_matrices(scan.without("skip"), expected["v"])
             assert relative_error(alpha, expected["alpha"]) <= 1e-12
             skip = oracles.diagonal_matrix(expected["skip"].expand_as(expected["v"]))
-            assert relative_error(dense(scan, expected["v"]) - alpha, skip) <= 1e-12
+            assert relative_error(channel_matrices(scan, expected["v"]) - alpha, skip) <= 1e-12
             if mask is not None:
                 assert alpha[0, :, :, :3].eq(0).all()  # no attention to padding
 
@@ -230,7 +234,7 @@ def test_falcon_mambas_norms_are_needed(ids: Tensor) -> None:
     falcon, plain = tiny_falcon_mamba().double(), tiny_mamba().double()
     plain.load_state_dict(falcon.state_dict(), strict=False)
     scans = [decompose(record(model, ids)[0]).chain.split("scan")[1] for model in (falcon, plain)]
-    one, other = (dense(scan, torch.empty(2, 7, 16, dtype=torch.float64)) for scan in scans)
+    one, other = (channel_matrices(scan, torch.empty(2, 7, 16, dtype=torch.float64)) for scan in scans)
     assert relative_error(one, other) > 0.05
 
 
@@ -359,7 +363,7 @@ def test_padding_that_is_masked_out_may_be_anywhere() -> None:
     try:
         mixer, x = Masked().eval(), torch.randn(2, 7, 6)
         for mask in (LEFT, RIGHT, HOLES, HOLES.flip(1)):
-            call = MixerCall("layer", mixer, x, mixer(x, mask).detach(), {"mask": mask})
+            call = LayerCall("layer", mixer, x, mixer(x, mask).detach(), {"mask": mask})
             assert call.y[mask == 0].abs().max() > 0.1
             assert decompose(call, 1e-5, mask).error <= 1e-5
     finally:
@@ -414,7 +418,7 @@ def test_an_error_that_is_nan_is_above_every_tolerance(mamba: nn.Module, ids: Te
         call = record(mamba, ids)[0]
         renamed = type("Renamed", (nn.Module,), {})()
         with pytest.raises(FidelityError, match="nan"):
-            decompose(MixerCall(call.name, renamed, call.x, call.y, {}), tolerance=1e9)
+            decompose(LayerCall(call.name, renamed, call.x, call.y, {}), tolerance=1e9)
     finally:
         unregister("Renamed")
 
@@ -425,15 +429,15 @@ def test_what_is_not_finite_is_refused_by_layer(mamba: nn.Module, ids: Tensor) -
         x, y = call.x.clone(), call.y.detach().clone()
         x[0, 0, 0] = y[0, 0, 0] = value
         with pytest.raises(ModelStateError, match=f"input of layer '{PATCHED}' has NaN or infinite"):
-            decompose(MixerCall(call.name, call.mixer, x, call.y, call.kwargs))
+            decompose(LayerCall(call.name, call.mixer, x, call.y, call.kwargs))
         with pytest.raises(ModelStateError, match=f"output of layer '{PATCHED}' has NaN or infinite"):
-            decompose(MixerCall(call.name, call.mixer, call.x, y, call.kwargs))
+            decompose(LayerCall(call.name, call.mixer, call.x, y, call.kwargs))
 
 
 def test_a_layer_without_adapter_is_refused_by_name(ids: Tensor) -> None:
     x = torch.randn(1, 3, 4)
     with pytest.raises(UnsupportedModelError, match=r"No adapter is registered for layer 'lstm' \(LSTM\)"):
-        decompose(MixerCall("lstm", nn.LSTM(4, 4), x, x, {}))
+        decompose(LayerCall("lstm", nn.LSTM(4, 4), x, x, {}))
 
 
 def test_the_relative_error_is_the_largest_difference_over_the_largest_value() -> None:

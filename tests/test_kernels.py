@@ -20,7 +20,7 @@ from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
-from captum_ssm.kernels import is_kernel_failure
+from captum_ssm.network.reference_kernels import is_kernel_failure
 
 TRITON = "0 active drivers ([]). There should only be one."
 POINTER = "Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"

@@ -32,7 +32,7 @@ from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance,
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.metrics import Curve, Segmentation
 from captum_ssm.metrics.ranking import Ranking
-from captum_ssm.readout import scores as model_scores
+from captum_ssm.network.forward import run_model as model_scores
 from captum_ssm.visualization import curves_figure
 
 TENTHS = [Fraction(k, 10) for k in range(11)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.attention import dense
+from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.operators import (
     Attention,
     CausalConv,
@@ -295,7 +295,7 @@ def test_the_adjoint_is_the_transpose_entry_by_entry(build: Build, seed: int) ->
 def test_dense_times_vector_is_apply(build: Build, seed: int, dtype: torch.dtype) -> None:
     operator, shape = build(seed, dtype)
     x = torch.randn(shape, dtype=dtype)
-    matrices = dense(operator, x)
+    matrices = channel_matrices(operator, x)
     assert_close(oracles.times(matrices, x), operator.apply(x))
     assert_close(oracles.times(matrices.transpose(-1, -2), x), operator.adjoint(x))
 
@@ -351,7 +351,7 @@ def test_the_past_never_matters_to_what_reads_the_future_alone(build: Build, see
 def test_the_diagonal_is_that_of_the_matrix(build: Build, seed: int) -> None:
     operator, shape = build(seed, torch.float64)
     x = torch.randn(shape, dtype=torch.float64)
-    expected = dense(operator, x).diagonal(dim1=-2, dim2=-1).transpose(1, 2)
+    expected = channel_matrices(operator, x).diagonal(dim1=-2, dim2=-1).transpose(1, 2)
     if build is bidirectional:
         with pytest.raises(ValueError, match="both earlier and later tokens"):
             operator.diagonal(x)
@@ -456,7 +456,7 @@ def test_no_method_changes_its_input_or_the_coefficients(build: Build, seed: int
     operator.adjoint(u)
     if not operator.mixes_channels:
         operator.channels(slice(0, 1)).apply(x[..., :1])
-        dense(operator, x)
+        channel_matrices(operator, x)
     operator.columns(x, slice(0, 1))
     operator.flipped().apply(x, bias=True)
     if operator.causal:
@@ -571,7 +571,7 @@ def test_the_scan_is_the_written_out_sum(seed: int, dtype: torch.dtype, P: int) 
     assert_close(scan.apply(x), oracles.times(alpha, x))
     assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
     assert_close(scan.adjoint(x), oracles.times(alpha.transpose(-1, -2), x))
-    assert_close(dense(scan, x), alpha)
+    assert_close(channel_matrices(scan, x), alpha)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -737,7 +737,7 @@ def test_the_delta_scan_is_the_written_out_recurrence(seed: int, dtype: torch.dt
     assert_close(scan.apply(x), oracles.delta_recurrence(x=x, **values))
     assert_close(scan.apply(x), oracles.times(alpha, x))
     assert_close(scan.adjoint(x), oracles.times(alpha.transpose(-1, -2), x))
-    assert_close(dense(scan, x), alpha.expand(shape[0], -1, -1, -1))
+    assert_close(channel_matrices(scan, x), alpha.expand(shape[0], -1, -1, -1))
 
 
 def delta_rule(L: int, N: int, P: int, kind: str, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
@@ -774,7 +774,7 @@ def test_a_full_erase_forgets_what_a_key_held() -> None:
     """With ``beta = 1`` and one key the state holds the last value alone: ``alpha`` is the identity."""
     k = F.normalize(torch.randn(1, 1, 1, 4, dtype=torch.float64), dim=-1).expand(1, 9, 1, 4)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    alpha = dense(DeltaScan(one, k, k, k, k, chunk=4), torch.empty(1, 9, 1, dtype=torch.float64))
+    alpha = channel_matrices(DeltaScan(one, k, k, k, k, chunk=4), torch.empty(1, 9, 1, dtype=torch.float64))
     assert_close(alpha, torch.eye(9, dtype=torch.float64).expand(1, 1, 9, 9))
 
 
@@ -804,7 +804,7 @@ def test_a_delta_scan_that_erases_nothing_is_a_scan(seed: int, nothing: str) -> 
     x = torch.randn(shape, dtype=torch.float64)
     assert_close(delta.apply(x), scan.apply(x))
     assert_close(delta.adjoint(x), scan.adjoint(x))
-    assert_close(dense(delta, x), dense(scan, x))
+    assert_close(channel_matrices(delta, x), channel_matrices(scan, x))
 
 
 @every_seed
@@ -862,7 +862,7 @@ def test_attention_is_its_weights(seed: int, dtype: torch.dtype, causal: bool) -
     x = torch.randn(shape, dtype=dtype)
     assert_close(made.apply(x), oracles.times(matrices, x))
     assert_close(made.adjoint(x), oracles.times(matrices.transpose(-1, -2), x))
-    assert_close(dense(made, x), matrices)
+    assert_close(channel_matrices(made, x), matrices)
     assert made.causal == (matrices.triu(1).abs().max() == 0)
     assert causal <= made.causal
     (L,) = shape[1:2]
@@ -934,7 +934,7 @@ def test_the_convolution_is_the_written_out_sum(seed: int) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     assert_close(operator.apply(x), oracles.conv(x, operator.w))
     assert_close(operator.apply(x, bias=True), oracles.conv(x, operator.w, operator.bias))
-    assert_close(dense(operator, x), oracles.conv_matrix(operator.w, shape[1]).expand(shape[0], -1, -1, -1))
+    assert_close(channel_matrices(operator, x), oracles.conv_matrix(operator.w, shape[1]).expand(shape[0], -1, -1, -1))
 
 
 @every_seed

@@ -13,9 +13,9 @@ from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, UnsupportedModelError
-from captum_ssm.capture import record_mixers
-from captum_ssm.structure import examine
-from captum_ssm.wiring import Wiring
+from captum_ssm.network.examination import examine
+from captum_ssm.network.graph import ResidualGraph
+from captum_ssm.network.recording import record_mixers
 
 
 @pytest.fixture(params=SEVERAL)
@@ -26,7 +26,7 @@ def family(request: pytest.FixtureRequest) -> nn.Module:
 CONFIG = MambaConfig(**COMMON, state_size=2, num_hidden_layers=2, time_step_rank=2)
 
 
-def examined(model: nn.Module, forward: Callable[[], Tensor], length: int) -> Wiring:
+def examined(model: nn.Module, forward: Callable[[], Tensor], length: int) -> ResidualGraph:
     """Examine a model as a method does: with the calls that a run of it recorded."""
     with torch.no_grad(), record_mixers(model) as calls:
         forward()

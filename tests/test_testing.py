@@ -22,8 +22,8 @@ from captum_ssm import (
     supported,
     unregister,
 )
+from captum_ssm.layers.mixers import Support, find_adapter, find_mixers, supported_families
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection
-from captum_ssm.registry import Support, find_adapter, find_mixers, supported_families
 from captum_ssm.testing import AdapterReport, check_adapter
 
 Adapter = Callable[[Any, Tensor, Mapping[str, Any]], Chain]

@@ -10,23 +10,18 @@ import torch
 from families import VOCABULARY
 from torch import Tensor, nn
 
-from captum_ssm import (
-    ImplicitAttentionRollout,
-    LayerImplicitAttention,
-    Wire,
-    aggregate,
-    register,
-    register_wire,
-    unregister,
-    wiring,
-)
-from captum_ssm.aggregate import RolledLayer
-from captum_ssm.attention import ExplicitAttention
-from captum_ssm.capture import MixerCall, record_mixers
+from captum_ssm import ImplicitAttentionRollout, LayerImplicitAttention, Wire, register, register_wire, unregister
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.wires import block_name, find_wire
+from captum_ssm.matrices import rollout as aggregate
+from captum_ssm.matrices.rollout import RolloutLayer
+from captum_ssm.matrices.token_matrix import DenseMatrix
+from captum_ssm.network import graph as wiring
+from captum_ssm.network.examination import examine
+from captum_ssm.network.graph import EMBEDDINGS, Junction, ResidualGraph
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import CausalConv, Chain, Projection
-from captum_ssm.registry import find_mixers
-from captum_ssm.structure import examine
-from captum_ssm.wiring import EMBEDDINGS, Junction, Wiring, block_name, find_wire
 
 E = EMBEDDINGS
 
@@ -259,13 +254,13 @@ class Model(nn.Module):
         return self.head(self.path(self, x)[:, -1])
 
 
-def record(model: nn.Module, inputs: Tensor) -> list[MixerCall]:
+def record(model: nn.Module, inputs: Tensor) -> list[LayerCall]:
     with torch.no_grad(), record_mixers(model) as calls:
         model(inputs)
     return calls
 
 
-def measure(model: nn.Module, inputs: Tensor) -> Wiring:
+def measure(model: nn.Module, inputs: Tensor) -> ResidualGraph:
     return examine(model, lambda: model(inputs), record(model, inputs), model)
 
 
@@ -274,7 +269,7 @@ def measure(model: nn.Module, inputs: Tensor) -> Wiring:
 
 @every_case
 def test_the_junctions_lead_from_the_output_back_to_the_embeddings(case: Case) -> None:
-    found = list(Wiring(case.reads, case.output).junctions())
+    found = list(ResidualGraph(case.reads, case.output).junctions())
     assert sorted(found, key=str) == sorted(case.junctions, key=str)
     for number, junction in enumerate(found):  # all that a junction reads comes after it
         read = {junction.base, *(case.reads[mixer] for mixer in junction.mixers)}
@@ -283,13 +278,13 @@ def test_the_junctions_lead_from_the_output_back_to_the_embeddings(case: Case) -
 
 
 def test_embeddings_alone_have_no_junction() -> None:
-    assert list(Wiring([], stream(E)).junctions()) == []
-    assert list(Wiring([stream(E)], stream(E)).junctions()) == []
+    assert list(ResidualGraph([], stream(E)).junctions()) == []
+    assert list(ResidualGraph([stream(E)], stream(E)).junctions()) == []
 
 
 def test_a_stream_without_embeddings_is_no_base_of_its_own_sum_with_them() -> None:
     """``e + m0 + m1`` where another mixer reads ``m0 + m1`` alone: the residual path is that of the embeddings."""
-    found = list(Wiring([stream(E), stream(E), stream(0, 1)], stream(E, 0, 1, 2)).junctions())
+    found = list(ResidualGraph([stream(E), stream(E), stream(0, 1)], stream(E, 0, 1, 2)).junctions())
     assert found[0] == Junction(stream(E, 0, 1, 2), stream(E), (0, 1, 2))
     assert Junction(stream(0, 1), None, (0, 1)) in found
 
@@ -298,7 +293,7 @@ def test_a_stream_without_embeddings_is_no_base_of_its_own_sum_with_them() -> No
 def test_nested_streams_of_the_same_last_mixer_come_the_larger_first(seed: int) -> None:
     nested = [stream(E, *range(start, 4)) for start in range(4)]
     draw = random.Random(seed)
-    wired = Wiring([stream(E)] * 4 + draw.sample(nested, 4), stream(E, *range(8)))
+    wired = ResidualGraph([stream(E)] * 4 + draw.sample(nested, 4), stream(E, *range(8)))
     found = [junction.stream for junction in wired.junctions()]
     assert found == [wired.output, *nested]
 
@@ -309,7 +304,7 @@ def test_of_any_wiring_each_junction_comes_before_all_that_it_reads(seed: int) -
     reads = [frozenset(draw.sample(range(-1, k), draw.randint(1, k + 1))) for k in range(draw.choice([2, 4, 6]))]
     output = stream(*draw.sample(range(-1, len(reads)), draw.randint(1, len(reads))))
     streams, passed = {output, *reads, stream(E)}, set()
-    for junction in Wiring(reads, output).junctions():
+    for junction in ResidualGraph(reads, output).junctions():
         assert junction.stream in streams - passed - {stream(E)}
         passed.add(junction.stream)
         read = {junction.base, *(reads[mixer] for mixer in junction.mixers)}
@@ -427,11 +422,11 @@ def matrices_of(count: int, signed: bool, L: int = 5) -> list[Tensor]:
 def run(case: Case, matrices: list[Tensor], keep: Any, embedded: Any, query: Tensor) -> Tensor:
     asked: list[int] = []
 
-    def layer(number: int) -> RolledLayer:
+    def layer(number: int) -> RolloutLayer:
         asked.append(number)
-        return RolledLayer(ExplicitAttention(matrices[number]), keep[number], embedded[number])
+        return RolloutLayer(DenseMatrix(matrices[number]), keep[number], embedded[number])
 
-    scores = aggregate.rollout(layer, Wiring(case.reads, case.output), query)
+    scores = aggregate.rollout(layer, ResidualGraph(case.reads, case.output), query)
     assert sorted(asked) == [*range(len(case.reads))]
     assert asked[0] in case.junctions[0].mixers  # the last ones first
     return scores
@@ -469,23 +464,23 @@ def test_a_row_without_residual_path_nor_attention_hands_nothing_on() -> None:
 
 def test_a_rollout_of_no_layers_is_the_query() -> None:
     query = torch.rand(2, 5)
-    assert torch.equal(aggregate.rollout(lambda number: pytest.fail(), Wiring([], stream(E)), query), query)
+    assert torch.equal(aggregate.rollout(lambda number: pytest.fail(), ResidualGraph([], stream(E)), query), query)
 
 
 def test_what_does_not_reach_the_embeddings_has_no_score() -> None:
     query = torch.rand(2, 5)
-    layer = RolledLayer(ExplicitAttention(torch.rand(2, 5, 5)), query, 0 * query)
-    assert aggregate.rollout(lambda _: layer, Wiring([stream()], stream(0)), query).eq(0).all()
+    layer = RolloutLayer(DenseMatrix(torch.rand(2, 5, 5)), query, 0 * query)
+    assert aggregate.rollout(lambda _: layer, ResidualGraph([stream()], stream(0)), query).eq(0).all()
 
 
 def test_a_layer_beside_the_way_to_the_output_is_not_asked_for() -> None:
     query = torch.rand(2, 5)
-    wired = Wiring([stream(E), stream(E, 0), stream(E)], stream(E, 2))
+    wired = ResidualGraph([stream(E), stream(E, 0), stream(E)], stream(E, 2))
     asked = []
 
-    def layer(number: int) -> RolledLayer:
+    def layer(number: int) -> RolloutLayer:
         asked.append(number)
-        return RolledLayer(ExplicitAttention(torch.rand(2, 5, 5)), torch.ones_like(query), 0 * query)
+        return RolloutLayer(DenseMatrix(torch.rand(2, 5, 5)), torch.ones_like(query), 0 * query)
 
     aggregate.rollout(layer, wired, query)
     assert asked == [2]

@@ -1,7 +1,7 @@
 """Blocks whose mixers join the residual stream otherwise than as ``x + mix(norm(x))``.
 
-Which mixers run side by side or on a branch of their own is measured (:mod:`captum_ssm.structure`); here are the
-factors that cannot be.
+Which mixers run side by side or on a branch of their own is measured (:mod:`captum_ssm.network.examination`); here are
+the factors that cannot be.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_ssm.wiring import Wire, register_wire
+from captum_ssm.layers.wires import Wire, register_wire
 
 
 @register_wire("GraniteMoeHybridDecoderLayer")

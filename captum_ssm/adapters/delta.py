@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_ssm.adapters.reading import padding, parameters, to_heads
 from captum_ssm.gates import activation, inverse_length, inverse_rms, secant
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import CausalConv, Chain, DeltaScan, Diagonal, Operator, Projection
-from captum_ssm.registry import register
 
 _EPS = 1e-6
 """Added to the squared length of every query and key. A constant of transformers and of its kernels."""

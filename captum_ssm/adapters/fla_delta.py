@@ -12,8 +12,8 @@ from torch import Tensor
 from captum_ssm.adapters.fla_reading import low_rank, norm, short_conv, unpadded
 from captum_ssm.adapters.reading import parameters, to_heads
 from captum_ssm.gates import activation, inverse_length
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Chain, DeltaScan, Diagonal, Operator, Projection
-from captum_ssm.registry import register
 
 _EPS = 1e-6
 """Added to the squared length of every query and key, and the least sum of their sizes. A constant of the kernels."""

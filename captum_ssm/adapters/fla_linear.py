@@ -12,8 +12,8 @@ from torch import Tensor
 from captum_ssm.adapters.fla_reading import function_name, low_rank, norm, short_conv, unpadded
 from captum_ssm.adapters.reading import parameters, to_heads
 from captum_ssm.gates import activation, rotate
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Chain, Coefficient, Diagonal, Operator, Product, Projection, Scan
-from captum_ssm.registry import register
 
 _HGRN2_EPS = 1e-5
 """Added to the mean square in the norm of HGRN2, whatever the layer's configuration says."""

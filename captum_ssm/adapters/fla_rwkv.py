@@ -13,9 +13,9 @@ from torch import Tensor
 from captum_ssm.adapters.fla_reading import function_name, low_rank, masked
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.gates import activation, inverse_length, inverse_rms, secant
+from captum_ssm.layers.mixers import register
+from captum_ssm.layers.sources import register_source
 from captum_ssm.operators import CausalConv, Centre, Chain, DeltaScan, Diagonal, Operator, Projection, Scan, Sum
-from captum_ssm.registry import register
-from captum_ssm.wiring import register_source
 
 _SLOWEST = -math.exp(-0.5)
 """The least logarithm of a decay of RWKV-7."""

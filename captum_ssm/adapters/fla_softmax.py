@@ -12,8 +12,8 @@ from torch import Tensor
 from captum_ssm.adapters.fla_reading import unpadded
 from captum_ssm.adapters.reading import parameters, to_heads
 from captum_ssm.gates import inverse_rms, rotate
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Attention, Chain, Projection
-from captum_ssm.registry import register
 
 
 @register("Attention", kernel="softmax attention", family="fla")

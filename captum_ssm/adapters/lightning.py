@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_ssm.adapters.reading import padding, parameters
 from captum_ssm.gates import activation_name, inverse_rms, secant
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Chain, Diagonal, Operator, Product, Projection, Scan
-from captum_ssm.registry import register
 
 
 @register("MiniMaxLightningAttention", kernel="lightning", family="minimax")

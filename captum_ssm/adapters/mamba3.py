@@ -12,8 +12,8 @@ from torch import Tensor
 from captum_ssm.adapters.reading import parameters, refuse_packed, to_heads
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import inverse_rms, rotate
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Chain, Diagonal, Operator, Projection, Scan
-from captum_ssm.registry import register
 
 
 @register("Mamba3", kernel="Mamba-3", family="mamba_ssm")

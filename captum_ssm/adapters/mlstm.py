@@ -12,8 +12,8 @@ from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.gates import inverse_rms, running_max, upper_bound
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Centre, Chain, Diagonal, Product, Projection, Scan
-from captum_ssm.registry import register
 
 
 @register("xLSTMLayer", kernel="mLSTM", family="xlstm")

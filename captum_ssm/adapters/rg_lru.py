@@ -11,8 +11,8 @@ from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.gates import activation, activation_name
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
-from captum_ssm.registry import register
 
 
 @register("RecurrentGemmaRecurrentBlock", kernel="RG-LRU", family="recurrent_gemma")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.adapters.reading import padding, parameters
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection
-from captum_ssm.registry import register
 
 
 @register("Lfm2ShortConv", kernel="short convolution", family="lfm2")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import inverse_rms, rotate
+from captum_ssm.layers.isolated import isolated_copy
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import Attention, CausalConv, Chain, Diagonal, Operator, Projection
-from captum_ssm.registry import register
-from captum_ssm.rerun import alone
 
 _MASKED = -1e4
 """What is added to the score of a key that is not seen; libraries and users write this or less."""
@@ -235,7 +235,7 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
     mask = _additive(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
     padding = (mask <= _MASKED).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # a key that its own query does not see
     arguments = {**kwargs, "past_key_values": None}
-    layer = alone(mixer, x, _Eager)
+    layer = isolated_copy(mixer, x, _Eager)
     selector = next((name for name in _SELECTORS if hasattr(mixer, name)), None)
     if selector is not None:
         selected = _selected(mixer, selector, x, arguments)
@@ -252,7 +252,7 @@ def _selected(mixer: nn.Module, selector: str, x: Tensor, arguments: Mapping[str
 
     A selection may hang on the last digit, so it is the one that the layer makes in its own type. It has no gradient.
     """
-    layer = alone(mixer, None, _Eager)
+    layer = isolated_copy(mixer, None, _Eager)
     select, results = getattr(layer, selector), []
 
     def record(*args: Any, **kwargs: Any) -> Tensor:

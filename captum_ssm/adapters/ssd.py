@@ -19,8 +19,8 @@ from torch import Tensor
 from captum_ssm.adapters.reading import padding, parameters, refuse_packed, to_heads
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import inverse_rms, secant
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Projection, Scan
-from captum_ssm.registry import register
 
 
 class Norm(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from captum_ssm.adapters.reading import parameters
 from captum_ssm.gates import running_max, secant, upper_bound
+from captum_ssm.layers.mixers import register
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
-from captum_ssm.registry import register
 
 
 @register("RwkvSelfAttention", kernel="WKV-4", family="rwkv")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, Literal
@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.attention import ExplicitAttention, ImplicitAttention, SumAttention, TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod
-from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.wiring import Wiring
+from captum_ssm.matrices.core_matrix import CoreMatrix
+from captum_ssm.matrices.rollout import LayersOnStream, rollout
+from captum_ssm.matrices.split_layer import SplitLayer
+from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixSum, TokenMatrix
+from captum_ssm.network.graph import ResidualGraph
 
 Rectify = Literal["channel", "token"] | None
 """Where negative gradient-weighted attention is set to 0: in each channel, between tokens, or nowhere."""
@@ -24,20 +26,21 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
     """Gradient-weighted attention rollout: which tokens the explained score comes from.
 
     Each channel's attention is weighed by the gradient of the score, ``(dF/dA^d ⊙ A^d)_ij = u_id A^d_ij v_jd``
-    with ``u`` the gradient at the attention's output and ``v`` what enters it, so no gradient is propagated
+    with ``u`` the gradient at the attention's output and ``v`` its input, so no gradient is propagated
     through a matrix. The channels become one matrix, and the matrices of the layers are rolled out as in
     :class:`~captum_ssm.ImplicitAttentionRollout`.
 
     Args:
-        forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
-        model: Likewise.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         rectify: ``"channel"``: ``C_ij = mean_d max(u A v, 0)``, as published; O(L²·D·N).
             ``"token"``: ``C_ij = max(sum_d u A v, 0)``; O(L²·D·N).
             ``None``: ``C_ij = sum_d u A v``, signed: tokens that lower the score, to first order, are negative;
-            in linear time, two passes of the layer's recurrence and no (L, L) matrix. The score matters: what all
-            logits have in common decides nothing, so a difference of two logits or a log-probability explains a
+            in linear time, two passes of the layer's recurrence and no (L, L) matrix. The score matters: a change that
+            all logits share decides nothing, so a difference of two logits or a log-probability explains a
             decision better than a logit alone.
-        **options: ``attention``, ``without`` and ``tolerance``, likewise.
+        **options: ``attention``, ``without`` and ``tolerance``, see
+            :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
 
     Source:
         Chefer, Gur & Wolf 2021 (arXiv 2012.09838), equations 13 and 14; for recurrent layers Ali, Zimerman &
@@ -57,12 +60,13 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
             raise InvalidInputError(f"rectify must be 'channel', 'token' or None, not {rectify!r}.")
         self.rectify: Rectify = rectify
 
-    def _matrix(self, layer: LayerView) -> TokenMatrix:
+    def _matrix(self, layer: SplitLayer) -> TokenMatrix:
+        """Return the gradient-weighted attention ``C`` of a layer."""
         if self.rectify == "channel":
-            parts = (ImplicitAttention(c.core, c.u / c.channels, c.v).dense(torch.relu) for c in layer.cuts)
-            return ExplicitAttention(reduce(add, parts))
-        attention = SumAttention(tuple(ImplicitAttention(cut.core, cut.u, cut.v) for cut in layer.cuts))
-        return ExplicitAttention(attention.dense().relu()) if self.rectify == "token" else attention
+            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(torch.relu) for s in layer.splits)
+            return DenseMatrix(reduce(add, parts))
+        attention = MatrixSum(tuple(CoreMatrix(s.core, s.u, s.v) for s in layer.splits))
+        return DenseMatrix(attention.dense().relu()) if self.rectify == "token" else attention
 
-    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        return self._rollout(self._matrix, layer, wiring, query)
+    def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
+        return rollout(LayersOnStream(layers, self._matrix, gradient_weighted=True), graph, query)

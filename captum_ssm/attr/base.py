@@ -1,16 +1,14 @@
-"""What all attribution methods share: the constructor, the call, and the walk from model to scores."""
+"""The parts that all attribution methods share: the constructor, the call, and the way from model to scores."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from captum_ssm._captum import (
     GradientAttribution,
@@ -21,40 +19,42 @@ from captum_ssm._captum import (
     log_usage,
     select_targets,
 )
-from captum_ssm.aggregate import RolledLayer, rollout
-from captum_ssm.attention import TokenMatrix
-from captum_ssm.attr.form import Form
-from captum_ssm.attr.inputs import (
+from captum_ssm._progress import progress_bar
+from captum_ssm.attr.score_shape import ScoreShape
+from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.fidelity import Decomposition
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.matrices.layer_stack import LayerStack
+from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
+from captum_ssm.network.examination import examine
+from captum_ssm.network.forward import checked_mask, run_model
+from captum_ssm.network.graph import ResidualGraph
+from captum_ssm.network.inputs import (
     Target,
-    as_weights,
-    free_of_inference_mode,
-    real_tokens,
+    outside_inference_mode,
+    query_weights,
     refuse_bad_inputs,
     refuse_bad_state,
     refuse_padding,
     refuse_wrong_counts,
     select_examples,
     single_tensor,
+    token_mask,
 )
-from captum_ssm.attr.view import Attention, LayerView, check_attention, known_terms, refuse_unknown_terms, view
-from captum_ssm.capture import MixerCall, record_mixers
-from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.fidelity import Decomposition, decompose
-from captum_ssm.readout import attention_mask, is_language_model, scores
-from captum_ssm.registry import find_mixers
-from captum_ssm.structure import examine
-from captum_ssm.wiring import Wiring, find_wire
+from captum_ssm.network.interface import is_language_model
+from captum_ssm.network.recording import record_mixers
 
 
 class ModelMethod(GradientAttribution):
-    """What every method that explains a model's score has: the model, the score, and the state it must be in.
+    """A method that explains a model's score: the model, the score, and the state that the model must be in.
 
     Args:
-        forward_func: A transformers model as it is, any other ``torch.nn.Module``, or any callable that
-            returns what Captum expects: one score for each example, or a tensor that ``target`` selects from.
+        forward_func: A transformers model, any other ``torch.nn.Module``, or any callable that returns an output that
+            Captum accepts: one score for each example, or a tensor that ``target`` selects from.
         model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         tolerance: Allowed relative error of the decomposition; None chooses by the model's type
-            (:data:`captum_ssm.fidelity.TOLERANCE`).
+            (:data:`captum_ssm.layers.fidelity.TOLERANCE`).
 
     Attributes:
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
@@ -64,7 +64,7 @@ class ModelMethod(GradientAttribution):
         UnsupportedModelError: If the model has no supported layer.
     """
 
-    one_score = True
+    one_score: ClassVar[bool] = True
     """Whether the target has to select one score for each example."""
 
     def __init__(
@@ -96,7 +96,7 @@ class ModelMethod(GradientAttribution):
         """
         raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
 
-    def _batches(
+    def batches(
         self,
         tokens: Tensor,
         args: tuple[Any, ...] | None,
@@ -104,10 +104,21 @@ class ModelMethod(GradientAttribution):
         query: int | Tensor | None,
         size: int | None,
     ) -> Iterator[tuple[Tensor, Callable[[Any], Any]]]:
-        """Cut the inputs into batches of ``size`` examples, all at once if it is None; each is checked when it is due.
+        """Cut the inputs into batches; each is checked when its turn comes.
+
+        Args:
+            tokens: The inputs of all examples.
+            args: The additional forward arguments.
+            targets: The target, and the contrast.
+            query: The explained positions, if the caller names them.
+            size: How many examples a batch has; None takes all at once.
 
         Yields:
-            The inputs of a batch, and what takes its part of a target or argument.
+            The inputs of a batch, and a function that selects the batch's part of a target or argument.
+
+        Raises:
+            AssertionError: If there are several targets, and not as many as examples.
+            InvalidInputError: If the size is not positive, or a count or an input does not fit.
         """
         count = len(tokens) if tokens.dim() else 0
         step = max(count, 1) if size is None else size
@@ -116,21 +127,26 @@ class ModelMethod(GradientAttribution):
         if step < count:
             refuse_wrong_counts(count, targets, query)
             if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
-                attention_mask(tokens, args[0])
+                checked_mask(tokens, args[0])
         for start in range(0, max(count, 1), step):
             batch = tokens if step >= count else tokens[start : start + step]
             refuse_bad_inputs(self.model, batch)
             yield batch, partial(select_examples, count=count, rows=slice(start, start + step))
 
-    def _refuse_replaced_gradient(self) -> None:
+    def refuse_replaced_gradient(self) -> None:
+        """Raise if ``gradient_func`` was replaced, as Captum's tools for neurons do.
+
+        Raises:
+            InvalidInputError: With the way to explain a neuron.
+        """
         if self.gradient_func is not compute_gradients:
             raise InvalidInputError(
                 "gradient_func was replaced, but the methods of this package do not call it. To explain a neuron, pass "
                 "a callable that returns it as forward_func, with model=."
             )
 
-    def _score(self, output: Tensor, target: Target, contrast: Target) -> Tensor:
-        """Return the explained score of each example, less the contrast's if there is one."""
+    def explained_score(self, output: Tensor, target: Target, contrast: Target) -> Tensor:
+        """Return the explained score of each example, (B,): the target's, less the contrast's if there is one."""
         score = self._select(output, target)
         if contrast is not None:
             assert target is not None or score.dim() < 2, "Target not provided when necessary: a contrast needs one."
@@ -138,7 +154,7 @@ class ModelMethod(GradientAttribution):
         return score
 
     def _select(self, output: Tensor, target: Target) -> Tensor:
-        """Return the explained score of each example, (B,), as Captum selects it."""
+        """Return the score of each example, (B,), by Captum's rules for targets."""
         assert isinstance(output, Tensor), (
             f"forward_func must return a tensor, not {type(output).__name__}; return its logits, for example."
         )
@@ -166,15 +182,15 @@ class ImplicitAttentionMethod(ModelMethod):
     one matrix between tokens, and how the matrices become scores.
 
     Args:
-        forward_func: A transformers model as it is, any other ``torch.nn.Module``, or any callable that
-            returns what Captum expects: one score for each example, or a tensor that ``target`` selects from.
+        forward_func: A transformers model, any other ``torch.nn.Module``, or any callable that returns an output that
+            Captum accepts: one score for each example, or a tensor that ``target`` selects from.
         model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         attention: ``"unified"``: the whole layer between its projections (Zimerman et al. 2025). ``"scan"``:
             the recurrence alone, without its skip (Ali et al. 2024).
-        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``. A family
-            that lacks one is left as it is; a name that no layer has is refused.
+        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``. A layer
+            that lacks one stays unchanged; a name that no layer has is refused.
         tolerance: Allowed relative error of the decomposition; None chooses by the model's type
-            (:data:`captum_ssm.fidelity.TOLERANCE`).
+            (:data:`captum_ssm.layers.fidelity.TOLERANCE`).
 
     Attributes:
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
@@ -196,7 +212,7 @@ class ImplicitAttentionMethod(ModelMethod):
         True
     """
 
-    gradient_at: Literal["every layer", "last layer"] = "every layer"
+    gradient_at: ClassVar[Literal["every layer", "last layer"]] = "every layer"
     """Where the gradient of the score is needed; at the last layer it tells which positions are explained."""
 
     def __init__(
@@ -204,13 +220,13 @@ class ImplicitAttentionMethod(ModelMethod):
         forward_func: Callable[..., Any],
         model: nn.Module | None = None,
         *,
-        attention: Attention = "unified",
+        attention: AttentionScope = "unified",
         without: Sequence[str] = (),
         tolerance: float | None = None,
     ) -> None:
         super().__init__(forward_func, model, tolerance=tolerance)
-        check_attention(attention)
-        self.attention: Attention = attention
+        check_scope(attention)
+        self.attention: AttentionScope = attention
         self.without = (without,) if isinstance(without, str) else tuple(without)
 
     @log_usage
@@ -230,13 +246,13 @@ class ImplicitAttentionMethod(ModelMethod):
 
         Args:
             inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W), or a tuple of one such tensor.
-            target: What to explain, in any form that Captum takes. For a transformers model an int is a
+            target: The class or token to explain, in any form that Captum takes. For a transformers model an int is a
                 vocabulary entry, read at the last real token, or a class of a classifier.
             additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
                 (B, L), 0 at padding.
             query: The explained positions: a position, a position for each example (B,), weights (B, L), or a patch
-                of images, (row, column). None reads them off the target: where the score depends on the last layer's
-                output.
+                of images, (row, column). None takes the positions of the last layer's output that the score depends
+                on, weighted by the length of the gradient.
             contrast: Explain why the target and not this one, in any form of a target: the score is the target's less
                 the contrast's.
             patches: Return the grid of an image's patches rather than its pixels.
@@ -246,131 +262,125 @@ class ImplicitAttentionMethod(ModelMethod):
         Returns:
             Scores (B, L) for token ids, 0 at padding. For embeddings (B, L, E): the method knows tokens, not
             their components, so each component carries an equal share and the sum over E is the token's
-            score. For images likewise (B, C, H, W), where all that a patch reads carries an equal share, or with
+            score. For images (B, C, H, W), where all pixels that a patch reads carry equal shares, or with
             ``patches`` the patches' scores (B, rows, columns); the score of a token that reads no pixel, such as a
             class token, is in neither. A tuple if ``inputs`` is one. In the units of the method, see the class.
 
         Raises:
             AssertionError: If ``target`` does not fit the output.
-            InvalidInputError: If the inputs are empty, out of range or of the wrong kind.
+            InvalidInputError: If the inputs are empty, out of range or of the wrong type.
             ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
             UnsupportedModelError: If the model has no supported layer, or another that mixes tokens.
-            FidelityError: If a layer's decomposition misses the layer's real output.
+            FidelityError: If a layer's decomposition misses the layer's own output.
         """
         with torch.inference_mode(False):
             tokens = single_tensor(inputs)
             args = format_additional_forward_args(additional_forward_args)
-            form = Form(self.model, self.forward_func, tokens, args, patches)
-            query = form.position(query)
-            parts, worst = [], dict[str, float]()
-            for batch, some in self._batches(tokens, args, (target, contrast), query, internal_batch_size):
-                parts.append(
-                    self._attribute(batch, some(target), some(contrast), some(args), some(query), show_progress)
+            shape = ScoreShape(self.model, self.forward_func, tokens, args, patches)
+            query = shape.position(query)
+            scores, worst = [], dict[str, float]()
+            for batch, select in self.batches(tokens, args, (target, contrast), query, internal_batch_size):
+                scores.append(
+                    self.token_scores(
+                        batch, select(target), select(contrast), select(args), select(query), progress=show_progress
+                    )
                 )
                 worst = {name: max(error, worst.get(name, 0.0)) for name, error in self.fidelity.items()}
             self.fidelity = worst
-            result = form.of_tokens(torch.cat(parts))
+            result = shape.from_tokens(torch.cat(scores))
         return format_output(is_tuple(inputs), (result.detach().contiguous(),))
 
-    @abstractmethod
-    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        """Return scores (B, L) from the layers by number, what they read, and the explained positions."""
-
-    def _rollout(
-        self,
-        matrix: Callable[[LayerView], TokenMatrix],
-        layer: Callable[[int], LayerView],
-        wiring: Wiring,
-        query: Tensor,
-    ) -> Tensor:
-        """Roll out what ``matrix`` makes of the layers."""
-
-        def rolled(number: int) -> RolledLayer:
-            seen = layer(number)
-            return RolledLayer(matrix(seen), seen.wire.keep * torch.ones_like(query), seen.embedded)
-
-        return rollout(rolled, wiring, query)
-
-    def _attribute(
+    def token_scores(
         self,
         inputs: Tensor,
-        target: Target,
-        contrast: Target,
-        additional_forward_args: tuple[Any, ...] | None,
-        query: int | Tensor | None,
-        progress: bool,
+        target: Target = None,
+        contrast: Target = None,
+        args: tuple[Any, ...] | None = None,
+        query: int | Tensor | None = None,
+        *,
+        progress: bool = False,
     ) -> Tensor:
+        """Return one score for each token of one batch: record, decompose, make matrices, roll out.
+
+        Args:
+            inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W).
+            target: The class or token to explain, in any form that Captum takes.
+            contrast: The target to explain it against, or None.
+            args: The additional forward arguments.
+            query: A position, one for each example (B,), or weights (B, L); None reads them off the gradient.
+            progress: Show a progress bar if the call takes more than two seconds.
+
+        Returns:
+            Scores (B, L), 0 at padding.
+
+        Raises:
+            AssertionError, InvalidInputError, ModelStateError, UnsupportedModelError, FidelityError: As documented for
+                :meth:`attribute`.
+        """
         model = self.model
-        self._refuse_replaced_gradient()
+        self.refuse_replaced_gradient()
         refuse_bad_state(model)
-        target, contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
-        args = tuple(map(free_of_inference_mode, additional_forward_args or ()))
+        target, contrast = outside_inference_mode(target), outside_inference_mode(contrast)
+        args = tuple(map(outside_inference_mode, args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
-            calls, gradients = self._run(inputs, target, contrast, args, advance)
-            run = partial(scores, self.forward_func, inputs, *args)
-            wiring = examine(model, run, calls, self.forward_func)
-            real = real_tokens(self.forward_func, args, calls)
+            calls, gradients = self._record(inputs, target, contrast, args, advance)
+            graph = examine(model, partial(run_model, self.forward_func, inputs, *args), calls, self.forward_func)
+            mask = token_mask(self.forward_func, args, calls)
             with torch.no_grad():
-                positions = as_weights(query, calls[-1].y) if query is not None else _positions(gradients[-1])
-                refuse_padding(positions, real)
+                weights = _gradient_weights(gradients[-1]) if query is None else query_weights(query, calls[-1].y)
+                refuse_padding(weights, mask)
+                return self.scores_of_calls(calls, gradients, graph, mask, weights, on_layer=advance)
 
-                def layer(number: int) -> Decomposition:
-                    advance()
-                    return decompose(calls[number], self.tolerance, real)
-
-                return self._explain(calls, layer, gradients, wiring, real, positions)
-
-    def _explain(
+    def scores_of_calls(
         self,
-        calls: list[MixerCall],
-        decomposition: Callable[[int], Decomposition],
+        calls: Sequence[LayerCall],
         gradients: Sequence[Tensor | None],
-        wiring: Wiring,
-        real: Tensor,
-        positions: Tensor,
+        graph: ResidualGraph,
+        mask: Tensor,
+        query: Tensor,
+        *,
+        on_layer: Callable[[], object] = lambda: None,
+        decompositions: dict[int, Decomposition] | None = None,
     ) -> Tensor:
-        """Return the scores.
+        """Return the scores of the tokens from the recorded calls of one run.
 
         Args:
             calls: The mixers' calls.
-            decomposition: Of a call, by its number.
-            gradients: Of the explained score at each call's output, (..., B, L, E), or None.
-            wiring: What the calls read.
-            real: 1 at real tokens and 0 at padding, (B, L).
-            positions: Weights of the explained positions (..., B, L).
+            gradients: Gradient of the explained score at each call's output, (..., B, L, E), or None.
+            graph: Which calls read which.
+            mask: 1 at real tokens and 0 at padding, (B, L).
+            query: Weights of the explained positions (..., B, L).
+            on_layer: Called before each decomposition, for a progress bar.
+            decompositions: Decompositions by number, kept from one explanation of the same calls for the next.
 
         Returns:
-            (..., B, L): dimensions in front of B are those of the gradients and positions.
+            (..., B, L): dimensions in front of B are those of the gradients and the query.
         """
-        self.fidelity = {}
-        terms: set[str] = set()
+        layers = LayerStack(
+            self.model, calls, mask, self.attention, self.without, self.tolerance, gradients, on_layer, decompositions
+        )
+        self.fidelity = layers.fidelity
+        scores = self._aggregate(layers, graph, query.to(at_least_float32(calls[-1].y).dtype))
+        layers.refuse_unknown_terms()
+        return scores
 
-        def layer(number: int) -> LayerView:
-            call = calls[number]
-            decomposed = decomposition(number)
-            self.fidelity[call.name] = decomposed.error
-            terms.update(known_terms(decomposed, self.attention))
-            wire = find_wire(self.model, call.name, call.mixer, call.state)
-            return view(decomposed, self.attention, self.without, real, gradients[number], wire)
+    @abstractmethod
+    def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
+        """Return scores (..., B, L) from the layers, the residual graph, and the explained positions (..., B, L)."""
 
-        positions = positions.to(torch.promote_types(calls[-1].y.dtype, torch.float32))
-        result = self._aggregate(layer, wiring, positions)
-        refuse_unknown_terms(terms, self.attention, self.without)
-        return result
-
-    def _run(
-        self, inputs: Tensor, target: Target, contrast: Target, args: tuple[Any, ...], advance: Callable[[], object]
-    ) -> tuple[list[MixerCall], list[Tensor | None]]:
-        """Run the model forward and back; return the mixers' calls, free of the graph, and their gradients."""
+    def _record(
+        self, inputs: Tensor, target: Target, contrast: Target, args: tuple[Any, ...], on_call: Callable[[], object]
+    ) -> tuple[list[LayerCall], list[Tensor | None]]:
+        """Run the model forward and back; return the mixers' calls, free of the graph, and the gradients there."""
         hold = self.gradient_at == "last layer"
-        with torch.enable_grad(), record_mixers(self.model, hold=hold, seen=advance) as calls:
-            output = scores(self.forward_func, inputs, *args)
-            score = self._score(output, target, contrast)
+        with torch.enable_grad(), record_mixers(self.model, hold=hold, on_call=on_call) as calls:
+            output = run_model(self.forward_func, inputs, *args)
+            score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)
         return [call.detach() for call in calls], gradients
 
-    def _gradients(self, score: Tensor, calls: list[MixerCall]) -> list[Tensor | None]:
-        """Return the gradient of the score at each mixer's output, or None where it is not needed."""
+    def _gradients(self, score: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
+        """Return the gradient of the score at each mixer's output, (B, L, E), or None if it is not needed."""
         outputs = [call.y for call in calls]
         if self.gradient_at == "last layer":
             outputs = outputs[-1:]
@@ -380,12 +390,11 @@ class ImplicitAttentionMethod(ModelMethod):
                 "runs this model, with gradients enabled, and that the target is read from its output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
-        found = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, gradients)]
-        found = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
-        return [*[None] * (len(calls) - len(found)), *found]
+        wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]
+        return [*[None] * (len(calls) - len(wide)), *wide]
 
 
-def _positions(gradient: Tensor | None) -> Tensor:
+def _gradient_weights(gradient: Tensor | None) -> Tensor:
     """Return the explained positions (B, L): the length of the gradient at each token, summing to 1."""
     if gradient is None:
         raise ValueError("The last layer was recorded without a gradient.")
@@ -397,10 +406,3 @@ def _positions(gradient: Tensor | None) -> Tensor:
             "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
         )
     return length / total
-
-
-@contextmanager
-def progress_bar(name: str, total: int, show: bool, unit: str = "layer") -> Iterator[Callable[..., object]]:
-    """Yield a function that advances a bar by a number of steps, or one; it appears only after two seconds."""
-    with tqdm(total=total, desc=name, unit=unit, delay=2, leave=False, disable=not show) as bar:
-        yield bar.update

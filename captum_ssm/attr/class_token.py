@@ -1,8 +1,8 @@
-"""The recipes of the papers' code for Vision Mamba, which look at the class token's row alone."""
+"""The recipes of the papers' code for Vision Mamba, which use nothing but the class token's row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.attr.base import ImplicitAttentionMethod
-from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.matrices.split_layer import SplitLayer
+from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Chain, Flip, Operator, Scan
-from captum_ssm.wiring import Wiring
 
 Recipe = Literal["raw", "rollout", "attribution-2024", "attribution-2025"]
-"""What becomes of the class token's row of every channel, ``a_dj`` of a layer:
+"""The treatment of the class token's row of every channel, ``a_dj`` of a layer:
 
 * ``"raw"``: ``a`` is scaled to 0 to 1; mean over channels and layers;
 * ``"rollout"``: mean over channels;
@@ -30,21 +30,22 @@ the place of every row: ``r <- (r + a) / (1 + sum_j a_j)``.
 
 
 class ClassTokenAttention(ImplicitAttentionMethod):
-    """The published recipes for Vision Mamba, as their code runs them, so that its figures can be compared.
+    """The published recipes for Vision Mamba, by the rules of their code, so that its figures can be compared.
 
     They know one row of each layer, that of the class token, both directions added up, without skip and bias, and have
     every token attend as the class token does. The code of 2024 reads the state before the class token's own decay and
     input. For the rollout of the whole matrices of both directions, from any token, see
-    :class:`~captum_ssm.ImplicitAttentionRollout`. The class token's own score is 0, and so are negative ones. Where all
-    that is to be scaled is equal, which the code turns into NaN, it counts as 0.
+    :class:`~captum_ssm.ImplicitAttentionRollout`. The class token's own score is 0, and so are negative ones. If all
+    entries to be scaled are equal, which the code turns into NaN, they count as 0.
 
     Args:
-        forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
-        model: Likewise.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         recipe: See :data:`Recipe`. The papers' attention goes with it: ``attention="scan"`` in 2024, ``"unified"``, the
             default, in 2025.
         start_layer: Number of the first layer that counts; the papers' code has 15, of 24.
-        **options: ``attention``, ``without`` and ``tolerance``, as in ``ImplicitAttentionMethod``.
+        **options: ``attention``, ``without`` and ``tolerance``, see
+            :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
 
     Raises:
         InvalidInputError: If there is no such recipe or layer; when called, if the score is not read at one token.
@@ -74,8 +75,8 @@ class ClassTokenAttention(ImplicitAttentionMethod):
         self.recipe: Recipe = recipe
         self.start_layer = start_layer
 
-    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        count = len(wiring.reads)
+    def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
+        count = len(layers)
         if self.start_layer >= count:
             raise InvalidInputError(f"start_layer is {self.start_layer}, but the model has {count} layers.")
         if bool((query > 0).sum(-1).ne(1).any()):
@@ -84,7 +85,7 @@ class ClassTokenAttention(ImplicitAttentionMethod):
                 "position as `query`, or use ImplicitAttentionRollout."
             )
         token = (query > 0).to(query)
-        rows = [self._row(layer(number), token) for number in range(self.start_layer, count)]
+        rows = [self._row(layers[number], token) for number in range(self.start_layer, count)]
         if self.recipe == "raw":
             result = torch.stack(rows).mean(0)
         else:
@@ -93,17 +94,17 @@ class ClassTokenAttention(ImplicitAttentionMethod):
                 result = (result + row) / (1 + row.sum(-1, keepdim=True))
         return result.clamp(min=0) * (1 - token)
 
-    def _row(self, layer: LayerView, token: Tensor) -> Tensor:
+    def _row(self, layer: SplitLayer, token: Tensor) -> Tensor:
         """Return the weights of a layer's row, (B, L)."""
         late = self.recipe != "attribution-2025"
-        a = sum(_channels(cut.core.summands(), token, cut.channels, late) for cut in layer.cuts)
+        a = sum(_channels(split.core.summands(), token, split.channels, late) for split in layer.splits)
         assert isinstance(a, Tensor)
         if self.recipe == "rollout":
             return a.mean(-1)
         if self.recipe == "raw":
             return _scaled(a).mean(-1)
         a = a.clamp(min=0)
-        gradient = layer.cuts[0].gradient
+        gradient = layer.splits[0].gradient
         assert gradient is not None
         slope = _scaled(gradient.amax(-1).clamp(min=0))
         if self.recipe == "attribution-2024":

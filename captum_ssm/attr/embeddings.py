@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerGradientXActivation, format_additional_forward_args, log_usage
 from captum_ssm.attr.attribution import ImplicitAttentionAttribution, Rectify
-from captum_ssm.attr.inputs import Target, refuse_bad_inputs, single_tensor
-from captum_ssm.attr.view import Attention
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.readout import input_embeddings, is_language_model
+from captum_ssm.matrices.split_layer import AttentionScope
+from captum_ssm.network.forward import without_cache
+from captum_ssm.network.inputs import Target, refuse_bad_inputs, single_tensor
+from captum_ssm.network.interface import input_embeddings, is_language_model
 
 
 class LayerImplicitAttentionAttribution(LayerGradientXActivation):
@@ -28,11 +28,12 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
         forward_func: A transformers model, or any callable that Captum accepts.
         layer: The embedding layer, ``model.get_input_embeddings()``.
         model: The model that holds the layers; needed if ``forward_func`` is not a module.
-        rectify: As in :class:`~captum_ssm.ImplicitAttentionAttribution`, with ``attention``, ``without`` and
-            ``tolerance``.
-        attention: Likewise.
-        without: Likewise.
-        tolerance: Likewise.
+        rectify: ``"channel"`` or ``"token"`` sets negative attention to 0 in each channel, or between tokens; None
+            keeps the sign.
+        attention: ``"unified"``: the whole layer between its projections. ``"scan"``: the recurrence alone, without its
+            skip.
+        without: Factors or terms to leave out of the attention, such as ``("conv", "gate", "skip")``.
+        tolerance: Allowed relative error of the decomposition; None chooses by the model's type.
 
     Raises:
         InvalidInputError: If the layer is not the model's embedding layer, or an option is unknown.
@@ -46,7 +47,7 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
         model: nn.Module | None = None,
         *,
         rectify: Rectify = None,
-        attention: Attention = "unified",
+        attention: AttentionScope = "unified",
         without: Sequence[str] = (),
         tolerance: float | None = None,
     ) -> None:
@@ -79,19 +80,21 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
         """Return the scores of the tokens that the embedding layer sees.
 
         Args:
-            inputs: What ``forward_func`` takes first.
-            target: What to explain, in any form that Captum takes.
+            inputs: The first argument of ``forward_func``: token ids (B, L), or embeddings (B, L, E).
+            target: The class or token to explain, in any form that Captum takes.
             additional_forward_args: Passed on after the inputs.
             attribute_to_layer_input: Token ids have no components to share a score: must be False.
             grad_kwargs: Not used; must be None.
 
         Returns:
-            (B, L, E), as the layer's output: each component carries an equal share, and the sum over E is the token's
-            score.
+            (B, L, E), the shape of the layer's output: each component carries an equal share, and the sum over E is the
+            token's score.
 
         Raises:
-            InvalidInputError: If an argument asks for what there is not.
-            ModelStateError, UnsupportedModelError, FidelityError: As in ``ImplicitAttentionAttribution``.
+            InvalidInputError: If an argument is not supported, or the inputs are empty or out of range.
+            ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
+            UnsupportedModelError: If another layer of the model mixes tokens.
+            FidelityError: If a layer's decomposition misses the layer's own output.
         """
         if attribute_to_layer_input or grad_kwargs:
             raise InvalidInputError("The scores are those of the layer's output; there is no attribute_to_layer_input.")
@@ -101,22 +104,8 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
             tokens = single_tensor(inputs)
             if is_language_model(self.forward_func):
                 refuse_bad_inputs(self._model, tokens)
-            per_token = method._attribute(tokens, target, None, args, None, False)
+            per_token = method.token_scores(tokens, target, args=args)
         self.fidelity.clear()  # the one dictionary: Captum works with a copy of the method
         self.fidelity.update(method.fidelity)
         width: int = self.layer.weight.shape[-1]
         return (per_token / width).unsqueeze(-1).repeat(1, 1, width)
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let a transformers model run without a cache where the caller does not say, while the context is open."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    for config in cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in cached:
-            config.use_cache = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,16 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm._captum import LLMAttributionResult
-from captum_ssm.attr.base import ImplicitAttentionMethod, progress_bar
-from captum_ssm.attr.inputs import free_of_inference_mode, real_tokens, refuse_bad_inputs, refuse_bad_state
-from captum_ssm.capture import MixerCall, decomposed, record_head, record_mixers
+from captum_ssm._progress import progress_bar
+from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.fidelity import decompose
-from captum_ssm.readout import is_language_model, language_logits
-from captum_ssm.structure import examine
+from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.fidelity import Decomposition
+from captum_ssm.network.examination import examine
+from captum_ssm.network.forward import language_logits
+from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs, refuse_bad_state, token_mask
+from captum_ssm.network.interface import is_language_model
+from captum_ssm.network.recording import output_through_chain, record_head, record_mixers
 
 _PASS = 2**22
-"""How much one backward pass of several tokens may span, in tokens times channels: what a processor's cache holds."""
+"""How much one backward pass of several tokens may span, in tokens times channels: the size of a processor's cache."""
 
 
 class LLMImplicitAttention:
@@ -32,7 +34,7 @@ class LLMImplicitAttention:
     by all tokens before it, several at a time, instead of one run of the model for each of them.
 
     Args:
-        method: Any of this package's methods, made of a transformers language model as it is.
+        method: Any of this package's methods, made of a transformers language model itself.
         tokenizer: The model's tokenizer.
 
     Raises:
@@ -78,7 +80,7 @@ class LLMImplicitAttention:
         *,
         show_progress: bool = False,
     ) -> LLMAttributionResult:
-        """Return what each generated token comes from.
+        """Explain each generated token by the tokens before it.
 
         Args:
             inp: The prompt: a text, which gets the tokenizer's special tokens; its token ids (L,) or (1, L); or
@@ -90,12 +92,14 @@ class LLMImplicitAttention:
         Returns:
             Captum's result. ``token_attr`` (generated tokens, prompt and generated tokens): row i has the scores of
             generated token i, for its log-probability; tokens that come after it have exactly 0. ``seq_attr`` is the
-            sum of the rows: what the whole answer comes from. ``input_tokens`` are the prompt and the answer but for
+            sum of the rows: the sources of the whole answer. ``input_tokens`` are the prompt and the answer but for
             its last token, ``output_tokens`` the answer. It plots with ``plot_token_attr()`` and ``plot_seq_attr()``.
 
         Raises:
             InvalidInputError: If the prompt or the answer is empty, or has ids that the model does not know.
-            ModelStateError, UnsupportedModelError, FidelityError: As in the method's own ``attribute``.
+            ModelStateError: If the model is training, or gives NaN or infinity.
+            UnsupportedModelError: If another layer of the model mixes tokens.
+            FidelityError: If a layer's decomposition misses the layer's own output.
 
         Cost: one forward pass; for a method with gradients one backward pass of the model's decomposition for each
         generated token, and two passes of the recurrences, all of the generated tokens' at once.
@@ -121,10 +125,16 @@ class LLMImplicitAttention:
         Args:
             ids: Prompt and answer (1, L).
             start: Number of the first explained token, at least 1.
-            show_progress: As in :meth:`attribute`.
+            show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
             (L - start, L - 1): row i has the scores for token start + i.
+
+        Raises:
+            InvalidInputError: If there is no token to explain, or ids that the model does not know.
+            ModelStateError: If the model is training, or gives NaN or infinity.
+            UnsupportedModelError: If another layer of the model mixes tokens.
+            FidelityError: If a layer's decomposition misses the layer's own output.
         """
         method, model = self.method, self.model
         refuse_bad_state(model)
@@ -132,59 +142,72 @@ class LLMImplicitAttention:
         if not 1 <= start < ids.shape[1]:
             raise InvalidInputError(f"The first explained token must be 1 to {ids.shape[1] - 1}, not {start}.")
         with torch.inference_mode(False):
-            ids = free_of_inference_mode(ids)
+            ids = outside_inference_mode(ids)
             inputs, answer = ids[:, :-1], ids[0, start:]
             positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
             hold = method.gradient_at == "last layer"  # no gradient is asked for
-            mixers = record_mixers(model, hold=hold, rewrite=None if hold else decomposed)
-            with torch.enable_grad(), mixers as recorded, record_head(model) as hidden:
+            mixers = record_mixers(model, hold=hold, replacement=None if hold else output_through_chain)
+            with torch.enable_grad(), mixers as recorded, record_head(model) as head_inputs:
                 logits = language_logits(model, inputs)
-                scores = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
-            if not bool(scores.isfinite().all()):
+                log_probabilities = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
+            if not bool(log_probabilities.isfinite().all()):
                 raise ModelStateError(
                     "The log-probability of a generated token is NaN or infinite. Check the model's weights for NaN or "
                     "infinity, or run the model in a wider floating-point type."
                 )
             calls = [call.detach() for call in recorded]
-            wiring = examine(model, lambda: language_logits(model, inputs), calls, model)
-            real = real_tokens(model, (), calls)
-            decomposition = cache(lambda number: decompose(calls[number], method.tolerance, real))
+            graph = examine(model, lambda: language_logits(model, inputs), calls, model)
+            mask = token_mask(model, (), calls)
+            decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
             rows = []
             with progress_bar(type(self).__name__, len(positions), show_progress, "token") as advance:
-                for part, gradients in self._gradients(scores, hidden[-1], positions, recorded):
-                    query = F.one_hot(positions[part], inputs.shape[1]).to(real).unsqueeze(1)  # (M, 1, L)
+                for some, gradients in self._gradients(log_probabilities, head_inputs[-1], positions, recorded):
+                    query = F.one_hot(positions[some], inputs.shape[1]).to(mask).unsqueeze(1)  # (M, 1, L)
                     with torch.no_grad():
-                        rows.append(method._explain(calls, decomposition, gradients, wiring, real, query).squeeze(1))
+                        scores = method.scores_of_calls(
+                            calls, gradients, graph, mask, query, decompositions=decompositions
+                        )
+                    rows.append(scores.squeeze(1))
                     advance(len(query))
         return torch.cat(rows).detach()
 
     def _gradients(
-        self, scores: Tensor, hidden: Tensor, positions: Tensor, calls: list[MixerCall]
+        self, log_probabilities: Tensor, head_input: Tensor, positions: Tensor, calls: list[LayerCall]
     ) -> Iterator[tuple[slice, list[Tensor | None]]]:
-        """Yield parts of the explained tokens, and their gradients at each call's output, (M, 1, L, E).
+        """Differentiate the log-probabilities, several at a time.
 
-        What follows the last mixer acts on each token alone, and each score is read at a position of its own: so one
-        backward pass to the head's input gives the gradients of all scores there, each at its position.
+        The layers after the last mixer act on each token alone, and each log-probability is read at another position:
+        so one backward pass to the head's input gives the gradients of all log-probabilities there, each at its
+        position.
+
+        Args:
+            log_probabilities: Of the generated tokens, (M, 1).
+            head_input: Input of the output embeddings (1, L, E).
+            positions: Where each log-probability is read, (M,).
+            calls: The mixers' calls, part of the graph.
+
+        Yields:
+            Some of the generated tokens, and their gradients at each call's output, (M, 1, L, E).
         """
         if self.method.gradient_at == "last layer":
             yield slice(0, len(positions)), [None] * len(calls)
             return
-        (at_head,) = torch.autograd.grad(scores.sum(), hidden, retain_graph=True)
+        (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
         outputs = [call.y for call in calls]
-        L, E = hidden.shape[1:]
+        L, E = head_input.shape[1:]
         size = max(1, _PASS // (L * E * 32))
         for start in range(0, len(positions), size):
-            part = slice(start, start + size)
-            one_hot = F.one_hot(positions[part], L).to(at_head)
+            some = slice(start, start + size)
+            one_hot = F.one_hot(positions[some], L).to(at_head)
             each = one_hot[:, None, :, None] * at_head  # (M, 1, L, E)
 
             def backward(gradient: Tensor) -> tuple[Tensor, ...]:
-                return torch.autograd.grad(hidden, outputs, gradient, retain_graph=True, materialize_grads=True)
+                return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
 
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
-                found = torch.func.vmap(backward)(each)
-            yield part, [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
+                gradients = torch.func.vmap(backward)(each)
+            yield some, [at_least_float32(g) for g in gradients]
 
     def _ids(self, text: Any, *, special: bool) -> Tensor:
         """Return token ids (1, L) of a text, of ids, or of Captum's text input."""
@@ -204,10 +227,10 @@ class LLMImplicitAttention:
         return ids.long()
 
     def generate(self, prompt: Tensor, gen_args: dict[str, Any] | None = None) -> Tensor:
-        """Let the model answer a prompt (1, L).
+        """Let the model answer a prompt.
 
         Args:
-            prompt: Token ids.
+            prompt: Token ids (1, L).
             gen_args: Arguments of ``model.generate``; by default 25 tokens, each the most probable.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The attention matrices of one layer themselves."""
+"""The attention matrices of one layer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, format_additional_forward_args, log_usage
-from captum_ssm.attention import dense
-from captum_ssm.attr.fusion import Fusion, fuse
-from captum_ssm.attr.inputs import real_tokens, refuse_bad_inputs, refuse_bad_state, single_tensor
-from captum_ssm.attr.view import Attention, check_attention, known_terms, refuse_unknown_terms, view
-from captum_ssm.capture import record_mixers
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.fidelity import decompose
-from captum_ssm.readout import scores
-from captum_ssm.registry import find_mixers
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.matrices.fusion import Fusion, fuse
+from captum_ssm.matrices.layer_stack import LayerStack
+from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
+from captum_ssm.network.forward import run_model
+from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state, single_tensor, token_mask
+from captum_ssm.network.recording import record_mixers
 
 
 class LayerImplicitAttention(LayerAttribution):
@@ -30,9 +31,10 @@ class LayerImplicitAttention(LayerAttribution):
         layer: The mixer: the module itself, its dotted name, or its number among the model's mixers (negative
             counts from the last).
         model: The model that holds the layer; needed if ``forward_func`` is not a module.
-        attention: ``"unified"`` or ``"scan"``, as in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
-        without: Factors or terms to leave out, likewise.
-        tolerance: Allowed relative error of the decomposition, likewise.
+        attention: ``"unified"``: the whole layer between its projections. ``"scan"``: the recurrence alone, without its
+            skip.
+        without: Factors or terms to leave out, such as ``("conv", "gate", "skip")``.
+        tolerance: Allowed relative error of the decomposition; None chooses by the model's type.
 
     Raises:
         InvalidInputError: If the layer is not one of the model's supported mixers.
@@ -45,11 +47,11 @@ class LayerImplicitAttention(LayerAttribution):
         layer: nn.Module | str | int,
         model: nn.Module | None = None,
         *,
-        attention: Attention = "unified",
+        attention: AttentionScope = "unified",
         without: Sequence[str] = (),
         tolerance: float | None = None,
     ) -> None:
-        check_attention(attention)
+        check_scope(attention)
         if model is None and not isinstance(forward_func, nn.Module):
             raise InvalidInputError(
                 "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
@@ -58,7 +60,7 @@ class LayerImplicitAttention(LayerAttribution):
         self.model = cast(nn.Module, forward_func if model is None else model)
         self.layer_name = _find_layer(self.model, layer)
         super().__init__(forward_func, self.model.get_submodule(self.layer_name))
-        self.attention: Attention = attention
+        self.attention: AttentionScope = attention
         self.without = (without,) if isinstance(without, str) else tuple(without)
         self.tolerance = tolerance
         self.fidelity: dict[str, float] = {}
@@ -76,8 +78,8 @@ class LayerImplicitAttention(LayerAttribution):
         Args:
             inputs: Token ids (B, L) or embeddings (B, L, E).
             additional_forward_args: For a transformers model its attention mask (B, L).
-            fusion: How the channels become one matrix, see :data:`~captum_ssm.attr.fusion.Fusion`; None keeps
-                the matrix of every channel.
+            fusion: How the channels become one matrix, see :data:`~captum_ssm.matrices.fusion.Fusion`; None
+                keeps the matrix of every channel.
 
         Returns:
             (B, L, L), or (B, D, L, L) with ``fusion=None``. Row i is the query (output token), column j the key
@@ -85,9 +87,9 @@ class LayerImplicitAttention(LayerAttribution):
             ``fusion=None``, else O(L²) memory.
 
         Raises:
-            InvalidInputError: If the inputs are empty, out of range or of the wrong kind.
+            InvalidInputError: If the inputs are empty, out of range or of the wrong type.
             ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
-            FidelityError: If the layer's decomposition misses the layer's real output.
+            FidelityError: If the layer's decomposition misses the layer's own output.
         """
         tokens = single_tensor(inputs)
         refuse_bad_state(self.model)
@@ -95,36 +97,56 @@ class LayerImplicitAttention(LayerAttribution):
         args = format_additional_forward_args(additional_forward_args) or ()
         with torch.no_grad():
             with record_mixers(self.model) as calls:
-                scores(self.forward_func, tokens, *args)
-            named = [call for call in calls if call.name == self.layer_name]
-            called = named or [call for call in calls if call.mixer is self.layer]
-            call = called[0] if len(called) == 1 else None
-            if call is None:
-                raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
-            real = real_tokens(self.forward_func, args, calls)
-            layer = decompose(call, self.tolerance, real)
-            self.fidelity = {layer.name: layer.error}
-            refuse_unknown_terms(known_terms(layer, self.attention), self.attention, self.without)
-            cut = view(layer, self.attention, self.without, real)
-            shown = cut.real * cut.real.transpose(1, 2)
+                run_model(self.forward_func, tokens, *args)
+            mask = token_mask(self.forward_func, args, calls)
+            stack = LayerStack(self.model, [self._call(calls)], mask, self.attention, self.without, self.tolerance)
+            layer = stack[0]
+            self.fidelity = stack.fidelity
+            stack.refuse_unknown_terms()
+            shown = layer.mask * layer.mask.transpose(1, 2)  # (B, L, L), 0 in rows and columns of padding
             if fusion is not None:
-                return fuse(cut, fusion).dense() * shown
-            mixing = [part.core for part in cut.cuts if part.core.mixes_channels]
-            if mixing:
-                raise InvalidInputError(
-                    f"Layer '{self.layer_name}' mixes its channels between {' and '.join(mixing[0].mixers)}, so its "
-                    "unified attention has no matrix for each channel. Choose a fusion, or attention='scan'."
-                )
-            return reduce(add, (dense(part.core, part.v) for part in cut.cuts)) * shown.unsqueeze(1)
+                return fuse(layer, fusion).dense() * shown
+            return self._channels(layer) * shown.unsqueeze(1)
+
+    def _call(self, calls: Sequence[LayerCall]) -> LayerCall:
+        """Return the one call of the layer.
+
+        Raises:
+            InvalidInputError: If there is none, or several.
+        """
+        named = [call for call in calls if call.name == self.layer_name]
+        candidates = named or [call for call in calls if call.mixer is self.layer]
+        if len(candidates) != 1:
+            raise InvalidInputError(f"forward_func did not run layer '{self.layer_name}' on these inputs.")
+        return candidates[0]
+
+    def _channels(self, layer: SplitLayer) -> Tensor:
+        """Return the matrix of every channel, (B, D, L, L).
+
+        Raises:
+            InvalidInputError: If the layer mixes its channels between two factors that mix tokens.
+        """
+        mixing = [split.core for split in layer.splits if split.core.mixes_channels]
+        if mixing:
+            raise InvalidInputError(
+                f"Layer '{self.layer_name}' mixes its channels between {' and '.join(mixing[0].mixers)}, so its "
+                "unified attention has no matrix for each channel. Choose a fusion, or attention='scan'."
+            )
+        return reduce(add, (channel_matrices(split.core, split.v) for split in layer.splits))
 
 
 def _find_layer(model: nn.Module, layer: nn.Module | str | int) -> str:
+    """Return the dotted name of a mixer, given as module, name or number.
+
+    Raises:
+        InvalidInputError: If it is not one of the model's mixers.
+    """
     mixers = find_mixers(model)
     names = list(mixers)
     if isinstance(layer, int) and -len(names) <= layer < len(names):
         return names[layer]
-    found = [name for name, mixer in mixers.items() if mixer is layer or name == layer]
-    if not found:
-        what = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
-        raise InvalidInputError(f"{what} is not one of the model's {len(names)} mixers: {', '.join(names)}.")
-    return found[0]
+    matches = [name for name, mixer in mixers.items() if mixer is layer or name == layer]
+    if not matches:
+        shown = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+        raise InvalidInputError(f"{shown} is not one of the model's {len(names)} mixers: {', '.join(names)}.")
+    return matches[0]

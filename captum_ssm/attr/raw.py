@@ -1,34 +1,34 @@
-"""The matrices of the last layers, as they are."""
+"""The matrices of the last layers, without a rollout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_ssm.aggregate import mean_row
-from captum_ssm.attention import TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod
-from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
-from captum_ssm.attr.view import LayerView
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.wiring import Wiring
+from captum_ssm.matrices.fusion import Fusion, check_fusion, fuse
+from captum_ssm.matrices.rollout import mean_row
+from captum_ssm.matrices.split_layer import SplitLayer
+from captum_ssm.network.graph import ResidualGraph
 
 
 class RawImplicitAttention(ImplicitAttentionMethod):
-    """What the explained position attends to in the last layers, by the layers' fused attention.
+    """The tokens that the explained position attends to in the last layers, by the layers' fused attention.
 
     Score of token j: the mean over the last ``layers`` layers of ``C_ij`` at the explained position i. Not
     negative, except with ``fusion="mean"``. It depends on the target by its position only.
 
     Args:
-        forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
-        model: Likewise.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         layers: How many layers, counted from the last.
-        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`; as published:
-            ``"absolute"``.
-        **options: ``attention``, ``without`` and ``tolerance``, likewise.
+        fusion: How the channels' matrices become one, see :data:`~captum_ssm.matrices.fusion.Fusion`;
+            ``"absolute"`` is the published one.
+        **options: ``attention``, ``without`` and ``tolerance``, see
+            :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
 
     Source:
         Ali, Zimerman & Wolf 2024 (arXiv 2403.01590), section 4 ("raw attention").
@@ -52,9 +52,6 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         check_fusion(fusion)
         self.fusion: Fusion = fusion
 
-    def _matrix(self, layer: LayerView) -> TokenMatrix:
-        return fuse(layer, self.fusion)
-
-    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        last = range(len(wiring.reads))[-self.layers :]
-        return mean_row((self._matrix(layer(number)) for number in reversed(last)), query)
+    def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
+        last = range(len(layers))[-self.layers :]
+        return mean_row((fuse(layers[number], self.fusion) for number in reversed(last)), query)

@@ -1,10 +1,8 @@
-"""Relevance: scores that add up to what they explain."""
+"""Relevance: scores that add up to the explained score, or to its difference to a reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -12,34 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm._captum import format_additional_forward_args, format_output, is_tuple, log_usage
-from captum_ssm.attr.base import ModelMethod, progress_bar
-from captum_ssm.attr.form import Form
-from captum_ssm.attr.inputs import (
-    Target,
-    free_of_inference_mode,
-    real_tokens,
-    refuse_bad_inputs,
-    refuse_bad_state,
-    single_tensor,
-)
-from captum_ssm.capture import MixerCall
-from captum_ssm.errors import FidelityError, InvalidInputError
-from captum_ssm.fidelity import check, decompose
-from captum_ssm.readout import is_language_model, scores
-from captum_ssm.relevance.rules import VALUE_SHARE, Difference, Frozen, GateRule, Rule
-from captum_ssm.relevance.traced import Traced
-from captum_ssm.relevance.walk import embedded, follow
+from captum_ssm._progress import progress_bar
+from captum_ssm.attr.base import ModelMethod
+from captum_ssm.attr.score_shape import ScoreShape
+from captum_ssm.errors import InvalidInputError
+from captum_ssm.network.inputs import Target, outside_inference_mode, refuse_bad_state, single_tensor
+from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
+from captum_ssm.relevance.rules import VALUE_SHARE, GateRule
+from captum_ssm.relevance.run import Explanation, Options, Probe, Run
 
-Baseline = int | float | Tensor
 Sign = Literal["positive", "negative"] | None
-"""Which part of the relevance: what speaks for the score, what speaks against it, or their sum."""
-
-COMPLETENESS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-"""Allowed error of the sum by the model's type, relative to the sum of all relevance without its sign."""
+"""Which part of the relevance: the part for the score, the part against it, or their sum."""
 
 
 class ImplicitAttentionRelevance(ModelMethod):
-    """Relevance that adds up: a score for each token whose sum is what they explain.
+    """Relevance that adds up: a score for each token, whose sum is the explained score or difference.
 
     Without ``baselines``, *frozen gates*: given its gates a gated-linear network is affine in its embeddings, so the
     relevance of the tokens and one bias term sum to the score F(x). Gates are constants, so a token that acts through
@@ -53,35 +38,35 @@ class ImplicitAttentionRelevance(ModelMethod):
     the chain rule so are those of the whole model: no error is left but rounding.
 
     The second is DeepLIFT's rescale rule, extended to products: by the Shapley value of their factors, ``p = q = 1/2``
-    (or of three where a recurrence is fed with delta, B and x), but for a value and what reads it, which
+    (or of three where a recurrence is fed with delta, B and x), but for a value and its reader, which
     ``value_share`` divides. It is exact for each function, though not the Shapley value of the model. The first is
     layer-wise relevance propagation. Layers run by their decomposition, in linear time, whichever kernel the model
     itself uses; all between them is followed function by function as the model's own code calls it. A function without
     a rule is refused by name (:func:`captum_ssm.register_rule`).
 
     Decisions are the input's: which experts a token is sent to, which keys a sparse attention selects. If the
-    reference would have decided otherwise, ``terms["decisions"]`` has what that alone changes, and ``held`` names the
-    functions that decided.
+    reference would have decided otherwise, ``terms["decisions"]`` has the change due to that alone, and ``held`` names
+    the functions that decided.
 
     Args:
-        forward_func: As in :class:`~captum_ssm.attr.base.ModelMethod`, with ``model``.
-        model: Likewise.
-        gate_rule: For frozen gates, what a product with a gate does: ``"half"``: the gate, through its own linear form,
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
+        gate_rule: For frozen gates, the rule of a product with a gate: ``"half"``: the gate, by its own linear form,
             and the value get half each (MambaLRP); ``"value"``: the value gets all.
-        value_share: With a reference, which part of what a value and the gate that reads it change together is the
+        value_share: With a reference, the part of the joint change of a value and the gate that reads it that is the
             value's, 0 to 1: of a product with an activated gate or with a norm's scale, and of a recurrence's state
-            with what reads it (C, a query, a receptance). 1/2 is the Shapley value. More than that tells rather where
-            information comes from than what made the model look there.
-        apart: Terms to keep apart from the tokens' relevance: ``("skip",)`` keeps what passes a recurrence by its
-            direct path.
-        checkpoints: Keep only what enters each block and run the blocks again for the gradient: less memory, about
+            with its reader (C, a query, a receptance). 1/2 is the Shapley value. More than that tells rather where
+            information comes from than why the model looked there.
+        apart: Terms to keep apart from the tokens' relevance: ``("skip",)`` keeps the relevance that passes a
+            recurrence by its direct path.
+        checkpoints: Keep only the input of each block and run the blocks again for the gradient: less memory, about
             one more run.
-        tolerance: Likewise.
+        tolerance: Allowed relative error of the decomposition; None chooses by the model's type.
 
     Attributes:
-        terms: After a call, what belongs to no token, by name, each (B,): ``"bias"`` (frozen gates), ``"decisions"``
-            (with a reference, if there were any), and those kept ``apart``. With the tokens' relevance they sum to the
-            score, or to the difference.
+        terms: After a call, the relevance that belongs to no token, by name, each (B,): ``"bias"`` (frozen gates),
+            ``"decisions"`` (with a reference, if there were any), and those kept ``apart``. With the tokens' relevance
+            they sum to the score, or to the difference.
         completeness: After a call, the largest error of that sum over the examples, relative to the sum of all
             relevance without its sign.
         held: After a call, names of the functions whose decision the reference would have made otherwise.
@@ -149,17 +134,13 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Whether :meth:`attribute` can return how far its scores are from adding up: yes."""
         return True
 
-    def _shaped(self, relevance: Tensor, form: Form) -> Tensor:
-        """Return the relevance of the embeddings (B, L, E), or pixels (B, C, H, W), in the form of the inputs."""
-        return form.of_components(relevance)
-
-    def _ask(self, asked: list[Tensor], stack: ExitStack) -> Callable[[str, str, Tensor], None] | None:
-        """Arrange for ``asked`` to get the tensors whose relevance is wanted; here the embeddings are all."""
+    def probe(self) -> Probe | None:
+        """Return the probe of a run, for the relevance of tensors inside the model; here the embeddings' is wanted."""
         return None
 
-    def _asked(self, found: Sequence[Tensor], asked: Sequence[Tensor]) -> Tensor:
-        """Return the one relevance of the tensors that were asked for."""
-        raise NotImplementedError
+    def _in_shape(self, relevance: Tensor, shape: ScoreShape) -> Tensor:
+        """Return the relevance of the embeddings (B, L, E), or pixels (B, C, H, W), in the shape of the inputs."""
+        return shape.from_components(relevance)
 
     @log_usage
     def attribute(
@@ -180,13 +161,15 @@ class ImplicitAttentionRelevance(ModelMethod):
 
         Args:
             inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W), or a tuple of one such tensor.
-            target: What to explain, as in :class:`~captum_ssm.ImplicitAttentionAttribution`.
-            additional_forward_args: Likewise.
-            baselines: The reference x'. For ids: an id that stands in the place of every token, such as the mask, pad
+            target: The class or token to explain, in any form that Captum takes. For a transformers model an int is a
+                vocabulary entry, read at the last real token, or a class of a classifier.
+            additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
+                (B, L), 0 at padding.
+            baselines: The reference x'. For ids: an id that replaces every token, such as the mask, pad
                 or unk token; ids, or embeddings, that broadcast to all inputs; a float for all components. For
-                embeddings and images: a number, or what broadcasts to all inputs. A list of several is averaged over.
-                None freezes the gates.
-            contrast: Explain why the target and not this one, likewise.
+                embeddings and images: a number, or a tensor that broadcasts to all inputs. A list of several is
+                averaged over. None freezes the gates.
+            contrast: Explain why the target and not this one, in any form of a target.
             sign: ``"positive"`` or ``"negative"``: only the components of the embeddings that speak for the score, or
                 against it. None: their sum.
             patches: Return the sums over an image's patches rather than its pixels; a pixel that several patches read
@@ -196,17 +179,17 @@ class ImplicitAttentionRelevance(ModelMethod):
             show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
-            Relevance (B, L) for token ids, 0 at padding; for embeddings that of each component (B, L, E); for images
-            that of each pixel (B, C, H, W), or with ``patches`` of each patch (B, rows, columns). A tuple if
+            Relevance (B, L) for token ids, 0 at padding; for embeddings the relevance of each component (B, L, E); for
+            images of each pixel (B, C, H, W), or with ``patches`` of each patch (B, rows, columns). A tuple if
             ``inputs`` is one. With ``return_convergence_delta`` also the tensor (B,) of the sum of all relevance and
             :attr:`terms`, less ``F(x)`` or ``F(x) - F(x')`` as the model itself gives it. In the units of the score.
 
         Raises:
             AssertionError: If ``target`` does not fit the output.
-            InvalidInputError: If the inputs or baselines are empty, out of range or of the wrong kind.
+            InvalidInputError: If the inputs or baselines are empty, out of range or of the wrong type.
             ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
             UnsupportedModelError: If the model has no supported layer, or calls a function that has no rule.
-            FidelityError: If a layer's decomposition misses the layer's real output, or the relevance does not add up.
+            FidelityError: If a layer's decomposition misses the layer's own output, or the relevance does not add up.
         """
         with torch.inference_mode(False):
             tokens = single_tensor(inputs)
@@ -216,251 +199,52 @@ class ImplicitAttentionRelevance(ModelMethod):
             references = baselines if isinstance(baselines, list) else [baselines]
             if not references:
                 raise InvalidInputError("baselines is an empty list; pass at least one, or None to freeze the gates.")
-            form = Form(self.model, self.forward_func, tokens, args, patches)
-            parts: list[_Part] = []
-            batches = list(self._batches(tokens, args, (target, contrast), None, internal_batch_size))
-            with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as seen:
-                for batch, some in batches:
-                    several = []
-                    for reference in references:
-                        explained = _Explained(
-                            self,
+            shape = ScoreShape(self.model, self.forward_func, tokens, args, patches)
+            explanations: list[Explanation] = []
+            batches = list(self.batches(tokens, args, (target, contrast), None, internal_batch_size))
+            with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as advance:
+                for batch, select in batches:
+                    of_batch = []
+                    for baseline in references:
+                        run = self._run(
                             batch,
-                            some(target),
-                            some(contrast),
-                            some(args) or (),
-                            some(_single(reference, tokens)),
+                            select(target),
+                            select(contrast),
+                            select(args) or (),
+                            select(expanded_baseline(baseline, tokens)),
                         )
-                        several.append(explained.part(return_convergence_delta))
-                        seen()
-                    parts.append(_Part.mean(several))
-            whole = _Part.joined(parts)
-        self.terms, self.completeness = whole.terms, whole.completeness
-        self.held, self.fidelity = whole.held, whole.fidelity
-        relevance = {"positive": whole.relevance.clamp_min(0), "negative": whole.relevance.clamp_max(0)}.get(
-            str(sign), whole.relevance
-        )
-        relevance = self._shaped(relevance, form)
-        result = format_output(is_tuple(inputs), (relevance.contiguous(),))
-        return (result, whole.delta) if return_convergence_delta else result
+                        of_batch.append(run.explain(with_delta=return_convergence_delta))
+                        advance()
+                    explanations.append(Explanation.mean(of_batch))
+            explanation = Explanation.joined(explanations)
+        self.terms, self.completeness = explanation.terms, explanation.completeness
+        self.held, self.fidelity = explanation.decisions, explanation.fidelity
+        relevance = _of_sign(explanation.relevance, sign)
+        result = format_output(is_tuple(inputs), (self._in_shape(relevance, shape).contiguous(),))
+        return (result, explanation.delta) if return_convergence_delta else result
 
-
-@dataclass(frozen=True)
-class _Part:
-    """What was found for some examples: relevance (B, L, E), the rest as in the method's attributes."""
-
-    relevance: Tensor
-    terms: dict[str, Tensor]
-    delta: Tensor
-    completeness: float
-    held: set[str]
-    fidelity: dict[str, float]
-
-    @staticmethod
-    def mean(parts: Sequence[_Part]) -> _Part:
-        """Return the mean over several references."""
-        return _Part._merged(parts, lambda tensors: torch.stack(tensors).mean(0))
-
-    @staticmethod
-    def joined(parts: Sequence[_Part]) -> _Part:
-        """Return all examples."""
-        return _Part._merged(parts, torch.cat)
-
-    @staticmethod
-    def _merged(parts: Sequence[_Part], merge: Callable[[list[Tensor]], Tensor]) -> _Part:
-        names = dict.fromkeys(name for part in parts for name in part.terms)
-        return _Part(
-            merge([part.relevance for part in parts]),
-            {name: merge([part.terms.get(name, torch.zeros_like(part.delta)) for part in parts]) for name in names},
-            merge([part.delta for part in parts]),
-            max(part.completeness for part in parts),
-            set[str]().union(*(part.held for part in parts)),
-            {name: max(part.fidelity[name] for part in parts) for name in parts[0].fidelity},
-        )
-
-
-class _Explained:
-    """One run on some examples.
-
-    Args:
-        method: Whose options hold.
-        inputs: Token ids (B, L) or embeddings (B, L, E).
-        target: What is explained.
-        contrast: And against what.
-        args: Additional forward arguments.
-        baseline: The reference, or None.
-    """
-
-    def __init__(
+    def _run(
         self,
-        method: ImplicitAttentionRelevance,
         inputs: Tensor,
         target: Target,
         contrast: Target,
         args: tuple[Any, ...],
         baseline: Baseline | None,
-    ) -> None:
-        method._refuse_replaced_gradient()
-        refuse_bad_state(method.model)
-        self.method, self.inputs, self.baseline = method, inputs, baseline
-        self.target, self.contrast = free_of_inference_mode(target), free_of_inference_mode(contrast)
-        self.args = tuple(map(free_of_inference_mode, args))
-        self.rule: Rule = Frozen(method.gate_rule) if baseline is None else Difference(method.value_share)
-        self.fidelity: dict[str, float] = {}
-        self.apart: list[Traced] = []
-        if baseline is not None:
-            self._check(baseline)
-
-    def part(self, exactly: bool) -> _Part:
-        """Return what was found; ``exactly``: with the delta to what the model itself gives."""
-        method, model = self.method, self.method.model
-        leaves: list[Traced] = []
-        whole = isinstance(self.rule, Difference) or method.gate_rule == "half"
-        with torch.enable_grad(), ExitStack() as stack:
-            inputs: Tensor = self.inputs
-            if inputs.is_floating_point():
-                inputs = self._pair(inputs, self._reference(inputs), leaves)
-            else:
-                stack.enter_context(embedded(model, inputs, partial(self._embed, leaves)))
-            asked: list[Tensor] = []
-            entering = method._ask(asked, stack)
-            apart = self.apart if method.apart else None
-            stack.enter_context(follow(model, self._checked, whole, method.checkpoints, apart, entering))
-            output = scores(method.forward_func, inputs, *self.args)
-            score = method._score(output, self.target, self.contrast)
-            if not leaves or not isinstance(score, Traced) or not score.value.requires_grad:
-                raise InvalidInputError(
-                    "The explained score does not depend on the inputs through the model. Check that forward_func runs "
-                    "this model on the inputs as they are, and that the target is read from its output."
-                )
-            inner = [tensor for tensor in asked if isinstance(tensor, Traced)]
-            places = [*leaves, *self.apart, *inner]
-            gradients = torch.autograd.grad(score.value.sum(), [place.value for place in places], allow_unused=True)
-        found = [
-            torch.zeros_like(place.reference) if g is None else (place.value.detach() - place.reference) * g
-            for place, g in zip(places, gradients)
-        ]
-        relevance = torch.stack(found[: len(leaves)]).sum(0)
-        direct = found[len(leaves) : len(leaves) + len(self.apart)]
-        value, reference = (s.reshape(len(relevance)) for s in (score.value.detach(), score.reference))
-        skipped = sum((f.flatten(1).sum(1) for f in direct), relevance.new_zeros(len(relevance)))
-        terms = {"skip": skipped} if method.apart else {}
-        if self.baseline is None:
-            terms = {"bias": reference, **terms}
-        tokens = relevance.flatten(1)
-        missing = tokens.sum(1) + sum(terms.values()) - (value - (0 if self.baseline is None else reference))
-        scale = tokens.abs().sum(1) + value.abs() + reference.abs()
-        error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        self._refuse_incomplete(error, next(model.parameters()).dtype)
-        delta = missing
-        if exactly or self.rule.held:
-            delta, terms = self._against_the_model(tokens, terms, reference)
-        if asked:
-            relevance = method._asked(found[len(places) - len(inner) :], asked)
-        return _Part(relevance, terms, delta, error, self.rule.held, self.fidelity)
-
-    def _against_the_model(
-        self, tokens: Tensor, terms: dict[str, Any], reference: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the delta to what the model gives by itself, and with the term of decisions."""
-        value = self._run(None).to(tokens).reshape(len(tokens))
-        if self.baseline is not None:
-            other = self._run(self._reference).to(tokens).reshape(len(tokens))
-            if self.rule.held:
-                terms = {**terms, "decisions": reference - other}
-            value = value - other
-        return tokens.sum(1) + sum(terms.values()) - value, terms
-
-    def _run(self, become: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Return the score that the model itself gives for the inputs, or for what becomes of their embeddings."""
-        method, inputs = self.method, self.inputs
-        with torch.no_grad(), ExitStack() as stack:
-            if become is not None and inputs.is_floating_point():
-                inputs = become(inputs).to(inputs)
-            elif become is not None:
-                stack.enter_context(
-                    embedded(method.model, inputs, lambda module, output: self._reference(output, module).to(output))
-                )
-            return method._score(scores(method.forward_func, inputs, *self.args), self.target, self.contrast)
-
-    def _embed(self, leaves: list[Traced], module: nn.Module, output: Tensor) -> Tensor:
-        return self._pair(output, self._reference(output, module), leaves)
-
-    def _pair(self, value: Tensor, reference: Tensor, leaves: list[Traced]) -> Traced:
-        """Return the embeddings and their reference as the start of the relevance."""
-        wide = value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
-        leaves.append(Traced.of(wide, reference.to(wide), self.rule))
-        return Traced.of(wide.clone(), reference.to(wide, copy=True), self.rule)  # which the model may change in place
-
-    def _reference(self, value: Tensor, embedding: nn.Module | None = None) -> Tensor:
-        """Return the reference of embeddings (B, L, E): 0 for frozen gates; padding is its own."""
-        if self.baseline is None:
-            return torch.zeros_like(value)
-        reference = torch.as_tensor(self.baseline, device=value.device)
-        if embedding is not None and not reference.is_floating_point():
-            with torch.no_grad():
-                ids = reference.expand(self.inputs.shape) if reference.dim() < 3 else reference
-                reference = type(embedding).forward(embedding, ids)
-        if reference.dim() > 0 and reference.shape[-1] not in (1, value.shape[-1]):
-            raise InvalidInputError(
-                f"The baseline's embeddings have {reference.shape[-1]} components, the model's {value.shape[-1]}."
-            )
-        reference = reference.to(value).expand_as(value)
-        if is_language_model(self.method.forward_func) and self.args and isinstance(self.args[0], Tensor):
-            reference = torch.where(self.args[0].bool().unsqueeze(-1), reference, value.detach())
-        return reference
-
-    def _checked(self, call: MixerCall, y: Tensor | None) -> None:
-        """Check a layer's decomposition by what it gave; by itself where it ran on another input."""
-        call, tolerance = call.detach(), self.method.tolerance
-        real = real_tokens(self.method.forward_func, self.args, [call])
-        error = decompose(call, tolerance, real).error if y is None else check(call, y, tolerance, real)
-        self.fidelity[call.name] = error
-
-    def _check(self, baseline: Baseline) -> None:
-        """Raise if a baseline does not fit the inputs."""
-        if not isinstance(baseline, (int, float, Tensor)):
-            raise InvalidInputError(
-                f"A baseline is a token id, ids, a number or embeddings, not {type(baseline).__name__}. For a word "
-                "take its id: tokenizer.convert_tokens_to_ids(word)."
-            )
-        reference, shape = torch.as_tensor(baseline), self.inputs.shape
-        ids = not self.inputs.is_floating_point() and not reference.is_floating_point()
-        vectors = not self.inputs.is_floating_point() and reference.is_floating_point() and reference.dim() > 0
-        try:
-            fits = torch.broadcast_shapes(reference.shape[:-1] if vectors else reference.shape, shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise InvalidInputError(
-                f"The baseline of shape {tuple(reference.shape)} does not fit inputs of shape "
-                f"{tuple(self.inputs.shape)}. Pass a number, or what broadcasts to the inputs, such as a token id, ids "
-                "or embeddings for all positions; or a list of several such baselines."
-            )
-        if ids:
-            refuse_bad_inputs(self.method.model, reference.expand(self.inputs.shape))
-        elif not bool(reference.isfinite().all()):
-            raise InvalidInputError("The baseline has NaN or infinite entries.")
-
-    def _refuse_incomplete(self, error: float, dtype: torch.dtype) -> None:
-        allowed = COMPLETENESS.get(dtype, 1e-3)
-        if not error <= allowed:
-            raise FidelityError(
-                "the whole model",
-                error,
-                allowed,
-                "code that a rule cannot follow, such as a kernel that is called past torch's functions",
-            )
+    ) -> Run:
+        """Return the run of one batch with one reference, its arguments checked."""
+        self.refuse_replaced_gradient()
+        refuse_bad_state(self.model)
+        target, contrast = outside_inference_mode(target), outside_inference_mode(contrast)
+        args = tuple(map(outside_inference_mode, args))
+        reference = Reference.of(baseline, inputs, self.forward_func, args)
+        reference.check(self.model)
+        score = partial(self.explained_score, target=target, contrast=contrast)
+        options = Options(self.gate_rule, self.value_share, bool(self.apart), self.checkpoints, self.tolerance)
+        return Run(self.model, self.forward_func, score, inputs, args, reference, options, self.probe())
 
 
-def _single(baseline: Any, inputs: Tensor) -> Any:
-    """Return the baseline of the one input, of all examples; Captum's methods also take a tuple of one."""
-    baseline = baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
-    if not isinstance(baseline, Tensor) or baseline.dim() == 0:
-        return baseline
-    vectors = baseline.is_floating_point() and not inputs.is_floating_point()
-    shape = (*inputs.shape, *baseline.shape[-1:]) if vectors else inputs.shape
-    try:
-        return baseline.expand(shape)
-    except RuntimeError:  # which is refused in a moment, with the shapes
-        return baseline
+def _of_sign(relevance: Tensor, sign: Sign) -> Tensor:
+    """Return the components of the relevance that have this sign, or all."""
+    if sign is None:
+        return relevance
+    return relevance.clamp_min(0) if sign == "positive" else relevance.clamp_max(0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_ssm.attention import ScaledAttention, TokenMatrix
 from captum_ssm.attr.base import ImplicitAttentionMethod
-from captum_ssm.attr.fusion import Fusion, check_fusion, fuse
-from captum_ssm.attr.view import LayerView
-from captum_ssm.wiring import Wiring
+from captum_ssm.matrices.fusion import Fusion, check_fusion, fuse
+from captum_ssm.matrices.rollout import LayersOnStream, rollout
+from captum_ssm.matrices.split_layer import SplitLayer
+from captum_ssm.network.graph import ResidualGraph
 
 
 class ImplicitAttentionRollout(ImplicitAttentionMethod):
@@ -23,11 +24,12 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
     :class:`~captum_ssm.ImplicitAttentionAttribution`.
 
     Args:
-        forward_func: As in :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`, with ``model``.
-        model: Likewise.
-        fusion: How the channels' matrices become one, see :data:`~captum_ssm.attr.fusion.Fusion`; as published:
-            ``"absolute"``.
-        **options: ``attention``, ``without`` and ``tolerance``, likewise.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
+        fusion: How the channels' matrices become one, see :data:`~captum_ssm.matrices.fusion.Fusion`;
+            ``"absolute"`` is the published one.
+        **options: ``attention``, ``without`` and ``tolerance``, see
+            :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
 
     Source:
         Abnar & Zuidema 2020 (arXiv 2005.00928); Zimerman, Ali & Wolf 2025 (arXiv 2405.16504).
@@ -47,8 +49,6 @@ class ImplicitAttentionRollout(ImplicitAttentionMethod):
         check_fusion(fusion)
         self.fusion: Fusion = fusion
 
-    def _matrix(self, layer: LayerView) -> TokenMatrix:
-        return ScaledAttention(fuse(layer, self.fusion), layer.wire.write)
-
-    def _aggregate(self, layer: Callable[[int], LayerView], wiring: Wiring, query: Tensor) -> Tensor:
-        return self._rollout(self._matrix, layer, wiring, query)
+    def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
+        matrix = partial(fuse, fusion=self.fusion)
+        return rollout(LayersOnStream(layers, matrix, gradient_weighted=False), graph, query)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.attr.inputs import refuse_bad_inputs
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.features import one_tensor
-from captum_ssm.readout import is_language_model
+from captum_ssm.network.inputs import refuse_bad_inputs
+from captum_ssm.network.interface import is_language_model
 
 Baselines = float | Tensor | tuple[float | Tensor, ...]
 """A number, such as the id of ``<unk>``; or a tensor that broadcasts to the inputs, such as the embedding (E,) of

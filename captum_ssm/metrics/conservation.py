@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from captum_ssm._captum import format_additional_forward_args
-from captum_ssm.attr.inputs import Target, single_tensor
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines, expanded, refuse_unknown
 from captum_ssm.metrics.evidence import Evidence, args_of_examples, reader, refuse_training, run
 from captum_ssm.metrics.features import one_tensor
+from captum_ssm.network.inputs import Target, single_tensor
 
 
 def conservation(

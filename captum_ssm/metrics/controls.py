@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ssm.attr.inputs import single_tensor
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.features import example_seed, one_tensor
+from captum_ssm.network.inputs import single_tensor
 
 
 def random_attributions(inputs: Any, seed: int = 0) -> Tensor:

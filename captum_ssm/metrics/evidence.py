@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm._captum import select_targets
-from captum_ssm.attr.inputs import Target, refuse_bad_state, refuse_wrong_counts
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.readout import scores
+from captum_ssm.network.forward import run_model
+from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts
 
 Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
 """What the model's output is turned into before ``target`` selects from it.
@@ -44,7 +44,7 @@ def run(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...])
     Raises:
         InvalidInputError: If it is not a tensor with one row for each row of inputs.
     """
-    output = scores(forward_func, inputs, *args)
+    output = run_model(forward_func, inputs, *args)
     if not isinstance(output, Tensor) or output.dim() == 0 or len(output) != len(inputs):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
         raise InvalidInputError(

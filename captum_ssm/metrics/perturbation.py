@@ -7,12 +7,12 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from captum_ssm.attr.inputs import Target
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines
 from captum_ssm.metrics.curve import Curve
 from captum_ssm.metrics.evidence import Evidence, reader, transformed
 from captum_ssm.metrics.trial import Options, Trial
+from captum_ssm.network.inputs import Target
 
 Removal = Literal["replace", "delete"]
 """How a feature is taken away.

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from captum_ssm._captum import format_additional_forward_args
-from captum_ssm.attr.base import progress_bar
-from captum_ssm.attr.inputs import single_tensor
+from captum_ssm._progress import progress_bar
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines, expanded, refuse_unknown
 from captum_ssm.metrics.curve import Curve
 from captum_ssm.metrics.evidence import Read, args_of_examples, finite, refuse_training, run
 from captum_ssm.metrics.features import draws, feature_scores, ranks, spread
-from captum_ssm.readout import attention_mask, is_language_model
+from captum_ssm.network.forward import checked_mask
+from captum_ssm.network.inputs import single_tensor
+from captum_ssm.network.interface import is_language_model
 
 TENTHS = tuple(step / 10 for step in range(11))
 """0, 0.1, ..., 1."""
@@ -227,5 +228,5 @@ def _checked_keep(keep: Tensor | None, scores: Tensor) -> Tensor:
 def _real_tokens(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], scores: Tensor) -> Tensor:
     """Return where there is no padding, (B, N)."""
     if is_language_model(forward_func) and args and args[0] is not None:
-        return attention_mask(inputs, args[0]).bool().to(scores.device)
+        return checked_mask(inputs, args[0]).bool().to(scores.device)
     return torch.ones_like(scores, dtype=torch.bool)

@@ -15,47 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from captum_ssm.capture import MixerCall, record_mixers
 from captum_ssm.errors import FidelityError, UnsupportedModelError
-from captum_ssm.fidelity import TOLERANCE, adapt, relative_error
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import TOLERANCE, relative_error, unchecked_chain
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Flip, Operator, Sum
-from captum_ssm.registry import find_mixers
 from captum_ssm.relevance.functions import OPAQUE
 from captum_ssm.relevance.rules import Rule
 from captum_ssm.relevance.traced import Traced, constants, traced
 
 
 @contextmanager
-def embedded(model: nn.Module, ids: Tensor, become: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Put other vectors in the place of the embeddings of these ids, while the context is open.
-
-    Args:
-        model: The model.
-        ids: Token ids (B, L). The embedding that is called with them is the one that is meant.
-        become: What becomes of the embedding module and its output.
-
-    Yields:
-        The vectors that were put in, one entry for each call of the embedding.
-    """
-    found: list[Tensor] = []
-
-    def leave(module: nn.Module, args: Any, output: Tensor) -> Any:
-        if not (args and isinstance(args[0], Tensor) and torch.equal(args[0], ids)):
-            return None
-        found.append(become(module, output))
-        return found[-1]
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(leave).remove)
-        yield found
-
-
-@contextmanager
 def follow(
     model: nn.Module,
-    checked: Callable[[MixerCall, Tensor | None], None],
+    checked: Callable[[LayerCall, Tensor | None], None],
     whole: bool = True,
     checkpoints: bool = False,
     apart: list[Traced] | None = None,
@@ -76,7 +50,7 @@ def follow(
     again: list[bool] = []
     plain = _plainly(model)
 
-    def rewrite(call: MixerCall) -> Tensor:
+    def rewrite(call: LayerCall) -> Tensor:
         if not traced((call.x, call.kwargs)):
             return call.y
         if not isinstance(call.x, Traced) or traced(call.kwargs):
@@ -84,13 +58,13 @@ def follow(
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        found = MixerCall(call.name, call.mixer, plain(call.x), call.y, call.kwargs)
+        found = LayerCall(call.name, call.mixer, plain(call.x), call.y, call.kwargs)
         rounded = call.y.dtype != call.x.dtype  # the layer itself then ran on another input
         if rounded and not again:
             checked(found, None)
         x: Tensor = call.x
         with cast(Rule, call.x.rule).sharing(entering is None and apart is None):
-            chain = adapt(found, x if whole else call.x.value.detach())
+            chain = unchecked_chain(found, x if whole else call.x.value.detach())
             for name, operator in reversed(list(chain.factors.items())):
                 if entering is not None and not again:
                     entering(call.name, name, x)
@@ -116,7 +90,7 @@ def follow(
         if checkpoints:
             for block in blocks(model):
                 stack.enter_context(patch.object(block, "forward", _checkpointed(block.forward, again)))
-        stack.enter_context(record_mixers(model, rewrite=rewrite, plain=plain))
+        stack.enter_context(record_mixers(model, replacement=rewrite, prepare=plain))
         yield
 
 

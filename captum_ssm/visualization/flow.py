@@ -36,8 +36,9 @@ def rollout_steps(matrices: Sequence[Matrix] | Matrix) -> Array:
 
     Returns:
         (layers, L, L): what token i after layer l hands on to token j before it, as a share of its relevance. Row i is
-        divided by ``1 + |sum_j C_ij|``, as in :func:`captum_ssm.aggregate.rollout`. Where a model scales its residual
-        path or runs layers side by side, the matrices of its steps are others, which :func:`flow_figure` draws as well.
+        divided by ``1 + |sum_j C_ij|``, as in :func:`captum_ssm.matrices.rollout.rollout`. Where a model scales its
+        residual path or runs layers side by side, the matrices of its steps are others, which :func:`flow_figure` draws
+        as well.
 
     Raises:
         InvalidInputError: If the shapes do not fit.

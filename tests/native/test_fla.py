@@ -28,11 +28,11 @@ from fla.models.rwkv7.modeling_rwkv7 import RWKV7FeedForward
 from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 
 from captum_ssm import InvalidInputError, UnsupportedModelError
-from captum_ssm.attention import dense
-from captum_ssm.capture import MixerCall
-from captum_ssm.fidelity import decompose
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import decompose
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.operators import Chain
-from captum_ssm.registry import find_adapter
 from captum_ssm.testing import check_adapter
 
 E, L = 16, 9
@@ -198,7 +198,7 @@ def test_the_attention_is_the_papers_sum(name: str) -> None:
     with torch.no_grad():
         scan = decomposed(mixer, x, kwargs).factors["scan"]
         expected = ORACLES[type(mixer)](mixer, x, kwargs)
-        found = dense(scan, x.new_ones(*x.shape[:2], scan.sizes[1]))[:, :: scan.head_size]
+        found = channel_matrices(scan, x.new_ones(*x.shape[:2], scan.sizes[1]))[:, :: scan.head_size]
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
@@ -268,7 +268,7 @@ def test_another_librarys_class_of_the_same_name_is_refused(name: str) -> None:
     cls = LAYERS[name][0].__name__
     other = type(cls, (nn.Module,), {})()
     with pytest.raises(UnsupportedModelError, match=f"has the name {cls}, but is not built like the layer"):
-        decompose(MixerCall("mixer", other, inputs(), inputs(), {}))
+        decompose(LayerCall("mixer", other, inputs(), inputs(), {}))
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax: groups, bias, norms, window"])

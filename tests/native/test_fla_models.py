@@ -22,7 +22,7 @@ from captum_ssm import (
     LayerImplicitAttention,
     ModelStateError,
 )
-from captum_ssm.registry import find_mixers
+from captum_ssm.layers.mixers import find_mixers
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 13, "intermediate_size": 24}
 

@@ -27,15 +27,16 @@ from captum_ssm import (
     UnsupportedModelError,
     reference_kernels,
 )
-from captum_ssm.attention import dense
-from captum_ssm.capture import record_mixers
-from captum_ssm.fidelity import relative_error
-from captum_ssm.readout import input_embeddings, is_language_model, scores
-from captum_ssm.registry import find_adapter
+from captum_ssm.layers.fidelity import relative_error
+from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.matrices.core_matrix import channel_matrices
+from captum_ssm.network.examination import examine
+from captum_ssm.network.forward import run_model
+from captum_ssm.network.graph import EMBEDDINGS
+from captum_ssm.network.interface import input_embeddings, is_language_model
+from captum_ssm.network.recording import record_mixers
 from captum_ssm.relevance.functions import OPAQUE
-from captum_ssm.structure import examine
 from captum_ssm.testing import check_adapter
-from captum_ssm.wiring import EMBEDDINGS
 
 mamba_ssm_cpu.enable()
 
@@ -179,7 +180,7 @@ def test_the_attention_of_mamba3_is_its_closed_form(name: str, x: Tensor) -> Non
     chain = adapter(module, x, {})
     _, scan, _ = chain.split("scan")
     v = torch.randn(2, L, scan.sizes[1] or 0, dtype=x.dtype)
-    heads = dense(scan, v).unflatten(1, (-1, 4))[:, :, 0]
+    heads = channel_matrices(scan, v).unflatten(1, (-1, 4))[:, :, 0]
     expected = torch.stack([oracles.mamba3_alpha(module, row) for row in x])
     assert relative_error(heads, expected) <= 1e-12
 
@@ -194,7 +195,7 @@ def test_gated_channels_mix_no_tokens(name: str, x: Tensor) -> None:
     M = module.mlp_dim // 2 if isinstance(module, mha.MHA) else module.d_inner - module.d_ssm
     channels = slice(-M, None) if isinstance(module, mha.MHA) else slice(M)
     v = torch.randn(2, L, core.sizes[1] or 0)
-    matrices = dense(core, v)[:, channels]
+    matrices = channel_matrices(core, v)[:, channels]
     assert matrices.shape[1] == M
     assert torch.equal(matrices, torch.eye(L).expand_as(matrices))
 
@@ -265,10 +266,10 @@ def test_relevance_adds_up(mixer: str, norms: str, baseline: int | None, ids: Te
     model, ids = lm(mixer, **NORMS[norms]).to(device), ids.to(device)
     method = ImplicitAttentionRelevance(model)
     relevance, delta = method.attribute(ids, TARGET, baselines=baseline, return_convergence_delta=True)
-    score = scores(model, ids)[:, TARGET]
+    score = run_model(model, ids)[:, TARGET]
     assert delta.abs().max() <= 1e-4 * score.abs().max()
     if baseline is not None:
-        reference = scores(model, torch.full_like(ids, baseline))[:, TARGET]
+        reference = run_model(model, torch.full_like(ids, baseline))[:, TARGET]
         torch.testing.assert_close(relevance.sum(1), score - reference, rtol=1e-4, atol=1e-4)
 
 
@@ -279,8 +280,8 @@ def test_every_layer_reads_the_sum_of_all_before(inputs: str, norms: str, ids: T
     model = lm(**NORMS[norms])
     given = ids if inputs == "ids" else embedded(model, ids)
     with record_mixers(model) as calls:
-        scores(model, given)
-    wiring = examine(model, lambda: scores(model, given), calls, model)
+        run_model(model, given)
+    wiring = examine(model, lambda: run_model(model, given), calls, model)
     assert list(wiring.reads) == [frozenset(range(EMBEDDINGS, number)) for number in range(len(calls))]
     assert wiring.output == frozenset(range(EMBEDDINGS, len(calls)))
 
@@ -289,7 +290,7 @@ def test_every_layer_reads_the_sum_of_all_before(inputs: str, norms: str, ids: T
 def test_a_language_model_is_read_at_its_last_token(inputs: str, ids: Tensor) -> None:
     model = lm()
     given = ids if inputs == "ids" else embedded(model, ids)
-    assert torch.equal(scores(model, given), model(ids).logits[:, -1])
+    assert torch.equal(run_model(model, given), model(ids).logits[:, -1])
     assert is_language_model(model)
     assert not is_language_model(model.backbone)
     assert input_embeddings(model) is input_embeddings(model.backbone) is model.backbone.embedding
@@ -389,7 +390,7 @@ def test_the_embedding_is_restored_if_the_model_fails(
     model = lm()
     vectors = embedded(model, ids)[..., 1:]
     with unchanged(model), pytest.raises(RuntimeError):
-        scores(model, vectors)
+        run_model(model, vectors)
 
 
 @pytest.mark.parametrize("before", [0, 3])

@@ -1,14 +1,10 @@
-"""Run a model and read the explained score off its output, as a Captum user would write it by hand.
+"""Run a model and take the explained output, as a Captum user would write it by hand.
 
-A model is recognised by its interface, not imported. One of transformers has ``get_input_embeddings`` and its
-``forward`` takes ``inputs_embeds``; one of mamba_ssm takes ``inference_params`` with its ``input_ids``, and keeps its
-embeddings in ``embedding``. A language model is called without a cache, its logits are taken from its output and read
-at the last real token.
+A language model is called without a cache, its logits are taken from its output and read at the last real token.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,40 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.capture import signature
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.kernels import is_kernel_failure
+from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model
+from captum_ssm.network.reference_kernels import is_kernel_failure
 
 
-def is_language_model(forward_func: object) -> bool:
-    """Whether this is a model with transformers' or mamba_ssm's interface rather than a plain Captum callable."""
-    if is_native(forward_func):
-        return hasattr(forward_func, "lm_head")
-    return hasattr(forward_func, "get_input_embeddings") and _takes(forward_func, "inputs_embeds")
-
-
-def is_native(model: object) -> bool:
-    """Whether this is a model with mamba_ssm's interface: token ids alone go in, no embeddings and no mask."""
-    return _takes(model, "input_ids", "inference_params") and hasattr(getattr(model, "backbone", model), "embedding")
-
-
-def _takes(model: object, *names: str) -> bool:
-    if not isinstance(model, nn.Module):
-        return False
-    own = "forward" in vars(model)  # of the object, not of its class: nothing is to outlive the object
-    found = inspect.signature(model.forward) if own else signature(type(model).forward)
-    return {*names} <= found.parameters.keys()
-
-
-def input_embeddings(model: Any) -> nn.Module | None:
-    """Return the module that turns token ids into vectors; None if the model's interface does not say which it is."""
-    if is_native(model):
-        return getattr(model, "backbone", model).embedding
-    return model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
-
-
-def scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
-    """Run the model and return what a target selects from.
+def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
+    """Run the model and return the output that a target selects from.
 
     Args:
         forward_func: A model of transformers or mamba_ssm, or any callable that Captum accepts.
@@ -57,15 +26,16 @@ def scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tens
         args: The additional forward arguments. For a transformers model: the attention mask (B, L), if any.
 
     Returns:
-        For a language model the logits (B, V) at the last real token of each sequence, or (B, classes)
-        of a classifier. For any other callable what it returns.
+        For a language model the logits (B, V) at the last real token of each sequence, or (B, classes) of a
+        classifier. For any other callable its output.
 
     Raises:
         InvalidInputError: If the mask does not fit the inputs, leaves a sequence empty, or the model takes none.
         ModelStateError: If an installed kernel cannot take the model's tensors.
+        RuntimeError, ValueError: From the model itself.
     """
     try:
-        return _scores(forward_func, inputs, *args)
+        return _run_model(forward_func, inputs, *args)
     except (RuntimeError, ValueError) as error:
         if not is_kernel_failure(error):
             raise
@@ -75,18 +45,18 @@ def scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tens
         ) from error
 
 
-def _scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
-    if is_native(forward_func):
+def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
+    if is_mamba_ssm_model(forward_func):
         _refuse_arguments(forward_func, args)
     if not is_language_model(forward_func):
-        with _as_ids(forward_func, inputs) as ids:
+        with _token_ids(forward_func, inputs) as ids:
             return forward_func(ids, *args)
     if len(args) > 1:
         raise InvalidInputError(
             f"A transformers model takes one additional forward argument, its attention mask, but got {len(args)}. "
             "For more, wrap it: ImplicitAttentionAttribution(lambda ids, *args: ..., model=model)."
         )
-    mask = attention_mask(inputs, args[0]) if args and args[0] is not None else None
+    mask = checked_mask(inputs, args[0]) if args and args[0] is not None else None
     logits = language_logits(forward_func, inputs, mask)
     if logits.dim() == 2:
         return logits
@@ -96,9 +66,15 @@ def _scores(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Ten
 
 
 def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Run a language model without a cache and return its logits, (B, L, V) or (B, classes)."""
-    if is_native(model):
-        with _as_ids(model, inputs) as ids:
+    """Run a language model without a cache and return its logits, (B, L, V) or (B, classes).
+
+    Args:
+        model: A model of transformers or mamba_ssm.
+        inputs: Token ids (B, L) or embeddings (B, L, E).
+        mask: Attention mask (B, L), 0 at padding, or None.
+    """
+    if is_mamba_ssm_model(model):
+        with _token_ids(model, inputs) as ids:
             return model(ids).logits
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     output = model(**{name: inputs}, attention_mask=mask, use_cache=False)
@@ -107,13 +83,14 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
 
 
 @contextmanager
-def _as_ids(model: Any, inputs: Tensor) -> Iterator[Tensor]:
-    """Return what to call a model with that takes nothing but token ids.
+def _token_ids(model: Any, inputs: Tensor) -> Iterator[Tensor]:
+    """Give a model that takes nothing but token ids the inputs that the caller has.
 
-    For embeddings these are ids of no meaning, and the model's embedding hands out the embeddings while the context is
-    open. Any other input is itself, as is that of any other model.
+    Yields:
+        The ids to call the model with. If the inputs are embeddings, the ids have no meaning, and the model's embedding
+        returns the embeddings while the context is open. For any other model, the inputs.
     """
-    embedding = input_embeddings(model) if is_native(model) and inputs.is_floating_point() else None
+    embedding = input_embeddings(model) if is_mamba_ssm_model(model) and inputs.is_floating_point() else None
     if embedding is None:
         yield inputs
         return
@@ -128,7 +105,7 @@ def _refuse_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Raise if a model that takes no mask is given one.
 
     Raises:
-        InvalidInputError: With what to do instead.
+        InvalidInputError: With the remedy.
     """
     if any(arg is not None for arg in args):
         raise InvalidInputError(
@@ -137,8 +114,12 @@ def _refuse_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
         )
 
 
-def attention_mask(inputs: Tensor, mask: Any) -> Tensor:
-    """Return the mask of a call, checked.
+def checked_mask(inputs: Tensor, mask: Any) -> Tensor:
+    """Return the attention mask of a call.
+
+    Args:
+        inputs: Token ids (B, L) or embeddings (B, L, E).
+        mask: The caller's mask, which should be a tensor (B, L) that is 0 at padding.
 
     Raises:
         InvalidInputError: If it does not fit the inputs or leaves a sequence empty.
@@ -151,3 +132,21 @@ def attention_mask(inputs: Tensor, mask: Any) -> Tensor:
     if not bool(mask.bool().any(1).all()):
         raise InvalidInputError("The attention mask leaves a sequence without any real token; drop that sequence.")
     return mask
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a transformers model run without a cache while the context is open, if the caller does not ask for one.
+
+    Yields:
+        None.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True

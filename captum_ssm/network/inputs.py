@@ -1,4 +1,4 @@
-"""What a call is given: checked, and brought into one form."""
+"""Check the inputs, targets and state of a call, and bring them into one form."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_ssm.capture import MixerCall
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.readout import input_embeddings, is_language_model
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.network.interface import input_embeddings, is_language_model
 
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 
@@ -20,7 +20,7 @@ def single_tensor(inputs: Any) -> Tensor:
     """Return the one tensor of ``inputs``, detached and usable with autograd.
 
     Raises:
-        AssertionError: If inputs is not made of tensors, as in Captum's own methods.
+        AssertionError: If inputs is not made of tensors, as Captum's own methods raise.
         InvalidInputError: If inputs is not a single tensor.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -32,22 +32,27 @@ def single_tensor(inputs: Any) -> Tensor:
             f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
             "the model needs as additional_forward_args."
         )
-    return free_of_inference_mode(tensors[0].detach())
+    return outside_inference_mode(tensors[0].detach())
 
 
-def free_of_inference_mode(value: Any) -> Any:
-    """Return a copy of a tensor that was made in inference mode, which autograd refuses; all else as it is."""
+def outside_inference_mode(value: Any) -> Any:
+    """Return a copy of a tensor that was made in inference mode, which autograd refuses; any other value unchanged."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 _INTERPRETABLE = "InterpretableEmbeddingBase"
-"""What Captum puts in the place of an embedding layer: a fresh module, in training mode, that computes nothing."""
+"""Captum's stand-in for an embedding layer: a new module, in training mode, that computes nothing."""
 
 
 def select_examples(value: Any, count: int, rows: slice) -> Any:
     """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one.
 
-    Of several arguments only tensors have parts, as for Captum.
+    Of several arguments only tensors have parts, by Captum's rule.
+
+    Args:
+        value: A target or argument, or a tuple of arguments.
+        count: How many examples there are.
+        rows: The examples that are selected.
     """
     if rows.start == 0 and rows.stop >= count:
         return value
@@ -72,7 +77,7 @@ def refuse_wrong_counts(count: int, targets: tuple[Any, ...], query: Any) -> Non
 
 
 def refuse_bad_state(model: nn.Module) -> None:
-    """Raise if a module of the model is in training mode (the root may be: a fresh wrapper is).
+    """Raise if a module of the model is in training mode (the root may be: a new wrapper is).
 
     Raises:
         ModelStateError: If dropout or a fused training kernel could be active.
@@ -90,7 +95,7 @@ def refuse_bad_state(model: nn.Module) -> None:
 
 
 def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
-    """Raise if the inputs are empty, of the wrong kind, or name tokens that the model does not have.
+    """Raise if the inputs are empty, of the wrong type or shape, or name tokens that the model does not have.
 
     Raises:
         InvalidInputError: In each of these cases.
@@ -101,7 +106,7 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
-    if inputs.is_floating_point():
+    if vectors:
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
         return
@@ -114,20 +119,29 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def real_tokens(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[MixerCall]) -> Tensor:
+def token_mask(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[LayerCall]) -> Tensor:
     """Return 1 at real tokens and 0 at padding, (B, L).
 
-    For a transformers model the mask is the additional forward argument. Any other callable may make one of its own:
-    it is the one that the mixers got.
+    For a transformers model the mask is the additional forward argument. Any other callable may make a mask, which the
+    mixers then got.
+
+    Args:
+        forward_func: The model, or the callable that runs it.
+        args: The additional forward arguments.
+        calls: The calls of the mixers.
     """
     y = calls[-1].y
-    found = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
-    masks = [mask for mask in found if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
+    candidates = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
+    masks = [mask for mask in candidates if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
     return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], device=y.device)
 
 
-def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
+def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     """Return explained positions as weights (B, L).
+
+    Args:
+        query: A position, one position for each example (B,), or weights (B, L).
+        inputs: Any tensor (B, L, ...).
 
     Raises:
         InvalidInputError: If a position lies outside the sequence or the shape does not fit.
@@ -147,13 +161,17 @@ def as_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     return F.one_hot(position, shape[1]).to(torch.float32)
 
 
-def refuse_padding(positions: Tensor, real: Tensor) -> None:
-    """Raise if a position that is explained is padding.
+def refuse_padding(query: Tensor, mask: Tensor) -> None:
+    """Raise if an explained position is padding.
+
+    Args:
+        query: Weights of the explained positions (B, L).
+        mask: 1 at real tokens and 0 at padding, (B, L).
 
     Raises:
-        InvalidInputError: With what leads to that.
+        InvalidInputError: With the likely causes.
     """
-    if bool((positions * (1 - real)).any()):
+    if bool((query * (1 - mask)).any()):
         raise InvalidInputError(
             "The explained score is read at padding, or `query` names padding. A transformers classifier that is given "
             "embeddings reads the last position, whatever the mask says: pad on the left, pass token ids, or explain "

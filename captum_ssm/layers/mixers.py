@@ -1,4 +1,4 @@
-"""Which class of layer is decomposed by which adapter, by name: no model library is imported."""
+"""Which classes of layers mix tokens, and the adapter that decomposes each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.registry import Registry
 from captum_ssm.operators import Chain
 
 Adapter = Callable[[nn.Module, Tensor, Mapping[str, Any]], Chain]
@@ -20,12 +21,17 @@ class Support(NamedTuple):
     layer: str
     """Name of the class."""
     kernel: str
-    """What mixes the tokens, such as ``"S6"`` or ``"softmax attention"``; empty if the adapter does not say."""
+    """How the layer mixes tokens, such as ``"S6"`` or ``"softmax attention"``; empty if the adapter does not say."""
     family: str
     """The model type in transformers' configurations; empty if the adapter does not say."""
 
 
-_ADAPTERS: dict[str, tuple[Adapter, Support]] = {}
+class _Registered(NamedTuple):
+    adapter: Adapter
+    support: Support
+
+
+_ADAPTERS = Registry[_Registered]("An adapter", "captum_ssm.unregister")
 
 
 def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[[Adapter], Adapter]:
@@ -33,8 +39,8 @@ def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[
 
     Args:
         class_names: Names of the layer's class (no module path: libraries move classes about).
-        kernel: What mixes the tokens, for :func:`supported`.
-        family: The model type that has such layers, likewise.
+        kernel: How the layer mixes tokens, for :func:`supported`.
+        family: The model type that has these layers, for :func:`supported`.
 
     Returns:
         A decorator for ``decompose(mixer, x, kwargs) -> Chain``. The function gets the layer, its input
@@ -56,27 +62,21 @@ def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[
     """
 
     def decorate(adapter: Adapter) -> Adapter:
+        _ADAPTERS.refuse_taken(*class_names)
         for name in class_names:
-            if name in _ADAPTERS:
-                owner, _ = _ADAPTERS[name]
-                raise ValueError(
-                    f"An adapter for {name!r} is already registered: {owner.__module__}.{owner.__qualname__}. "
-                    f"To replace it, call captum_ssm.unregister({name!r}) first."
-                )
-        for name in class_names:
-            _ADAPTERS[name] = adapter, Support(name, kernel, family)
+            _ADAPTERS.add(name, _Registered(adapter, Support(name, kernel, family)), owner=adapter)
         return adapter
 
     return decorate
 
 
 def unregister(class_name: str) -> None:
-    """Forget the adapter of this class name.
+    """Remove the adapter of this class name.
 
     Raises:
         KeyError: If none is registered.
     """
-    del _ADAPTERS[class_name]
+    _ADAPTERS.remove(class_name)
 
 
 def supported() -> list[Support]:
@@ -86,17 +86,18 @@ def supported() -> list[Support]:
         >>> supported()[0]
         Support(layer='BailingHybridAttention', kernel='softmax attention', family='bailing_hybrid')
     """
-    return sorted((support for _, support in _ADAPTERS.values()), key=lambda s: (not s.family, s.family, s.layer))
+    return sorted((entry.support for entry in _ADAPTERS.values()), key=lambda s: (not s.family, s.family, s.layer))
 
 
 def supported_families() -> str:
-    """Return the supported families, and the layers of none, as the messages name them."""
+    """Return the supported families, and the layers without a family, as messages name them."""
     return ", ".join(dict.fromkeys(support.family or support.layer for support in supported()))
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter of the module's class or of the nearest class that it derives from, or None."""
-    return next((_ADAPTERS[c.__name__][0] for c in type(module).__mro__ if c.__name__ in _ADAPTERS), None)
+    entry = _ADAPTERS.of_class(module)
+    return None if entry is None else entry.adapter
 
 
 def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -105,7 +106,7 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     A module that is shared by several layers has a name in each of them.
 
     Raises:
-        UnsupportedModelError: If there is none; the message lists what looks like one and what is supported.
+        UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported.
     """
     mixers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -10,25 +10,27 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, NeuronAttribution, format_additional_forward_args, log_usage
 from captum_ssm.attr.base import ModelMethod
-from captum_ssm.attr.form import Form
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
+from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.readout import scores
+from captum_ssm.layers.call import first_output
+from captum_ssm.network.forward import run_model
+from captum_ssm.relevance.run import Probe
 from captum_ssm.relevance.traced import traced
 
 
 class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttribution):
     """Relevance at the input of a layer, or of one factor of a mixer's decomposition: which channels carried it.
 
-    Where all that reaches the output passes the layer, as it does each block of a residual stream, it sums to what
-    the tokens' relevance and its terms sum to.
+    If every path to the output passes the layer, which holds for each block of a residual stream, it has the same sum
+    as the tokens' relevance and its terms.
 
     Args:
-        forward_func: As in :class:`ImplicitAttentionRelevance`, with ``model``.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
         layer: Any module of the model, or its dotted name.
-        model: Likewise.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         factor: For a mixer: name of a factor of its chain, such as ``"scan"`` or ``"out"``, to get the relevance of
-            what enters that factor, by channel.
+            that factor's input, by channel.
         **options: Those of :class:`ImplicitAttentionRelevance`, but for ``checkpoints``.
 
     Raises:
@@ -50,50 +52,95 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
         self.layer_name, self.layer = find_layer(self, layer)
         self.factor = factor
 
-    def _shaped(self, relevance: Tensor, form: Form) -> Tensor:
+    def probe(self) -> Probe:
+        """Return a probe at the layer's input, or at the input of one factor of its chain."""
+        if self.factor is None:
+            return _LayerProbe(self.layer_name, self.layer)
+        return _FactorProbe(self.layer_name, self.factor)
+
+    def _in_shape(self, relevance: Tensor, shape: ScoreShape) -> Tensor:
         return relevance
 
-    def _ask(self, asked: list[Tensor], stack: ExitStack) -> Callable[[str, str, Tensor], None] | None:
-        met: list[str] = []
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            asked.extend(traced((args, kwargs))[:1])
+class _InnerProbe(Probe):
+    """Collects traced tensors of one layer, which has to run once.
 
-        def entering(name: str, factor: str, x: Tensor) -> None:
-            if name == self.layer_name:
-                met.append(factor)
-                asked.extend([x] if factor == self.factor else [])
+    Args:
+        layer: Dotted name of the layer.
+    """
 
-        def refuse() -> None:
-            if not asked:
-                known = f"; its factors are {', '.join(reversed(met))}" if met else ", or not on the tokens"
-                raise InvalidInputError(
-                    f"Layer '{self.layer_name}' "
-                    + (f"has no factor {self.factor!r}{known}." if self.factor else "was not run by forward_func.")
-                )
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
 
-        stack.push(lambda kind, error, trace: refuse() if kind is None else None)
-        if self.factor is not None:
-            return entering
-        stack.callback(self.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        return None
+    def attach(self, hooks: ExitStack) -> None:
+        """Refuse, when the hooks are closed without another error, that nothing was collected."""
+        hooks.push(lambda error_type, error, trace: self._refuse_nothing() if error_type is None else None)
 
-    def _asked(self, found: Sequence[Tensor], asked: Sequence[Tensor]) -> Tensor:
-        if len(found) != 1:
+    def _refuse_nothing(self) -> None:
+        if not self.tensors:
+            raise InvalidInputError(f"Layer '{self.layer}' {self._cause()}.")
+
+    def _cause(self) -> str:
+        """Return in words why nothing was collected."""
+        return "was not run by forward_func"
+
+    def select(self, relevances: Sequence[Tensor]) -> Tensor:
+        """Return the relevance of the one traced tensor.
+
+        Raises:
+            InvalidInputError: If there is none, or the layer ran several times.
+        """
+        if len(relevances) != 1:
             raise InvalidInputError(
-                f"Layer '{self.layer_name}' ran {len(asked)} times, {len(found)} of them on the tokens. Explain a "
-                "layer that runs once."
+                f"Layer '{self.layer}' ran {len(self.tensors)} times, {len(relevances)} of them on the tokens. Explain "
+                "a layer that runs once."
             )
-        return found[0]
+        return relevances[0]
+
+
+class _LayerProbe(_InnerProbe):
+    """Collects the input of a layer."""
+
+    def __init__(self, layer: str, module: nn.Module) -> None:
+        super().__init__(layer)
+        self.module = module
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Watch the layer until the hooks are closed."""
+        super().attach(hooks)
+        hooks.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.tensors.extend(traced((args, kwargs))[:1])
+
+
+class _FactorProbe(_InnerProbe):
+    """Collects the input of one factor of a mixer's chain."""
+
+    def __init__(self, layer: str, factor: str) -> None:
+        super().__init__(layer)
+        self.factor = factor
+        self._factors: list[str] = []
+
+    def on_factor(self, layer: str, factor: str, x: Tensor) -> None:
+        """Note the factor's input if it is the wanted one, see :class:`~captum_ssm.relevance.run.Probe`."""
+        if layer == self.layer:
+            self._factors.append(factor)
+            self.tensors.extend([x] if factor == self.factor else [])
+
+    def _cause(self) -> str:
+        known = f"; its factors are {', '.join(reversed(self._factors))}" if self._factors else ", or not on the tokens"
+        return f"has no factor {self.factor!r}{known}"
 
 
 class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
     """Relevance of a neuron: which tokens an activation inside the model comes from.
 
     Args:
-        forward_func: As in :class:`ImplicitAttentionRelevance`, with ``model``.
+        forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
         layer: The module whose output the neuron is part of, or its dotted name.
-        model: Likewise.
+        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         **options: Those of :class:`ImplicitAttentionRelevance`.
 
     Raises:
@@ -127,11 +174,12 @@ class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
             inputs: Token ids (B, L), or embeddings (B, L, E), or a tuple of one such tensor.
             neuron_selector: Where the neuron is in the layer's output, without the axis of examples, such as
                 ``(token, channel)``; or a function of the whole output that returns one number for each example.
-            additional_forward_args: As for :class:`ImplicitAttentionRelevance`.
-            **arguments: ``baselines`` and all that its ``attribute`` takes besides.
+            additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask (B, L).
+            **arguments: ``baselines`` and the other arguments of :meth:`ImplicitAttentionRelevance.attribute`.
 
         Returns:
-            As :meth:`ImplicitAttentionRelevance.attribute`; the sum is that of the neuron's activation.
+            Relevance in the shape of the inputs, see :meth:`ImplicitAttentionRelevance.attribute`, whose sum is the
+            neuron's activation.
         """
 
         def select(output: Tensor) -> Tensor:
@@ -144,11 +192,11 @@ class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
             outputs: list[Tensor] = []
 
             def leave(module: nn.Module, args: Any, output: Any) -> None:
-                outputs.append(output if isinstance(output, Tensor) else output[0])
+                outputs.append(first_output(output))
 
             hook = self.layer.register_forward_hook(leave)
             try:
-                scores(self.forward_func, inputs, *args)
+                run_model(self.forward_func, inputs, *args)
             finally:
                 hook.remove()
             if len(outputs) != 1:
@@ -173,5 +221,5 @@ def find_layer(method: ModelMethod, layer: nn.Module | str) -> tuple[str, nn.Mod
     for name, module in method.model.named_modules():
         if module is layer or (name and name == layer):
             return name, module
-    what = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
-    raise InvalidInputError(f"{type(method.model).__name__} has no layer {what}; see its named_modules().")
+    shown = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+    raise InvalidInputError(f"{type(method.model).__name__} has no layer {shown}; see its named_modules().")

@@ -1,4 +1,4 @@
-"""The form in which scores are returned: of tokens, of components, or of the pixels and patches of an image."""
+"""Measure which pixels of an image each token reads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.attr.inputs import refuse_bad_inputs, refuse_bad_state, select_examples
-from captum_ssm.capture import record_mixers
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.readout import scores
+from captum_ssm.network.forward import run_model
+from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state
+from captum_ssm.network.recording import record_mixers
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class Patches:
     fields: Tensor
 
     def spread(self, scores: Tensor, channels: int) -> Tensor:
-        """Return scores (B, L) as images (B, C, H, W): all that a token reads carries an equal share of its score.
+        """Return scores of tokens as images: the pixels that a token reads carry equal shares of its score.
 
-        An image's entries sum to the scores of the tokens that read pixels.
+        Args:
+            scores: (B, L).
+            channels: C.
+
+        Returns:
+            (B, C, H, W); an image's entries sum to the scores of the tokens that read pixels.
         """
         shares = self.fields.to(scores) / self.fields.sum((1, 2)).clamp_min(1).view(-1, 1, 1) / channels
         image = torch.einsum("bl,lhw->bhw", scores, shares)
@@ -64,101 +69,32 @@ class Patches:
         return torch.tensor([[number[top, left] for left in columns] for top in rows])
 
     def grid(self, scores: Tensor) -> Tensor:
-        """Return scores (B, L) in the form of the grid, (B, rows, columns)."""
+        """Return scores of tokens (B, L) in the shape of the grid, (B, rows, columns)."""
         return scores[:, self.places.to(scores.device)]
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form in which the scores of these inputs are returned.
-
-    Args:
-        model: The model that holds the mixers.
-        forward_func: What runs it.
-        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
-        args: The additional forward arguments.
-        grid: Whether images' scores are those of patches, (B, rows, columns).
-
-    Raises:
-        InvalidInputError: If a grid of patches is asked for, and the inputs are not images.
-    """
-
-    model: nn.Module
-    forward_func: Callable[..., Any]
-    inputs: Tensor
-    args: tuple[Any, ...] | None
-    grid: bool
-
-    def __post_init__(self) -> None:
-        if self.grid and not self._images:
-            raise InvalidInputError(
-                f"Only images (batch, channels, height, width) have a grid of patches; inputs has shape "
-                f"{tuple(self.inputs.shape)}. Leave out `patches`."
-            )
-
-    def of_tokens(self, scores: Tensor) -> Tensor:
-        """Return the scores of tokens (B, L) in the form of the inputs: components carry equal shares."""
-        if self._images:
-            patches = self._patches
-            return (patches.grid(scores) if self.grid else patches.spread(scores, self.inputs.shape[1])).to(self.inputs)
-        if self.inputs.is_floating_point():
-            width = self.inputs.shape[-1]
-            return (scores / width).to(self.inputs.dtype).unsqueeze(-1).repeat(1, 1, width)
-        return scores
-
-    def of_components(self, scores: Tensor) -> Tensor:
-        """Return the scores of what enters the model, (B, L, E) or (B, C, H, W), in the form of the inputs."""
-        if not self.inputs.is_floating_point():
-            return scores.sum(-1)
-        scores = scores.to(self.inputs.dtype)
-        return self._patches.grid(self._patches.collect(scores)) if self.grid else scores
-
-    def position(self, query: int | tuple[int, int] | Tensor | None) -> int | Tensor | None:
-        """Return the explained position; that of a patch (row, column) by its token's number.
-
-        Raises:
-            InvalidInputError: If there is no such patch.
-        """
-        if not isinstance(query, tuple):
-            return query
-        if not self._images:
-            raise InvalidInputError(f"query {query} is a patch, but the inputs are no images. Pass a position.")
-        places = self._patches.places
-        if len(query) != 2 or not all(0 <= index < size for index, size in zip(query, places.shape)):
-            raise InvalidInputError(
-                f"query {query} lies outside the grid of {places.shape[0]} x {places.shape[1]} patches."
-            )
-        return int(places[query])
-
-    @property
-    def _images(self) -> bool:
-        return self.inputs.is_floating_point() and self.inputs.dim() == 4
-
-    @cached_property
-    def _patches(self) -> Patches:
-        args = select_examples(self.args or (), len(self.inputs), slice(0, 1))
-        return find_patches(self.model, self.forward_func, self.inputs[:1], args)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[torch.Size, Patches]]] = WeakKeyDictionary()
 
 
 def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, args: tuple[Any, ...]) -> Patches:
-    """Measure which pixels each token that enters the first mixer reads: those that it has a gradient at.
+    """Measure which pixels each token that enters the first mixer reads: those at which it has a gradient.
 
     The gradients are those at noise and at its negative, so that no pixel's value hides it.
 
     Args:
         model: The model that holds the mixers.
-        forward_func: What runs it.
+        forward_func: The callable that runs it.
         image: (1, C, H, W); the pixels' values do not matter.
         args: The additional forward arguments.
+
+    Returns:
+        The pixels that each token reads.
 
     Raises:
         InvalidInputError: If no token reads a pixel, or a pixel is NaN or infinite.
         ModelStateError: If the model is training.
 
-    Cost: two forward passes and 2 L backward passes of what comes before the first mixer, once for each model, function
+    Cost: two forward passes and 2 L backward passes of the part before the first mixer, once for each model, function
     and size of images.
     """
     known = _known(model, forward_func)
@@ -178,7 +114,7 @@ def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tens
 
 
 def _known(model: nn.Module, forward_func: Callable[..., Any]) -> dict[torch.Size, Patches]:
-    """Return what was measured before, by the size of images."""
+    """Return the earlier measurements by the size of the images."""
     try:
         return _KNOWN.setdefault(model, WeakKeyDictionary()).setdefault(forward_func, {})
     except TypeError:  # a function that cannot be remembered: not hashable, or without weak references
@@ -189,7 +125,7 @@ def _fields(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, a
     """Return where each token has a gradient with respect to the image (1, C, H, W), shape (L, H, W)."""
     pixels = image.detach().clone().requires_grad_()
     with torch.enable_grad(), record_mixers(model, hold=True) as calls:
-        scores(forward_func, pixels, *args)
+        run_model(forward_func, pixels, *args)
     x = calls[0].x
     weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
     nowhere = torch.zeros_like(image)

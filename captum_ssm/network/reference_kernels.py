@@ -20,18 +20,22 @@ _DISPATCHERS = ("transformers.integrations", "kernels")
 """Modules whose wrappers choose between a kernel and a reference in torch."""
 
 _COMPLAINTS = ("active drivers", "is_cuda() to be true", "must be a CUDA tensor", "Pointer argument")
-"""What kernels say about tensors that they cannot take."""
+"""Parts of the messages by which kernels refuse tensors."""
 
 
 @contextmanager
 def reference_kernels(model: nn.Module) -> Iterator[None]:
     """Run the model on its reference implementation in torch while the context is open.
 
-    The functions of the modules that define the model's layers are replaced, and restored whatever happens. The
-    results are those of the kernels, up to rounding; they take longer. Not for use in several threads at once.
+    The functions of the modules that define the model's layers are replaced, and restored when the context is left,
+    even after an error. The results equal those of the kernels up to rounding, and take longer. Not for use in several
+    threads at once.
 
     Args:
         model: A transformers model.
+
+    Yields:
+        None.
 
     Example:
         >>> import torch

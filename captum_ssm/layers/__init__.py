@@ -1,0 +1,12 @@
+"""The layers of a model that mix tokens: which they are, how one call becomes a chain, and whether the chain is exact.
+
+* :mod:`~captum_ssm.layers.call`: one recorded call of a mixer;
+* :mod:`~captum_ssm.layers.mixers`: which classes of layers are mixers, and the adapter of each;
+* :mod:`~captum_ssm.layers.wires`, :mod:`~captum_ssm.layers.sources`: factors of the residual stream around a mixer, and
+  earlier inputs that a mixer reads besides its own; declared by class where the model's graph cannot show them;
+* :mod:`~captum_ssm.layers.adapters`: the adapters, one file a kernel;
+* :mod:`~captum_ssm.layers.activations`, :mod:`~captum_ssm.layers.norms`, :mod:`~captum_ssm.layers.rotary`,
+  :mod:`~captum_ssm.layers.log_domain`: the nonlinear pieces of a layer in the form that adapters need;
+* :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
+* :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
+"""

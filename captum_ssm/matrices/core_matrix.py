@@ -1,0 +1,156 @@
+"""The token matrix of a core: one (L, L) matrix ``A^d`` for each channel, fused with weights at both sides.
+
+Almost all that is asked of a core is one form with two token-by-channel weights, ``C_ij = sum_d u_id A^d_ij v_jd``:
+with ``u = 1/D`` and ``v = 1`` the mean over channels, with ``u = W_out^T g`` and ``v = W_in x`` the gradient times the
+attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
+from captum_ssm.operators import Chain, Operator
+
+Entrywise = Callable[[Tensor], Tensor]
+"""A function f of each entry of each channel's matrix, such as ``torch.abs``, ``torch.relu`` or ``torch.square``.
+
+It must hold that ``f(t x) = t^k f(x)`` for t > 0, and ``f(1) > 0``.
+"""
+
+
+@dataclass(frozen=True)
+class CoreMatrix:
+    """The token matrix ``C_ij = sum_d u_id A^d_ij v_jd``, given by its products.
+
+    Args:
+        core: Channelwise operator, ``A^d`` for each channel d. If it mixes channels, ``A^d_ij v_jd`` stands for
+            channel d of the contribution of token j to token i.
+        u: Output-side weights (..., B, L, D): dimensions in front of B are further matrices of the same core.
+        v: Input-side weights (B, L, D), or (B, L, input channels) of a core that mixes channels.
+    """
+
+    core: Operator
+    u: Tensor
+    v: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s`` for ``s`` (B, L): one pass of the core. Cost: O(L·D·N), no (L, L) matrix."""
+        return (self.u * self.core.apply(self.v * s.unsqueeze(-1))).sum(-1)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r`` for ``r`` (B, L): one pass of the transposed core. Cost: O(L·D·N)."""
+        return (self.v * self.core.adjoint(self.u * r.unsqueeze(-1))).sum(-1)
+
+    def dense(self, entrywise: Entrywise | None = None) -> Tensor:
+        """Return ``sum_d f(u_id A^d_ij v_jd)``.
+
+        Args:
+            entrywise: f, applied to every channel's entries before the sum; None is the identity.
+
+        Returns:
+            (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
+        """
+        core = self.core
+        summands = core.summands().values() if isinstance(core, Chain) else [core]
+        parts = [replace(self, core=summand) for summand in summands]
+        if len(parts) > 1 and (entrywise is None or _in_two_directions(parts)):
+            return self._dense_sum(parts, entrywise)
+        if core.anticausal and not core.causal:
+            flipped = replace(self, core=core.flipped(), u=self.u.flip(-2), v=self.v.flip(-2))
+            return flipped.dense(entrywise).flip(-2, -1)
+        further = self.u.shape[:-3]
+        u = self.u.flatten(0, -4) if further else self.u.unsqueeze(0)  # (M, B, L, D)
+        fused = u.new_zeros(*u.shape[:-1], self.v.shape[1])  # (M, B, L, L)
+        for rows, columns, channels, factor, entries in entry_blocks(core, self.v):
+            fused[:, :, rows, columns] += _weighed(u[:, :, rows, channels] * factor, entries, entrywise)
+        return fused.unflatten(0, further) if further else fused.squeeze(0)
+
+    def _dense_sum(self, parts: Sequence[CoreMatrix], entrywise: Entrywise | None) -> Tensor:
+        """Return the matrix of a sum from those of its summands, two directions if there is an ``entrywise``."""
+        fused = reduce(add, (part.dense(entrywise) for part in parts))
+        if entrywise is not None:  # two directions have nothing but the diagonal in common
+            diagonals = [self.u * part.core.diagonal(self.v) * self.v for part in parts]  # (..., B, L, D)
+            separate = reduce(add, map(entrywise, diagonals))
+            correction = entrywise(reduce(add, diagonals)) - separate
+            fused.diagonal(dim1=-2, dim2=-1).add_(correction.sum(-1))
+        return fused
+
+    def lengths(self, output: Chain) -> Tensor:
+        """Return the length of each token's contribution to each other token, ``|output(A_ij v_j)|``.
+
+        Args:
+            output: The factors after the core, from channels to the model's width.
+
+        Returns:
+            (B, L, L) of Euclidean lengths. ``u`` is not used. Cost: O(L²·D·(N + E)) time, O(L²) memory.
+
+        Source:
+            Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, for softmax attention.
+        """
+        B, L, _ = self.v.shape
+        fused = self.v.new_zeros(B, L, L)
+        for tokens, channels in column_blocks(self.v, all_channels=True):
+            rows, columns = block_columns(self.core, self.v, tokens, channels)
+            after = output.after(rows.start) if output.causal else output
+            fused[:, rows, tokens] = after.apply(columns).norm(dim=-1).permute(1, 2, 0)
+        return fused
+
+
+def channel_matrices(core: Operator, like: Tensor) -> Tensor:
+    """Return the core's matrix of every channel, from its products alone.
+
+    Args:
+        core: Channelwise operator.
+        like: Any tensor (B, L, D) of the shape, type and device of the core's input.
+
+    Returns:
+        (B, D, L, L): the matrix of channel d in row i (query) and column j (key). Cost: O(L²·D·N) time and
+        B·D·L² numbers of memory; :meth:`CoreMatrix.dense` fuses the channels without holding them.
+
+    Raises:
+        ValueError: If the core mixes channels.
+    """
+    if core.mixes_channels:
+        raise ValueError("The core mixes channels, so no channel has a matrix of its own; see Chain.channelwise.")
+    B, L, D = like.shape
+    matrices = like.new_zeros(B, D, L, L)
+    one = like.new_ones(1, 1, 1).expand(B, L, D)
+    for tokens, channels in column_blocks(like):
+        rows, columns = block_columns(core, one, tokens, channels)
+        matrices[:, channels, rows, tokens] = columns.permute(1, 3, 2, 0)
+    return matrices
+
+
+def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise | None) -> Tensor:
+    """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J).
+
+    The entries are overwritten. With p and q the values of f at 1 and -1, ``f(x) = p x^k`` for x > 0 and ``q |x|^k``
+    else, so ``f(u x) = (p + q)/2 |u|^k |x|^k + (p - q)/2 u |u|^(k-1) x |x|^(k-1)``: two products of matrices, however
+    many weights there are.
+    """
+    if entrywise is None:
+        return torch.einsum("mbid,bdij->mbij", u, entries)
+    p, q, double = (float(entrywise(u.new_full((1,), x))) for x in (1.0, -1.0, 2.0))
+    k = math.log2(double / p)
+    fused = torch.zeros_like(u[..., :1])
+    if p != q:
+        fused = (p - q) / 2 * torch.einsum("mbid,bdij->mbij", _signed_power(u, k), _signed_power(entries, k))
+    return fused + (p + q) / 2 * torch.einsum("mbid,bdij->mbij", u.abs() ** k, entries.abs_().pow_(k))
+
+
+def _signed_power(x: Tensor, k: float) -> Tensor:
+    """Return ``x |x|^(k-1)``."""
+    return x if k == 1 else x * x.abs() ** (k - 1)
+
+
+def _in_two_directions(parts: Sequence[CoreMatrix]) -> bool:
+    """Whether one of two parts reads the past alone, and the other the future."""
+    return len(parts) == 2 and {(p.core.causal, p.core.anticausal) for p in parts} == {(True, False), (False, True)}

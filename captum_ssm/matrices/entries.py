@@ -1,0 +1,133 @@
+"""Walk through the entries of a core's matrices in blocks of bounded size.
+
+A core of single channels, a scan perhaps after convolutions, is walked by rows, which keeps the state of every column;
+any other core by columns, which needs nothing but its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators import CausalConv, Chain, Operator, Scan
+
+_BLOCK = 2**21
+"""Entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+
+_CHANNELS = 8
+"""Channels of a block, if more columns than the memory bound allows would fit."""
+
+
+class EntryBlock(NamedTuple):
+    """Entries ``A^d_ij v_jd`` of some rows i, columns j and channels d."""
+
+    rows: slice
+    columns: slice
+    channels: slice
+    factor: Tensor
+    """Factor of the rows, (B, I, D)."""
+    entries: Tensor
+    """The entries without this factor, (B, D, I, J). The walk overwrites them in its next step."""
+
+
+def entry_blocks(core: Operator, v: Tensor) -> Iterator[EntryBlock]:
+    """Walk through the entries ``A^d_ij v_jd`` of a core.
+
+    Args:
+        core: Channelwise operator, or one that mixes channels: its entry is then channel d of the contribution of
+            token j to token i.
+        v: Input-side weights (B, L, input channels).
+
+    Yields:
+        Blocks whose entries add up to the matrices; entries outside all blocks are 0.
+    """
+    return _by_rows(core, v) or _by_columns(core, v)
+
+
+def _by_rows(core: Operator, v: Tensor) -> Iterator[EntryBlock] | None:
+    """Walk through the entries by rows, if the core is a scan of single channels, perhaps after convolutions."""
+    leaves = core.leaves() if isinstance(core, Chain) else [core]
+    mixing = [leaf for leaf in leaves if leaf.mixes_tokens]
+    scan = mixing[0] if mixing else None
+    if core.mixes_channels or not isinstance(scan, Scan) or scan.head_size > 1:
+        return None
+    if len(mixing) > 2 or not all(isinstance(leaf, CausalConv) for leaf in mixing[1:]):
+        return None
+    B, L, D = v.shape
+    width = max(_CHANNELS, _BLOCK // (B * L * max(p.shape[3] for p in scan.products)))
+    return _rows(leaves, v, leaves.index(scan), [slice(d, min(d + width, D)) for d in range(0, D, width)])
+
+
+def _rows(leaves: list[Operator], v: Tensor, at: int, blocks: list[slice]) -> Iterator[EntryBlock]:
+    """Walk through the rows of a product of operators.
+
+    Args:
+        leaves: The operators, the first applied last.
+        v: Input-side weights (B, L, D).
+        at: Number of the scan among the operators.
+        blocks: The channels of each block.
+
+    Yields:
+        Blocks of some rows and all columns up to the last of these.
+    """
+    for channels in blocks:
+        operators = [leaf.channels(channels) for leaf in leaves]
+        factor, band = torch.ones_like(v[..., channels]), v[..., channels].unsqueeze(0)  # (B, L, D), (K, B, L, D)
+        for operator in reversed(operators[at + 1 :]):
+            band = operator.band(band[0]) if isinstance(operator, CausalConv) else operator.apply(band)
+        for operator in reversed(operators[:at]):
+            factor = operator.apply(factor)
+        for rows, entries in cast(Scan, operators[at]).rows(band):
+            yield EntryBlock(rows, slice(0, rows.stop), channels, factor[:, rows], entries)
+
+
+def _by_columns(core: Operator, v: Tensor) -> Iterator[EntryBlock]:
+    """Walk through the entries of any core by columns."""
+    for tokens, channels in column_blocks(v, all_channels=core.mixes_channels):
+        rows, columns = block_columns(core, v, tokens, channels)
+        if core.mixes_channels:
+            channels = slice(0, columns.shape[-1])
+        yield EntryBlock(rows, tokens, channels, v.new_ones(1, 1, 1), columns.permute(1, 3, 2, 0))
+
+
+def column_blocks(like: Tensor, all_channels: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Cut the columns of all channels' matrices into blocks that fit the memory bound.
+
+    Args:
+        like: Any tensor (B, L, D).
+        all_channels: Whether a block has all channels, however few columns then fit.
+
+    Yields:
+        The tokens (columns) and the channels of a block.
+    """
+    B, L, D = like.shape
+    width = D if all_channels else min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
+    count = min(L, max(1, _BLOCK // (B * L * width)))
+    for d in range(0, D, width):
+        for j in range(0, L, count):
+            yield slice(j, min(j + count, L)), slice(d, min(d + width, D))
+
+
+def block_columns(core: Operator, v: Tensor, tokens: slice, channels: slice) -> tuple[slice, Tensor]:
+    """Return the columns ``A^d_ij v_jd`` of a block.
+
+    Args:
+        core: The core.
+        v: Input-side weights (B, L, input channels).
+        tokens: The columns j.
+        channels: The channels d; all of a core that mixes channels.
+
+    Returns:
+        The rows i, for a causal core those from the first of the tokens on, as all others are 0; and the entries
+        (J, B, rows, channels).
+    """
+    causal = core.causal
+    if not core.mixes_channels:
+        core, v = core.channels(channels), v[..., channels]
+    if not causal:
+        return slice(0, v.shape[1]), core.columns(v, tokens)
+    start = tokens.start
+    return slice(start, v.shape[1]), core.after(start).columns(v[:, start:], slice(0, tokens.stop - start))

@@ -1,0 +1,12 @@
+"""The model around its token mixers: how it is run, recorded and examined.
+
+* :mod:`~captum_ssm.network.interface`: recognise a model by its interface;
+* :mod:`~captum_ssm.network.inputs`: check inputs, targets and the model's state;
+* :mod:`~captum_ssm.network.forward`: run the model, and take the explained output;
+* :mod:`~captum_ssm.network.recording`: record the calls of all mixers in one run;
+* :mod:`~captum_ssm.network.examination`: measure that nothing but the mixers mixes tokens, and which calls read which;
+* :mod:`~captum_ssm.network.graph`: the result, the residual graph;
+* :mod:`~captum_ssm.network.patches`: measure which pixels each token reads;
+* :mod:`~captum_ssm.network.reference`: the input that relevance compares with;
+* :mod:`~captum_ssm.network.reference_kernels`: run the model on torch code instead of an installed kernel.
+"""

@@ -1,0 +1,42 @@
+"""Recognise a model by its interface; no model library is imported.
+
+A model of transformers has ``get_input_embeddings``, and its ``forward`` takes ``inputs_embeds``. A model of mamba_ssm
+takes ``inference_params`` with its ``input_ids``, and keeps its embeddings in ``embedding``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from captum_ssm.layers.call import signature
+
+
+def is_language_model(forward_func: object) -> bool:
+    """Whether this is a model with transformers' or mamba_ssm's interface rather than a plain Captum callable."""
+    if is_mamba_ssm_model(forward_func):
+        return hasattr(forward_func, "lm_head")
+    return hasattr(forward_func, "get_input_embeddings") and _takes(forward_func, "inputs_embeds")
+
+
+def is_mamba_ssm_model(model: object) -> bool:
+    """Whether this is a model with mamba_ssm's interface: it takes token ids alone, no embeddings and no mask."""
+    return _takes(model, "input_ids", "inference_params") and hasattr(getattr(model, "backbone", model), "embedding")
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """Return the module that turns token ids into vectors; None if the model's interface does not name it."""
+    if is_mamba_ssm_model(model):
+        return getattr(model, "backbone", model).embedding
+    return model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
+
+
+def _takes(model: object, *names: str) -> bool:
+    """Whether the model's ``forward`` has parameters of all these names."""
+    if not isinstance(model, nn.Module):
+        return False
+    patched = "forward" in vars(model)  # of the object, not of its class: a cache would outlive the object
+    parameters = (inspect.signature(model.forward) if patched else signature(type(model).forward)).parameters
+    return {*names} <= parameters.keys()

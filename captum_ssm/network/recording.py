@@ -1,0 +1,179 @@
+"""Record the input and output of every token mixer of a model: the only hooks that an explanation needs.
+
+Nothing inside a mixer is hooked: transformers and the native packages call functions with the parameters of
+their submodules, whose hooks then never fire. An adapter recomputes the gates from the mixer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.errors import ModelStateError
+from captum_ssm.layers.call import LayerCall, call_arguments, first_output
+from captum_ssm.layers.fidelity import unchecked_chain
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.sources import find_source
+from captum_ssm.layers.wires import block_name
+
+Replacement = Callable[[LayerCall], Tensor]
+"""From a mixer's call to the tensor (B, L, E) that the model goes on with instead of the mixer's output."""
+
+
+@contextmanager
+def record_mixers(
+    model: nn.Module,
+    *,
+    hold: bool = False,
+    replacement: Replacement | None = None,
+    prepare: Callable[[Any], Any] = lambda arguments: arguments,
+    on_call: Callable[[], object] = lambda: None,
+) -> Iterator[list[LayerCall]]:
+    """Record every call of every supported token mixer while the context is open.
+
+    Every recorded output requires a gradient, also in a model whose parameters do not. The first mixer runs without
+    a graph: no gradient that is asked for passes through it.
+
+    Args:
+        model: The model to watch. Its hooks are removed when the context is left, even after an error.
+        hold: Run all mixers without a graph: the layers after a mixer see its output as a constant.
+        replacement: Run all mixers without a graph, and go on with this function of their calls instead of their
+            outputs, such as :func:`output_through_chain`.
+        prepare: From the arguments ``(args, kwargs)`` of a mixer's call to those that its own code runs on; the
+            recorded call has the original ones.
+        on_call: Called after each call, for a progress bar.
+
+    Yields:
+        The list of calls in the order in which they happen.
+
+    Raises:
+        UnsupportedModelError: If the model has no supported mixer.
+        ModelStateError: If a mixer is called with a cache that already holds a state.
+    """
+    recorder = _Recorder(model, hold, replacement, prepare, on_call)
+    with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
+        for mixer in recorder.names:
+            hooks.callback(mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
+            hooks.callback(mixer.register_forward_hook(recorder.leave, with_kwargs=True).remove)
+        for name in recorder.blocks:
+
+            def note(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                recorder.states[name], _ = call_arguments(block, args, kwargs)
+
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
+        yield recorder.calls
+
+
+@dataclass
+class _Recorder:
+    """The hooks of :func:`record_mixers`, and all that they note; see there for the arguments."""
+
+    model: nn.Module
+    hold: bool
+    replacement: Replacement | None
+    prepare: Callable[[Any], Any]
+    on_call: Callable[[], object]
+    calls: list[LayerCall] = field(default_factory=list)
+    states: dict[str, Tensor] = field(default_factory=dict)
+    """By name of a block with a wire: its input."""
+
+    def __post_init__(self) -> None:
+        self.names: dict[nn.Module, list[str]] = {}
+        for path, mixer in find_mixers(self.model).items():
+            self.names.setdefault(mixer, []).append(path)
+        self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
+        self._caches: list[Any] = []
+
+    @property
+    def blocks(self) -> set[str]:
+        """Names of the blocks with a wire around the mixers."""
+        return {block_name(self.model, path) for paths in self.names.values() for path in paths} - {""}
+
+    def enter(self, mixer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Refuse a warm cache, and run the mixer with or without a graph."""
+        _, arguments = call_arguments(mixer, args, kwargs)
+        new = [value for value in arguments.values() if not any(value is old for old in self._caches)]
+        self._caches.extend(value for value in new if _is_cache(value))  # the run itself fills a cache, layer by layer
+        if any(_holds_state(value, mixer) for value in new):
+            raise ModelStateError(
+                f"Layer '{self._name(mixer)}' was called with a cache that already holds a state, so its output "
+                "depends on tokens that are not among the inputs. Pass the whole sequence, without a cache."
+            )
+        grad = torch.is_grad_enabled()
+        self._entered.append((grad, args, kwargs))
+        torch.set_grad_enabled(grad and not (self.hold or self.replacement) and len(self.calls) > 0)
+        return self.prepare((args, kwargs))
+
+    def leave(self, mixer: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        """Record the call, with the arguments that entered, and go on with an output that requires a gradient."""
+        grad, args, kwargs = self._entered.pop()
+        torch.set_grad_enabled(grad)
+        x, others = call_arguments(mixer, args, kwargs)
+        name, own_input, source = self._name(mixer), None, find_source(mixer, self.calls)
+        if source is not None:
+            own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
+        state = self.states.get(block_name(self.model, name))
+        call = LayerCall(name, mixer, x, first_output(output), others, state, own_input)
+        y = call.y if self.replacement is None else self.replacement(call)
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        self.calls.append(replace(call, y=y))
+        self.on_call()
+        return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    def _name(self, mixer: nn.Module) -> str:
+        """Return the name of a mixer's next call: that of the layer whose turn it is, if several share the module."""
+        earlier = sum(call.mixer is mixer for call in self.calls)
+        paths = self.names[mixer]
+        return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
+
+
+@contextmanager
+def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the input (B, L, E) of a language model's output embeddings while the context is open.
+
+    Args:
+        model: A language model with ``get_output_embeddings``.
+
+    Yields:
+        The list of inputs, one for each run of the model.
+    """
+    recorded: list[Tensor] = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+    try:
+        yield recorded
+    finally:
+        hook.remove()
+
+
+def output_through_chain(call: LayerCall) -> Tensor:
+    """Return a mixer's output (B, L, E) whose graph is that of its decomposition.
+
+    The gradients are those of the layer's own code, which may take far longer to differentiate.
+    """
+    x = call.wide_input
+    y = unchecked_chain(call, x).apply(x, bias=True).to(call.y.dtype)
+    return call.y + (y - y.detach())
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether ``value`` is a cache of transformers or mamba_ssm."""
+    return callable(getattr(value, "has_previous_state", None)) or hasattr(value, "key_value_memory_dict")
+
+
+def _holds_state(value: Any, mixer: nn.Module) -> bool:
+    """Whether ``value`` is a cache that holds a state, or keys and values, for this layer."""
+    if not _is_cache(value):
+        return False
+    if hasattr(value, "key_value_memory_dict"):
+        return bool(value.seqlen_offset)  # how many tokens came before
+    index = getattr(mixer, "layer_idx", None)
+    try:
+        return bool(value.has_previous_state(index))
+    except ValueError:  # how a cache answers for a layer of softmax attention
+        return bool(value.get_seq_length(index))

@@ -1,0 +1,157 @@
+"""The reference x' that relevance compares an input with, and the embeddings that are replaced for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.errors import InvalidInputError
+from captum_ssm.network.inputs import refuse_bad_inputs
+from captum_ssm.network.interface import is_language_model
+
+Baseline = int | float | Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of some inputs; without a baseline, embeddings of 0.
+
+    Args:
+        baseline: For ids: an id that replaces every token; ids or embeddings that broadcast to all inputs; a float for
+            all components. For embeddings and images: a number, or a tensor that broadcasts to them. Or None.
+        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
+        padding: True at padding, (B, L), which keeps its embeddings; None if there is none.
+    """
+
+    baseline: Baseline | None
+    inputs: Tensor
+    padding: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, baseline: Baseline | None, inputs: Tensor, forward_func: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Reference:
+        """Return the reference of a call, whose padding a transformers model's attention mask tells.
+
+        Args:
+            baseline: The caller's baseline, or None.
+            inputs: The inputs of the call.
+            forward_func: The model, or a callable that runs it.
+            args: The additional forward arguments.
+        """
+        masked = is_language_model(forward_func) and args and isinstance(args[0], Tensor)
+        return cls(baseline, inputs, ~args[0].bool() if masked else None)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise if the baseline does not fit the inputs or the model.
+
+        Raises:
+            InvalidInputError: If its type or shape does not fit, it names unknown tokens, or is not finite.
+        """
+        if self.baseline is None:
+            return
+        if not isinstance(self.baseline, (int, float, Tensor)):
+            raise InvalidInputError(
+                f"A baseline is a token id, ids, a number or embeddings, not {type(self.baseline).__name__}. For a "
+                "word take its id: tokenizer.convert_tokens_to_ids(word)."
+            )
+        reference, shape = torch.as_tensor(self.baseline), self.inputs.shape
+        token_ids = not self.inputs.is_floating_point()
+        vectors = token_ids and reference.is_floating_point() and reference.dim() > 0
+        try:
+            fits = torch.broadcast_shapes(reference.shape[:-1] if vectors else reference.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise InvalidInputError(
+                f"The baseline of shape {tuple(reference.shape)} does not fit inputs of shape {tuple(shape)}. Pass a "
+                "number, or a tensor that broadcasts to the inputs, such as a token id, ids or embeddings for all "
+                "positions; or a list of several such baselines."
+            )
+        if token_ids and not reference.is_floating_point():
+            refuse_bad_inputs(model, reference.expand(shape))
+        elif not bool(reference.isfinite().all()):
+            raise InvalidInputError("The baseline has NaN or infinite entries.")
+
+    def embeddings(self, value: Tensor, embedding: nn.Module | None = None) -> Tensor:
+        """Return the reference of embeddings or pixels; padding is its own reference.
+
+        Args:
+            value: The embeddings (B, L, E) or pixels (B, C, H, W) of the inputs.
+            embedding: The module that turns ids into embeddings, if the inputs are ids.
+
+        Returns:
+            A tensor of the shape and type of ``value``.
+
+        Raises:
+            InvalidInputError: If the baseline's embeddings have another width than the model's.
+        """
+        if self.baseline is None:
+            return torch.zeros_like(value)
+        reference = torch.as_tensor(self.baseline, device=value.device)
+        if embedding is not None and not reference.is_floating_point():
+            with torch.no_grad():
+                ids = reference.expand(self.inputs.shape) if reference.dim() < 3 else reference
+                reference = type(embedding).forward(embedding, ids)
+        if reference.dim() > 0 and reference.shape[-1] not in (1, value.shape[-1]):
+            raise InvalidInputError(
+                f"The baseline's embeddings have {reference.shape[-1]} components, the model's {value.shape[-1]}."
+            )
+        reference = reference.to(value).expand_as(value)
+        return reference if self.padding is None else torch.where(self.padding[..., None], value.detach(), reference)
+
+
+def expanded_baseline(baseline: Any, inputs: Tensor) -> Any:
+    """Return the baseline for all examples, so that it can be cut into batches with them.
+
+    Args:
+        baseline: A number, a tensor, or a tuple of one of them, which Captum's methods also take.
+        inputs: The inputs of all examples.
+
+    Returns:
+        A tensor in the shape of the inputs, (B, L, E) for embeddings in place of ids. A number, and a tensor that does
+        not fit (which :meth:`Reference.check` refuses), stay unchanged.
+    """
+    baseline = baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
+    if not isinstance(baseline, Tensor) or baseline.dim() == 0:
+        return baseline
+    vectors = baseline.is_floating_point() and not inputs.is_floating_point()
+    shape = (*inputs.shape, *baseline.shape[-1:]) if vectors else inputs.shape
+    try:
+        return baseline.expand(shape)
+    except RuntimeError:
+        return baseline
+
+
+@contextmanager
+def replaced_embeddings(
+    model: nn.Module, ids: Tensor, replacement: Callable[[nn.Module, Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Let a model go on with other vectors instead of the embeddings of these ids while the context is open.
+
+    Args:
+        model: The model.
+        ids: Token ids (B, L). The embedding that is called with them is the one whose output is replaced.
+        replacement: From the embedding module and its output (B, L, E) to the other vectors.
+
+    Yields:
+        The vectors that the model went on with, one entry for each call of the embedding.
+    """
+    vectors: list[Tensor] = []
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> Any:
+        if not (args and isinstance(args[0], Tensor) and torch.equal(args[0], ids)):
+            return None
+        vectors.append(replacement(module, output))
+        return vectors[-1]
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(leave).remove)
+        yield vectors
