@@ -426,8 +426,7 @@ def test_reading_the_weights_leaves_no_trace(name: str, ids: Tensor, unchanged: 
         for call in calls:
             before = {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
             chain_of(call)
-            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}  # type:
-            ignore[arg-type]
+            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
     assert not fired and model.config._attn_implementation == "sdpa"
 
 
@@ -482,5 +481,4 @@ def test_a_cache_is_neither_read_nor_written(name: str, ids: Tensor) -> None:
 
 
 def test_the_adapter_names_no_library() -> None:
-    assert "import transformers" not in inspect.getsource(inspect.getmodule(attention_weights))  # type:
-    ignore[arg-type]
+    assert "import transformers" not in inspect.getsource(inspect.getmodule(attention_weights))  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.layers.wires import Wire
-from captum_ssm.matrices import core_matrix as attention
-from captum_ssm.matrices import rollout as aggregate
+from captum_ssm.matrices import entries as entries_module
+from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.matrices.fusion import fuse
 from captum_ssm.matrices.rollout import RolloutLayer
@@ -60,7 +60,7 @@ def rollout(layers: list[Any], query: Tensor) -> Tensor:
     """Roll out layers one after the other, each on a plain residual path, the first layer first."""
     reads = [frozenset(range(-1, number)) for number in range(len(layers) + 1)]
     rolled = [RolloutLayer(matrix, torch.ones_like(query), torch.zeros_like(query)) for matrix in layers]
-    return aggregate.rollout(rolled.__getitem__, ResidualGraph(reads[:-1], reads[-1]), query)
+    return rollout_module.rollout(rolled, ResidualGraph(reads[:-1], reads[-1]), query)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -157,8 +157,8 @@ def test_how_the_work_is_cut_never_changes_the_result(
     output = Chain({"out": Projection(torch.randn(3, u.shape[-1], dtype=torch.float64))})
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     implicit = CoreMatrix(core, u, v)
     assert_close(channel_matrices(core, u), matrices)
     assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
@@ -169,11 +169,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
 def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
         covered = torch.zeros(L, D)
-        for tokens, part in attention._blocks(torch.empty(B, L, D)):
+        for tokens, part in entries_module.column_blocks(torch.empty(B, L, D)):
             covered[tokens, part] += 1
             entries = B * L * (tokens.stop - tokens.start) * (part.stop - part.start)
             one_column = B * L * min(channels, D)
@@ -274,8 +274,8 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
     seed: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     core, entries, u, v = tangled(seed)
     assert core.mixes_channels
     added = torch.einsum("bidje,bje->bdij", entries, v)
@@ -297,8 +297,8 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    monkeypatch.setattr(attention, "_CHANNELS", channels)
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     torch.manual_seed(seed)
     B, L, H = 2, 6, 2
     weights = torch.rand(B, H, L, L, dtype=torch.float64).softmax(-1)
@@ -409,7 +409,7 @@ def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
     made = [make(seed + 6 * number, 1) for number in range(3)]
     query = torch.rand(made[0][2].shape[:2], dtype=torch.float64)
     explicit = sum(oracles.weighted(matrices, u, v).sum(1) for _, matrices, u, v in made) / 3
-    row = aggregate.mean_row([CoreMatrix(core, u, v) for core, _, u, v in made], query)
+    row = rollout_module.mean_row([CoreMatrix(core, u, v) for core, _, u, v in made], query)
     assert_close(row, torch.einsum("bi,bij->bj", query, explicit))
 
 
@@ -432,8 +432,8 @@ class Largest(TorchDispatchMode):
 @contextmanager
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_BLOCK", 2**9)
-        patch.setattr(attention, "_CHANNELS", 1)
+        patch.setattr(entries_module, "_BLOCK", 2**9)
+        patch.setattr(entries_module, "_CHANNELS", 1)
         yield
 
 

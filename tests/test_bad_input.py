@@ -559,8 +559,8 @@ def test_an_unknown_attention_is_refused(method: Any, mamba: nn.Module, refused:
 
 
 def test_an_unknown_attention_of_a_layer_is_refused(mamba: nn.Module, ids: Tensor, refused: Any) -> None:
-    call = lambda: LayerImplicitAttention(mamba, 0, attention="softmax").attribute(ids)  # type: ignore[arg-type]  #
-    noqa: E731 refused(InvalidInputError, ["'unified' or 'scan'", "'softmax'"], mamba, call, ids)
+    call = lambda: LayerImplicitAttention(mamba, 0, attention="softmax").attribute(ids)  # type: ignore[arg-type]  # noqa: E731
+    refused(InvalidInputError, ["'unified' or 'scan'", "'softmax'"], mamba, call, ids)
 
 
 @every_method
@@ -585,8 +585,7 @@ def test_an_unknown_fusion_is_refused(method: Any, mamba: nn.Module, ids: Tensor
 
 def test_an_unknown_rectification_is_refused(mamba: nn.Module, refused: Any) -> None:
     parts = ["rectify must be 'channel', 'token' or None", "'relu'"]
-    refused(InvalidInputError, parts, mamba, lambda: ImplicitAttentionAttribution(mamba, rectify="relu"))  # type:
-    ignore[arg-type]
+    refused(InvalidInputError, parts, mamba, lambda: ImplicitAttentionAttribution(mamba, rectify="relu"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layers", [0, -1])

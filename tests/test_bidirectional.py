@@ -106,11 +106,11 @@ def test_a_sum_adds_its_summands() -> None:
     x, taps = randn(*SHAPE), [one.factors["conv"].w, two.factors["conv"].w]  # type: ignore[attr-defined]
     scan = two.factors["scan"]
     assert isinstance(scan, Scan)
-    first = oracles.diagonal_matrix(one.factors["gate"].s) @ oracles.conv_matrix(taps[0], 6)  # type:
-    ignore[attr-defined] second = oracles.scan_alpha(scan.a, scan.b, scan.c) @ oracles.conv_matrix(taps[1], 6)  # type:
-    ignore[arg-type] assert_close(channel_matrices(both, x), first + second) constant = one.factors["gate"].s *
-    one.factors["conv"].bias  # type: ignore[attr-defined] assert_close(both.apply(x, bias=True), oracles.times(first +
-    second, x) + constant)
+    first = oracles.diagonal_matrix(one.factors["gate"].s) @ oracles.conv_matrix(taps[0], 6)  # type: ignore[attr-defined]
+    second = oracles.scan_alpha(scan.a, scan.b, scan.c) @ oracles.conv_matrix(taps[1], 6)  # type: ignore[arg-type]
+    assert_close(channel_matrices(both, x), first + second)
+    constant = one.factors["gate"].s * one.factors["conv"].bias  # type: ignore[attr-defined]
+    assert_close(both.apply(x, bias=True), oracles.times(first + second, x) + constant)
 
 
 def test_a_summand_is_left_out_by_its_name() -> None:

@@ -151,11 +151,11 @@ def test_the_size_of_a_part_changes_nothing(
     expected = {key: explain(method, model, eight, 3) for key, method in METHODS.items()}
     width = model.get_input_embeddings().weight.shape[1]
     monkeypatch.setattr(captum_ssm.attr.generation, "_PASS", size * 7 * width * 32)
-    own = captum_ssm.attr.base.ImplicitAttentionMethod._explain
+    own = captum_ssm.attr.base.ImplicitAttentionMethod.scores_of_calls
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
-        "_explain",
-        lambda self, *args: parts.append(len(args[-1])) or own(self, *args),
+        "scores_of_calls",
+        lambda self, *args, **options: parts.append(len(args[-1])) or own(self, *args, **options),
     )
     for key, method in METHODS.items():
         parts.clear()
@@ -212,10 +212,10 @@ def test_the_model_runs_once(method: Any, eight: Tensor) -> None:
 
 def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    own = captum_ssm.attr.generation.decompose
+    own = captum_ssm.matrices.layer_stack.decompose
     monkeypatch.setattr(captum_ssm.attr.generation, "_PASS", 1)
     monkeypatch.setattr(
-        captum_ssm.attr.generation, "decompose", lambda call, *args: (done.append(call.name), own(call, *args))[1]
+        captum_ssm.matrices.layer_stack, "decompose", lambda call, *args: (done.append(call.name), own(call, *args))[1]
     )
     explain(signed, build("mamba"), eight, 4)
     assert sorted(done) == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
@@ -305,7 +305,7 @@ def test_a_progress_bar_counts_tokens(eight: Tensor, monkeypatch: pytest.MonkeyP
             seen[-1]["count"] += count
 
     model = build("mamba")
-    monkeypatch.setattr(captum_ssm.attr.base, "tqdm", Bar)
+    monkeypatch.setattr(captum_ssm._progress, "tqdm", Bar)
     monkeypatch.setattr(captum_ssm.attr.generation, "_PASS", 2 * 7 * 8 * 32)
     whole = LLMImplicitAttention(signed(model), None)
     shown, hidden = whole.explain(eight, 3, show_progress=True), whole.explain(eight, 3)

@@ -14,8 +14,21 @@ PACKAGE = Path(captum_ssm.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 MODEL_LIBRARIES = {"transformers", "mamba_ssm", "fla", "causal_conv1d"}
 OPERATORS = sorted(path for path in SOURCES if path.startswith("operators/"))
-CORE = ["_captum.py", "registry.py", "gates.py", "errors.py", "capture.py", "fidelity.py", "attention.py",
-        "aggregate.py", "readout.py", "structure.py", "wiring.py", "rerun.py", "kernels.py", *OPERATORS]  # fmt: skip
+LOOSE = {"errors", "_captum", "_progress"}
+"""Modules outside the rooms that every room but the operators may import."""
+ROOMS: dict[str, set[str]] = {
+    "operators": set(),
+    "layers": {"operators"},
+    "network": {"layers", "operators"},
+    "matrices": {"network", "layers", "operators"},
+    "relevance": {"network", "layers", "operators"},
+    "attr": {"relevance", "matrices", "network", "layers", "operators"},
+    "metrics": {"network"},
+    "visualization": {"metrics"},
+    "models": set(),
+}
+"""Rooms of the package, and those that each may import: an arrow points down, never up."""
+INSIDE = sorted(path for path in SOURCES if "/" in path and path.split("/")[0] in ROOMS)
 
 
 def imports(source: str, path: str) -> Iterator[str]:
@@ -62,7 +75,8 @@ def later():
     found = set(imports(source, "attr/base.py"))
     assert found == {"a.b", "c", "d.e", "captum_ssm.attr.g", "captum_ssm.h.i", "j.k", "m", "n.o", "p"}
     assert within({"rich.text.Text", "richer", "rich"}, "rich") == {"rich.text.Text", "rich"}
-    assert set(CORE) <= set(SOURCES) and len(OPERATORS) >= 5 and "cli.py" in SOURCES and "attr/base.py" in SOURCES
+    assert len(OPERATORS) >= 5 and "cli.py" in SOURCES and "attr/base.py" in SOURCES
+    assert {path.split("/")[0] for path in SOURCES if "/" in path} == {*ROOMS}
 
 
 @every_source
@@ -97,37 +111,31 @@ def test_errors_import_nothing_of_the_package() -> None:
     assert not within(imported("errors.py"), "captum_ssm")
 
 
-@pytest.mark.parametrize("path", OPERATORS)
-def test_operators_import_each_other_alone(path: str) -> None:
+@pytest.mark.parametrize("path", INSIDE)
+def test_rooms_import_those_below_alone(path: str) -> None:
+    room = path.split("/")[0]
+    loose = set() if room == "operators" else LOOSE
     names = within(imported(path), "captum_ssm")
-    assert names == within(names, "captum_ssm.operators")
+    assert names == within(names, *(f"captum_ssm.{name}" for name in {room, *ROOMS[room], *loose}))
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("adapters/")])
-def test_adapters_import_operators_and_the_registries_alone(path: str) -> None:
-    allowed = [
-        f"captum_ssm.{name}" for name in ("operators", "registry", "wiring", "gates", "rerun", "errors", "adapters")
-    ]
+@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("layers/adapters/")])
+def test_adapters_import_operators_and_the_pieces_of_layers_alone(path: str) -> None:
+    above = [f"captum_ssm.layers.{name}" for name in ("call", "fidelity")]
     names = within(imported(path), "captum_ssm")
-    assert names and names == within(names, *allowed)
+    assert names and not within(names, *above)
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("adapters/")])
+@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("layers/adapters/")])
 def test_an_adapter_shares_with_others_what_reads_parameters_alone(path: str) -> None:
-    if path != "adapters/__init__.py":
-        names = within(imported(path), "captum_ssm.adapters")
-        assert names == within(names, "captum_ssm.adapters.reading", "captum_ssm.adapters.fla_reading")
+    if path != "layers/adapters/__init__.py":
+        names = within(imported(path), "captum_ssm.layers.adapters")
+        assert names == within(names, "captum_ssm.layers.adapters.reading", "captum_ssm.layers.adapters.fla_reading")
 
 
-@pytest.mark.parametrize("path", CORE)
-def test_the_core_imports_neither_methods_nor_adapters_nor_pictures(path: str) -> None:
-    above = [f"captum_ssm.{name}" for name in ("attr", "adapters", "visualization", "models", "testing", "cli")]
-    assert not within(imported(path), *above)
-
-
-def test_the_core_names_its_modules_and_not_the_package() -> None:
+def test_the_rooms_name_their_modules_and_not_the_package() -> None:
     """``from captum_ssm import X`` would need the package's public names before they are there."""
-    for path in (*CORE, *(path for path in SOURCES if path.startswith(("attr/", "adapters/")))):
+    for path in INSIDE:
         public = {f"captum_ssm.{name}" for name in captum_ssm.__all__}
         assert not imported(path) & public, path
 

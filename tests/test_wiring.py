@@ -11,13 +11,13 @@ from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionRollout, LayerImplicitAttention, Wire, register, register_wire, unregister
+from captum_ssm.layers import wires as wires_module
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.registry import Registry
 from captum_ssm.layers.wires import block_name, find_wire
-from captum_ssm.matrices import rollout as aggregate
-from captum_ssm.matrices.rollout import RolloutLayer
+from captum_ssm.matrices.rollout import RolloutLayer, rollout
 from captum_ssm.matrices.token_matrix import DenseMatrix
-from captum_ssm.network import graph as wiring
 from captum_ssm.network.examination import examine
 from captum_ssm.network.graph import EMBEDDINGS, Junction, ResidualGraph
 from captum_ssm.network.recording import record_mixers
@@ -419,16 +419,23 @@ def matrices_of(count: int, signed: bool, L: int = 5) -> list[Tensor]:
     return list(made if signed else made.abs())
 
 
+class Layers:
+    """Layers by number, and the numbers that were asked for."""
+
+    def __init__(self, layer: Callable[[int], RolloutLayer]) -> None:
+        self.layer = layer
+        self.asked: list[int] = []
+
+    def __getitem__(self, number: int) -> RolloutLayer:
+        self.asked.append(number)
+        return self.layer(number)
+
+
 def run(case: Case, matrices: list[Tensor], keep: Any, embedded: Any, query: Tensor) -> Tensor:
-    asked: list[int] = []
-
-    def layer(number: int) -> RolloutLayer:
-        asked.append(number)
-        return RolloutLayer(DenseMatrix(matrices[number]), keep[number], embedded[number])
-
-    scores = aggregate.rollout(layer, ResidualGraph(case.reads, case.output), query)
-    assert sorted(asked) == [*range(len(case.reads))]
-    assert asked[0] in case.junctions[0].mixers  # the last ones first
+    layers = Layers(lambda number: RolloutLayer(DenseMatrix(matrices[number]), keep[number], embedded[number]))
+    scores = rollout(layers, ResidualGraph(case.reads, case.output), query)
+    assert sorted(layers.asked) == [*range(len(case.reads))]
+    assert layers.asked[0] in case.junctions[0].mixers  # the last ones first
     return scores
 
 
@@ -464,26 +471,21 @@ def test_a_row_without_residual_path_nor_attention_hands_nothing_on() -> None:
 
 def test_a_rollout_of_no_layers_is_the_query() -> None:
     query = torch.rand(2, 5)
-    assert torch.equal(aggregate.rollout(lambda number: pytest.fail(), ResidualGraph([], stream(E)), query), query)
+    assert torch.equal(rollout([], ResidualGraph([], stream(E)), query), query)
 
 
 def test_what_does_not_reach_the_embeddings_has_no_score() -> None:
     query = torch.rand(2, 5)
     layer = RolloutLayer(DenseMatrix(torch.rand(2, 5, 5)), query, 0 * query)
-    assert aggregate.rollout(lambda _: layer, ResidualGraph([stream()], stream(0)), query).eq(0).all()
+    assert rollout([layer], ResidualGraph([stream()], stream(0)), query).eq(0).all()
 
 
 def test_a_layer_beside_the_way_to_the_output_is_not_asked_for() -> None:
     query = torch.rand(2, 5)
     wired = ResidualGraph([stream(E), stream(E, 0), stream(E)], stream(E, 2))
-    asked = []
-
-    def layer(number: int) -> RolloutLayer:
-        asked.append(number)
-        return RolloutLayer(DenseMatrix(torch.rand(2, 5, 5)), torch.ones_like(query), 0 * query)
-
-    aggregate.rollout(layer, wired, query)
-    assert asked == [2]
+    layers = Layers(lambda _: RolloutLayer(DenseMatrix(torch.rand(2, 5, 5)), torch.ones_like(query), 0 * query))
+    rollout(layers, wired, query)
+    assert layers.asked == [2]
 
 
 @every_case
@@ -545,10 +547,10 @@ def test_a_layer_of_a_shared_module_is_the_call_of_its_name(ids: Tensor) -> None
 
 
 @pytest.fixture(autouse=True)
-def wires(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def wires(monkeypatch: pytest.MonkeyPatch) -> Registry[Any]:
     """Forget after each test what it registered."""
-    fresh: dict[str, Any] = {}
-    monkeypatch.setattr(wiring, "_WIRES", fresh)
+    fresh = Registry[Any]("A wire", "captum_ssm.unregister_wire")
+    monkeypatch.setattr(wires_module, "_WIRES", fresh)
     return fresh
 
 
@@ -596,7 +598,7 @@ class Wired(nn.Module):
 PATHS = ["layers.0.inner.mix", "layers.1.block.inner.mix", "layers.2.inner.mix"]
 
 
-def test_a_name_has_one_wire(wires: dict[str, Any]) -> None:
+def test_a_name_has_one_wire(wires: Registry[Any]) -> None:
     rule = lambda block, mixer, state: Wire()  # noqa: E731
     assert register_wire("Block", "Second")(rule) is rule
     assert set(wires) == {"Block", "Second"}
@@ -604,7 +606,7 @@ def test_a_name_has_one_wire(wires: dict[str, Any]) -> None:
         register_wire("Block")(rule)
 
 
-def test_of_several_names_none_has_a_wire_if_one_is_taken(wires: dict[str, Any]) -> None:
+def test_of_several_names_none_has_a_wire_if_one_is_taken(wires: Registry[Any]) -> None:
     rule = lambda block, mixer, state: Wire()  # noqa: E731
     register_wire("Block")(rule)
     with pytest.raises(ValueError, match="'Block'"):

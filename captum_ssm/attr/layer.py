@@ -98,8 +98,9 @@ class LayerImplicitAttention(LayerAttribution):
         with torch.no_grad():
             with record_mixers(self.model) as calls:
                 run_model(self.forward_func, tokens, *args)
+            call = self._call(calls)
             mask = token_mask(self.forward_func, args, calls)
-            stack = LayerStack(self.model, [self._call(calls)], mask, self.attention, self.without, self.tolerance)
+            stack = LayerStack(self.model, [call], mask, self.attention, self.without, self.tolerance)
             layer = stack[0]
             self.fidelity = stack.fidelity
             stack.refuse_unknown_terms()
