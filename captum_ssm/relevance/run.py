@@ -16,9 +16,9 @@ from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
 from captum_ssm.network.reference import Reference, replaced_embeddings
+from captum_ssm.relevance.follow import follow
 from captum_ssm.relevance.rules import VALUE_SHARE, Difference, Frozen, GateRule, Rule
 from captum_ssm.relevance.traced import Traced
-from captum_ssm.relevance.walk import follow
 
 COMPLETENESS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """Allowed error of the sum by the model's type, relative to the sum of the absolute relevances."""

@@ -1,0 +1,77 @@
+"""Code that has a rule of its own, such as a fused kernel: the rule runs instead, and the code itself checks it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from captum_ssm.errors import FidelityError
+from captum_ssm.layers.fidelity import TOLERANCE, relative_error
+from captum_ssm.relevance.functions import OPAQUE
+from captum_ssm.relevance.plain import PlainArguments
+from captum_ssm.relevance.traced import constants, traced
+
+
+def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) -> None:
+    """Run the rules of named code instead of the code, until the stack is closed.
+
+    Args:
+        model: The model whose modules, and the functions that their files call, are looked up.
+        plain: Turns arguments into those of the code itself.
+        stack: Restores the code.
+    """
+    for name, module in model.named_modules():
+        rule = next((OPAQUE[c.__name__] for c in type(module).__mro__ if c.__name__ in OPAQUE), None)
+        if rule is not None:
+            ruled = _RuledCode(name, type(module).__name__, module.forward, partial(rule, module), plain)
+            stack.enter_context(patch.object(module, "forward", ruled))
+    for path in {c.__module__ for module in model.modules() for c in type(module).__mro__} & sys.modules.keys():
+        home = sys.modules[path]
+        for registered, rule in OPAQUE.items():
+            where, _, name = registered.rpartition(".")
+            code = vars(home).get(name)
+            if where in ("", path) and callable(code) and not isinstance(code, type):
+                ruled = _RuledCode(f"{path}.{name}", registered, code, rule, plain)
+                stack.enter_context(patch.object(home, name, ruled))
+
+
+@dataclass(frozen=True)
+class _RuledCode:
+    """Stands in for code that has a rule: gives the rule's result, checked by that of the code itself.
+
+    Args:
+        name: The name of the code in errors.
+        registered: The name that the rule is registered for.
+        code: The code.
+        rule: The same function, made of functions that have a row.
+        plain: Turns arguments into those of the code itself.
+    """
+
+    name: str
+    registered: str
+    code: Callable[..., Any]
+    rule: Callable[..., Any]
+    plain: PlainArguments
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not traced((args, kwargs)):
+            return self.code(*args, **kwargs)
+        result = self.rule(*args, **kwargs)
+        plain_args, plain_kwargs = self.plain((args, kwargs))
+        with torch.no_grad():
+            exact = self.code(*plain_args, **plain_kwargs)
+        for part, expected in zip(tree_leaves(result), tree_leaves(exact)):
+            error, allowed = relative_error(constants(part), expected), TOLERANCE.get(expected.dtype, 1e-4)
+            if not error <= allowed:
+                cause = f"a wrong rule for {self.registered} (captum_ssm.register_rule)"
+                raise FidelityError(self.name, error, allowed, cause)
+        return result

@@ -1,0 +1,140 @@
+"""Run a model on an input and its reference at once, its mixers by their decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import cast
+
+from torch import Tensor, nn
+
+from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import unchecked_chain
+from captum_ssm.network.recording import record_mixers
+from captum_ssm.operators import Chain, Flip, Operator, Sum
+from captum_ssm.relevance.checkpoints import Checkpoints
+from captum_ssm.relevance.external_code import substitute_rules
+from captum_ssm.relevance.plain import PlainArguments
+from captum_ssm.relevance.rules import Rule
+from captum_ssm.relevance.traced import Traced, constants, traced
+
+
+@dataclass(frozen=True)
+class FollowedMixers:
+    """How the mixers of a model are followed: each runs by its decomposition, checked by its own code.
+
+    Args:
+        plain: Turns traced arguments into those of the mixer's own code.
+        check: Called with each mixer's call on the input alone, and with the output (B, L, E) of its decomposition;
+            None instead of the output if the decomposition ran on an input of a wider type.
+        follow_gates: Whether the gates are traced too; else they are constants.
+        skips: Gets the direct paths past the recurrences, as inputs of their own; None leaves them in the flow.
+        on_factor: Called with a mixer's name, the name of each factor of its chain, and the input of the factor.
+        checkpoints: The checkpointed blocks, if there are any.
+    """
+
+    plain: PlainArguments
+    check: Callable[[LayerCall, Tensor | None], None]
+    follow_gates: bool = True
+    skips: list[Traced] | None = None
+    on_factor: Callable[[str, str, Tensor], None] | None = None
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        """Return the output of a mixer's decomposition, traced if its input is.
+
+        Raises:
+            UnsupportedModelError: If another argument than the input depends on the tokens.
+            FidelityError: If the decomposition misses the mixer's own output.
+        """
+        if not traced((call.x, call.kwargs)):
+            return call.y
+        if not isinstance(call.x, Traced) or traced(call.kwargs):
+            raise UnsupportedModelError(
+                f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
+                "depend on the tokens, and its adapter takes them as constants."
+            )
+        plain_call = LayerCall(call.name, call.mixer, self.plain(call.x), call.y, call.kwargs)
+        is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
+        first_run = not self.checkpoints.is_rerun
+        if is_wider and first_run:
+            self.check(plain_call, None)
+        y = self._decomposed(plain_call, call.x)
+        if not is_wider and first_run:
+            self.check(plain_call, constants(y))
+        return y
+
+    def _decomposed(self, call: LayerCall, x: Traced) -> Tensor:
+        """Return the output (B, L, E) of a mixer's chain for its traced input."""
+        y: Tensor = x
+        with cast(Rule, x.rule).sharing(self.on_factor is None and self.skips is None):
+            chain = unchecked_chain(call, x if self.follow_gates else x.value.detach())
+            for name, operator in reversed(list(chain.factors.items())):
+                if self.on_factor is not None and not self.checkpoints.is_rerun:
+                    self.on_factor(call.name, name, y)
+                y = operator.apply(y, bias=True) if self.skips is None else _separate_skip(operator, y, self.skips)
+        return y
+
+
+@contextmanager
+def follow(
+    model: nn.Module,
+    check: Callable[[LayerCall, Tensor | None], None],
+    follow_gates: bool = True,
+    checkpoints: bool = False,
+    skips: list[Traced] | None = None,
+    on_factor: Callable[[str, str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Let traced tensors flow through a model while the context is open.
+
+    Args:
+        model: The model. It is as before when the context is left, also after an error.
+        check: See :class:`FollowedMixers`.
+        follow_gates: Whether the gates of the mixers are traced too.
+        checkpoints: Keep no more than the input of each block, and run the block again for the gradient. The context
+            must then be open until the gradient is there.
+        skips: Gets the direct paths past the recurrences; None leaves them in the flow.
+        on_factor: Called with the input of each factor of a mixer's chain.
+
+    Yields:
+        None.
+
+    Raises:
+        UnsupportedModelError: If the model has no supported mixer, or no blocks to checkpoint.
+    """
+    plain, rerun = PlainArguments.of(model), Checkpoints()
+    mixers = FollowedMixers(plain, check, follow_gates, skips, on_factor, rerun)
+    with ExitStack() as stack:
+        substitute_rules(model, plain, stack)
+        if checkpoints:
+            rerun.attach(model, stack)
+        stack.enter_context(record_mixers(model, replacement=mixers, prepare=plain))
+        yield
+
+
+def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor:
+    """Apply an operator, its direct path from an input of its own, which ``skips`` gets.
+
+    Args:
+        operator: The operator.
+        x: Its input (B, L, channels).
+        skips: Gets the direct paths.
+    """
+    if isinstance(operator, Chain):
+        factors = reversed(list(operator.factors.values()))
+        return reduce(lambda x, factor: _separate_skip(factor, x, skips), factors, x)
+    if isinstance(operator, Sum):
+        return reduce(add, (_separate_skip(summand, x, skips) for summand in operator.summands.values()))
+    if isinstance(operator, Flip):
+        return _separate_skip(operator.operator, x.flip(-2), skips).flip(-2)
+    skip = getattr(operator, "skip", None)
+    if skip is None:
+        return operator.apply(x, bias=True)
+    direct = skip * x
+    leaf = Traced.of(direct.value.detach().requires_grad_(), direct.reference, direct.rule)
+    skips.append(leaf)
+    return operator.without("skip").apply(x, bias=True) + leaf

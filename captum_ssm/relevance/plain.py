@@ -1,0 +1,38 @@
+"""Constants of the model's own type in place of traced tensors, for code that is run beside the explanation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from captum_ssm.relevance.traced import Traced
+
+
+@dataclass(frozen=True)
+class PlainArguments:
+    """Turns the arguments of a call into those that the model itself would have passed.
+
+    Args:
+        dtype: The floating-point type of the model.
+    """
+
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PlainArguments:
+        """Return the arguments of this model, in the type of its first floating-point parameter."""
+        return cls(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+
+    def __call__(self, nested: Any) -> Any:
+        """Return a nest of arguments with constants in the model's type, also if the explanation's type has spread."""
+        return tree_map(self._narrowed, nested)
+
+    def _narrowed(self, leaf: Any) -> Any:
+        if isinstance(leaf, Traced):
+            return leaf.value.detach().to(self.dtype)
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return leaf.to(self.dtype) if half and isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
