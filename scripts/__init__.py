@@ -1,0 +1,1 @@
+"""Scripts that measure the library and train the models that ship with it."""
