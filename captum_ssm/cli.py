@@ -81,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="captum-ssm", description=(__import__("captum_ssm").__doc__ or "").splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="captum-ssm", description=(__import__("captum_ssm").__doc__ or "").splitlines()[0]
+    )
     top.add_argument("--version", action="version", version=f"captum-ssm {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("explain", help="colour a text by what its tokens contribute to a prediction")

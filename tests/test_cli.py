@@ -22,9 +22,8 @@ from transformers import (
 )
 
 import captum_ssm
-from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, cli
+from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, cli, register_rule, unregister_rule
 from captum_ssm.models import REVIEWS
-from captum_ssm.relevance.functions import KINDS
 
 GOOD, BAD = "A gorgeous, witty, seductive movie.", "A complete waste of time."
 
@@ -400,10 +399,13 @@ def test_a_decision_of_its_own_is_a_term_of_its_own(run: Any, tmp_path: Path) ->
     assert together == pytest.approx(difference, abs=2e-4) and abs(gap) < 1e-3
 
 
-def test_a_function_without_a_rule_is_named_with_the_other_methods(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(KINDS, "rsqrt")
-    assert_refused(run(GOOD), "function 'rsqrt' in MambaRMSNorm", "register_rule", "--method attribution")
-    assert run(GOOD, "--method", "attribution").status == 0
+def test_a_function_without_a_rule_is_named_with_the_other_methods(run: Any) -> None:
+    unregister_rule(torch.rsqrt)
+    try:
+        assert_refused(run(GOOD), "function 'rsqrt' in MambaRMSNorm", "register_rule", "--method attribution")
+        assert run(GOOD, "--method", "attribution").status == 0
+    finally:
+        register_rule(torch.rsqrt, "elementwise")
 
 
 # --- Targets ------------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
-from captum_ssm.relevance.functions import KINDS
-from captum_ssm.relevance.quotient import quotient
+from captum_ssm.relevance.difference import Difference
+from captum_ssm.relevance.difference_quotient import difference_quotient
+from captum_ssm.relevance.frozen import Frozen
+from captum_ssm.relevance.functions import FUNCTIONS
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
-from captum_ssm.relevance.rules import Difference, Frozen, Rule
-from captum_ssm.relevance.slopes import SLOPES
+from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
 
 B, L = 2, 7
@@ -240,8 +241,8 @@ def test_what_only_changes_its_form_stays_the_inverse_that_it_is(change: Any) ->
     """Also where the form is that of something traced."""
     rule = Difference()
     scale = torch.rsqrt(Traced.of(*(t.detach().abs() for t in random(3, 1)), rule))
-    assert scale.kind == "inverse"
-    assert change(scale, Traced.of(*random(3, 4), rule)).kind == "inverse"
+    assert scale.origin == "inverse"
+    assert change(scale, Traced.of(*random(3, 4), rule)).origin == "inverse"
 
 
 # --- Through the rules --------------------------------------------------------------------------------------------
@@ -496,7 +497,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 @every_rule
-@pytest.mark.parametrize("name", sorted(name for name, kind in KINDS.items() if kind == "elementwise"))
+@pytest.mark.parametrize("name", sorted(row.name for row in FUNCTIONS if row.kind == "elementwise"))
 def test_a_function_of_each_entry_is_followed(name: str, rule: Any) -> None:
     within = DOMAINS.get(name, lambda x: x)
     value, reference = (within(t.detach()) for t in random(*SHAPE))
@@ -529,13 +530,13 @@ def test_what_the_value_chooses_is_chosen_of_the_reference_too(name: str) -> Non
     x, r = random(*SHAPE)
     out = function(Traced.of(x, r, rule))
     assert_equal(out.value, function(x))
-    assert rule.held
+    assert rule.changed_decisions
     (gradient,) = torch.autograd.grad(out.value.sum(), x)
     assert abs(((x - r) * gradient).sum() - (out.value - out.reference).sum()) <= 1e-11 * out.value.abs().sum()
     # of an increasing function of the value the choices, and so what is noted, are the value's
     other = Difference()
     alike = function(Traced.of(x, 2 * x.detach(), other))
-    assert not other.held
+    assert not other.changed_decisions
     assert_equal(alike.reference, function(2 * x.detach()))
 
 
@@ -551,7 +552,7 @@ def test_a_choice_of_the_reference_takes_the_numbers_of_the_value() -> None:
     ]:
         rule = Difference()
         assert function(Traced.of(x, r, rule)).reference.flatten().tolist() == wanted
-        assert rule.held == {held}
+        assert rule.changed_decisions == {held}
 
 
 def assert_refused(function: Any, rule: Any, name: str) -> None:
@@ -603,7 +604,7 @@ def test_what_cannot_be_followed_is_refused_or_noted(function: Any) -> None:
         function(Traced.of(*pair, rule))
     except UnsupportedModelError:
         return
-    assert rule.held
+    assert rule.changed_decisions
 
 
 @pytest.mark.xfail(strict=True, reason="a plain view made before something traced is written stays plain")
@@ -687,7 +688,7 @@ def test_the_quotient_of_float32_is_about_that_of_float64(name: str, distance: f
     function, size = NEAR[name]
     x = (size * (0.5 + torch.rand(1000))).float()
     r = (x * (1 + distance * (torch.rand(1000) - 0.5))).float()
-    found = quotient(function, x, r, function(x), function(r))
+    found = difference_quotient(function, x, r, function(x), function(r))
     wide = (function(x.double()) - function(r.double())) / (x.double() - r.double())
     there = x != r
     assert there.sum() > 10 or distance < 1e-7
@@ -704,7 +705,7 @@ def derivative(function: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("distance", [1e-7, 1e-4, 1.0])
 def test_the_quotient_across_a_kink_is_that_of_the_ends(function: Any, distance: float) -> None:
     x, r = distance * torch.rand(1000), -distance * torch.rand(1000)
-    found = quotient(function, x, r, function(x), function(r))
+    found = difference_quotient(function, x, r, function(x), function(r))
     wanted = (function(x.double()) - function(r.double())) / (x.double() - r.double())
     assert (found - wanted).abs().max() <= 1e-5
 
@@ -713,7 +714,7 @@ def test_the_quotient_across_a_kink_is_that_of_the_ends(function: Any, distance:
 def test_the_quotient_is_finite_where_there_is_no_slope(function: Any) -> None:
     x = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf, torch.inf, 1.0])
     r = torch.tensor([0.0, 1.0, -torch.inf, 1.0, torch.inf, 1.0])
-    assert quotient(function, x, r, function(x), function(r)).isfinite().all()
+    assert difference_quotient(function, x, r, function(x), function(r)).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (3, 1)])
@@ -726,13 +727,13 @@ def test_the_quotient_of_a_function_with_other_tensors_takes_their_own_entries(s
     close.view(-1)[: math.prod(shape)] = True
     r[close] = x[close]
     function: Any = lambda t: t**exponent  # noqa: E731
-    found = quotient(function, x, r, function(x), function(r))
+    found = difference_quotient(function, x, r, function(x), function(r))
     wanted = torch.where(close, exponent * x ** (exponent - 1), (function(x) - function(r)) / (x - r))
     assert (found - wanted).abs().max() <= 1e-5
 
 
 CLOSED: dict[str, Any] = {
-    **{name: elementwise(name) for name in SLOPES},  # but for what has a closed form in some cases alone
+    **{row.name: elementwise(row.name) for row in FUNCTIONS if row.slope},  # some have it for some arguments alone
     "second power": lambda x: x**2, "third power": lambda x: x**3, "gelu": partial(F.gelu, approximate="tanh"),
     "softplus beyond its threshold": lambda x: F.softplus(10 * x),
 }  # fmt: skip

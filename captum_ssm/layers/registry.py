@@ -55,7 +55,8 @@ class Registry(Generic[Entry]):
         for name in names:
             if name in self._entries:
                 owner = self._owners[name]
-                where = "" if owner is None else f": {owner.__module__}.{owner.__qualname__}"
+                name_of_owner = getattr(owner, "__qualname__", None)
+                where = f": {owner.__module__}.{name_of_owner}" if name_of_owner else ""
                 raise ValueError(
                     f"{self._noun} for {name!r} is already registered{where}. "
                     f"To replace it, call {self._remover}({name!r}) first."

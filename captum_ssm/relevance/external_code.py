@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ssm.errors import FidelityError
 from captum_ssm.layers.fidelity import TOLERANCE, relative_error
-from captum_ssm.relevance.functions import OPAQUE
+from captum_ssm.relevance.functions import EXTERNAL_CODE
 from captum_ssm.relevance.plain import PlainArguments
 from captum_ssm.relevance.traced import constants, traced
 
@@ -30,13 +30,13 @@ def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) 
         stack: Restores the code.
     """
     for name, module in model.named_modules():
-        rule = next((OPAQUE[c.__name__] for c in type(module).__mro__ if c.__name__ in OPAQUE), None)
+        rule = EXTERNAL_CODE.of_class(module)
         if rule is not None:
             ruled = _RuledCode(name, type(module).__name__, module.forward, partial(rule, module), plain)
             stack.enter_context(patch.object(module, "forward", ruled))
     for path in {c.__module__ for module in model.modules() for c in type(module).__mro__} & sys.modules.keys():
         home = sys.modules[path]
-        for registered, rule in OPAQUE.items():
+        for registered, rule in EXTERNAL_CODE.items():
             where, _, name = registered.rpartition(".")
             code = vars(home).get(name)
             if where in ("", path) and callable(code) and not isinstance(code, type):

@@ -19,7 +19,7 @@ from captum_ssm.operators import Chain, Flip, Operator, Sum
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
 from captum_ssm.relevance.plain import PlainArguments
-from captum_ssm.relevance.rules import Rule
+from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced, constants, traced
 
 

@@ -16,8 +16,10 @@ from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
 from captum_ssm.network.reference import Reference, replaced_embeddings
+from captum_ssm.relevance.difference import VALUE_SHARE, Difference
 from captum_ssm.relevance.follow import follow
-from captum_ssm.relevance.rules import VALUE_SHARE, Difference, Frozen, GateRule, Rule
+from captum_ssm.relevance.frozen import Frozen, GateRule
+from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
 
 COMPLETENESS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -167,7 +169,7 @@ class Run:
         embedded = torch.stack(relevances[: len(self._leaves)]).sum(0)
         skips = relevances[len(self._leaves) : len(relevances) - len(probed)]
         explanation = self._add_up(embedded, skips, value.reshape(len(embedded)), reference.reshape(len(embedded)))
-        if with_delta or self.rule.held:
+        if with_delta or self.rule.changed_decisions:
             explanation = self._compared_with_model(explanation, reference.reshape(len(embedded)))
         if self.probe is None or not self.probe.tensors:
             return explanation
@@ -232,7 +234,7 @@ class Run:
         if not error <= allowed:
             cause = "code that a rule cannot follow, such as a kernel that is called past torch's functions"
             raise FidelityError("the whole model", error, allowed, cause)
-        return Explanation(embedded, terms, missing, error, self.rule.held, self.fidelity)
+        return Explanation(embedded, terms, missing, error, self.rule.changed_decisions, self.fidelity)
 
     def _compared_with_model(self, explanation: Explanation, reference: Tensor) -> Explanation:
         """Return the explanation with the delta to the model's own output, and the term of decisions if there are any.
@@ -245,7 +247,7 @@ class Run:
         difference = self._plain_score(self.inputs, None).to(tokens).reshape(len(tokens))
         if not self._is_frozen:
             plain_reference = self._reference_score().to(tokens).reshape(len(tokens))
-            if self.rule.held:
+            if self.rule.changed_decisions:
                 terms = {**terms, "decisions": reference - plain_reference}
             difference = difference - plain_reference
         return replace(explanation, terms=terms, delta=tokens.sum(1) + sum(terms.values()) - difference)

@@ -1,4 +1,4 @@
-"""A tensor that carries a reference along, and asks a rule what every function does to the pair."""
+"""A tensor that carries a reference, and lets a rule compute the result of every function of the pair."""
 
 from __future__ import annotations
 
@@ -9,46 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], "list[Traced]"], Any]
-"""What a function gives for arguments some of which are traced: those come last, once more, as a list."""
+from captum_ssm.relevance.functions import FUNCTIONS, Origin
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], "list[Traced]"], Any]
+"""The result of a function for its positional and keyword arguments, given also the list of those that are traced."""
+
+value_of: Callable[[Traced], Tensor] = attrgetter("value")
+reference_of: Callable[[Traced], Tensor] = attrgetter("reference")
+
+
+def constant_of(pair: Traced) -> Tensor:
+    """Return the value without its graph."""
+    return pair.value.detach()
 
 
 class Traced(Tensor):
-    """A value of a running model, with the value that it is compared with.
+    """A value of a running model with the reference that it is compared with.
 
-    To the model it looks like its value, which answers what is asked of its form alone. Every torch function of it
-    goes to its rule.
+    To the model it looks like its value, which answers questions about shape and type. Every torch function of it goes
+    to its rule.
 
     Attributes:
         value: Part of the graph of the explanation: its gradient is the multiplier of its difference to the reference.
-        reference: What it is compared with, of the same shape and without a graph.
-        rule: What every function does to it.
-        kind: What its function was, if a product with it asks: ``"activated"``, out of an activation, or ``"inverse"``,
-            one over something, as the scale of a norm is.
+        reference: The reference, of the same shape and without a graph.
+        rule: The rule, which computes the result of every function.
+        origin: ``"activated"`` if the value came out of an activation, ``"inverse"`` if it is one over something, as
+            the scale of a norm is; None otherwise. A product reads it.
     """
 
     value: Tensor
     reference: Tensor
-    rule: Rule
-    kind: str | None
+    rule: Handler
+    origin: Origin | None
 
     @classmethod
-    def of(cls, value: Tensor, reference: Tensor, rule: Rule, kind: str | None = None) -> Traced:
-        """Return the pair."""
-        return cls._make_subclass(cls, value)._hold(value, reference, rule, kind)
+    def of(cls, value: Tensor, reference: Tensor, rule: Handler, origin: Origin | None = None) -> Traced:
+        """Return the pair of a value and a reference."""
+        return cls._make_subclass(cls, value)._hold(value, reference, rule, origin)
 
     @classmethod
-    def adopt(cls, plain: Tensor, rule: Rule, dtype: torch.dtype) -> Traced:
-        """Turn a plain tensor, into which something traced is about to be written, into a pair in its place.
+    def adopt(cls, plain: Tensor, rule: Handler, dtype: torch.dtype) -> Traced:
+        """Turn a plain tensor, into which something traced is about to be written, into a pair without copying it.
 
-        If it is a part of another one, that is turned too.
+        If the tensor is a view, its base becomes a pair too.
+
+        Args:
+            plain: The tensor, which is changed.
+            rule: The pair's rule.
+            dtype: The type of the pair's value and reference.
+
+        Returns:
+            The same tensor, whose value and reference are its present entries.
         """
         base = plain._base
         if base is not None:
-            whole = base if isinstance(base, Traced) else cls.adopt(base, rule, dtype)
+            pair = base if isinstance(base, Traced) else cls.adopt(base, rule, dtype)
             value, reference = (
                 t.as_strided(plain.shape, plain.stride(), plain.storage_offset() - first + t.storage_offset())
-                for first in [_offset(base)] for t in (whole.value, whole.reference)
+                for first in [_offset(base)] for t in (pair.value, pair.reference)
             )  # fmt: skip
         else:
             value = plain.detach().to(dtype)
@@ -56,23 +74,24 @@ class Traced(Tensor):
         plain.__class__ = cls
         return plain._hold(value, reference, rule, None)  # type: ignore
 
-    def _hold(self, value: Tensor, reference: Tensor, rule: Rule, kind: str | None) -> Traced:
+    def _hold(self, value: Tensor, reference: Tensor, rule: Handler, origin: Origin | None) -> Traced:
         reference = reference.detach() if reference.requires_grad else reference
-        vars(self).update(value=value, reference=reference, rule=rule, kind=kind)
+        vars(self).update(value=value, reference=reference, rule=rule, origin=origin)
         return self
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let the rule of the first traced argument answer."""
-        live = traced((args, kwargs))
+        """Let the rule of the first traced argument compute the result."""
+        pairs = traced((args, kwargs))
         with torch.enable_grad():
-            return live[0].rule(func, args, kwargs or {}, live)
+            return pairs[0].rule(func, args, kwargs or {}, pairs)
 
 
-for _name in ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "is_floating_point"):
-    setattr(Traced, _name, property(attrgetter(f"value.{_name}")))  # of the form alone: no rule is asked
+for _row in FUNCTIONS:
+    if _row.kind == "form":  # answered by the value, without the cost of a call of the rule
+        setattr(Traced, _row.name, property(attrgetter(f"value.{_row.name}")))
 
 
 def traced(nested: Any) -> list[Traced]:
@@ -86,40 +105,40 @@ def traced(nested: Any) -> list[Traced]:
     return [leaf for part in nested for leaf in traced(part)]
 
 
-def put(nested: Any, become: Callable[[Traced], Any], dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with something else in the place of what is traced.
+def substitute(nested: Any, side: Callable[[Traced], Any], dtype: torch.dtype | None = None) -> Any:
+    """Return arguments with a substitute for each traced tensor, and constants without their graph.
 
     Args:
         nested: A nest of lists, tuples and dictionaries.
-        become: What stands for a traced tensor.
-        dtype: All other tensors are constants, and of at least this type.
+        side: From a traced tensor to its substitute, such as :func:`value_of`.
+        dtype: The narrowest floating-point type of the constants, all other tensors; None leaves their types.
     """
     if isinstance(nested, Traced):
-        return become(nested)
+        return side(nested)
     if isinstance(nested, Tensor):
         return _constant(nested, dtype)
     if isinstance(nested, tuple):
-        return tuple([put(part, become, dtype) for part in nested])
+        return tuple([substitute(part, side, dtype) for part in nested])
     if isinstance(nested, list):
-        return [put(part, become, dtype) for part in nested]
+        return [substitute(part, side, dtype) for part in nested]
     if isinstance(nested, dict):
-        return {key: put(part, become, dtype) for key, part in nested.items()}
+        return {key: substitute(part, side, dtype) for key, part in nested.items()}
     return nested
 
 
-def values(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the values of what is traced, see :func:`put`."""
-    return put(nested, attrgetter("value"), dtype)
+def values(nested: Any) -> Any:
+    """Return arguments with the value of each traced tensor, see :func:`substitute`."""
+    return substitute(nested, value_of)
 
 
-def references(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the references of what is traced, see :func:`put`."""
-    return put(nested, attrgetter("reference"), dtype)
+def references(nested: Any) -> Any:
+    """Return arguments with the reference of each traced tensor, see :func:`substitute`."""
+    return substitute(nested, reference_of)
 
 
-def constants(nested: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the arguments with the values of what is traced, free of the graph, see :func:`put`."""
-    return put(nested, lambda leaf: leaf.value.detach(), dtype)
+def constants(nested: Any) -> Any:
+    """Return arguments with the value of each traced tensor, without its graph, see :func:`substitute`."""
+    return substitute(nested, constant_of)
 
 
 def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,0 +1,92 @@
+"""A call of a torch function, some of whose arguments are traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_ssm.relevance.difference_quotient import difference_quotient
+from captum_ssm.relevance.functions import Callee, Function
+from captum_ssm.relevance.traced import Traced, constant_of, substitute
+
+
+class Call(NamedTuple):
+    """One call: the function, its arguments, and which of them are traced."""
+
+    callee: Callee
+    """The function with its row in the table."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    traced: list[Traced]
+    """The traced tensors among the arguments, in their order."""
+    dtype: torch.dtype | None
+    """The narrowest floating-point type of constants; None leaves their types."""
+
+    @classmethod
+    def of(cls, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any], traced: list[Traced]) -> Call:
+        """Return the call; the constants of a linear function or a product get at least the type of the traced."""
+        dtype = None
+        if traced and callee.row.kind in ("linear", "product"):
+            dtype = traced[0].value.dtype if len(traced) == 1 else _widest_type(traced)
+        return cls(callee, args, kwargs, traced, dtype)
+
+    @property
+    def row(self) -> Function:
+        """The function's row in the table."""
+        return self.callee.row
+
+    def on(self, side: Callable[[Traced], Any]) -> Any:
+        """Return the function's result on one side of all pairs.
+
+        Args:
+            side: From a traced tensor to the tensor that the function gets, such as
+                :func:`~captum_ssm.relevance.traced.value_of`.
+        """
+        args = [substitute(arg, side, self.dtype) for arg in self.args]
+        if not self.kwargs:
+            return self.callee.function(*args)
+        return self.callee.function(*args, **substitute(self.kwargs, side, self.dtype))
+
+    def at(self, *tensors: Tensor) -> Any:
+        """Return the function's result with these tensors instead of the traced ones, in their order."""
+        remaining = iter(tensors)
+        return self.on(lambda _: next(remaining))
+
+    def slope(self, x: Tensor, r: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """Return the difference quotient of an elementwise function of one traced tensor; 0 where there is no slope.
+
+        Args:
+            x: The value.
+            r: The reference.
+            y: The result for the value.
+            z: The result for the reference.
+        """
+        closed_form = self.callee.row.slope
+        if closed_form is not None and self.args and isinstance(self.args[0], Traced):
+            slope = closed_form(x, r, y, z, *self.args[1:], **self.kwargs)
+            if slope is not None:
+                return torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+        arguments = [*self.args, *self.kwargs.values()]
+        others = any(isinstance(t, Tensor) and t.dim() and not isinstance(t, Traced) for t in arguments)
+        return difference_quotient(self.at, x, r, y, z, of_one_tensor=not others)
+
+    def without(self, keyword: str) -> Call:
+        """Return the call without a keyword argument."""
+        if keyword not in self.kwargs:
+            return self
+        return self._replace(kwargs={key: value for key, value in self.kwargs.items() if key != keyword})
+
+    def with_constants(self, position: int) -> Call:
+        """Return the call with the positional arguments from here on as constants."""
+        traced = [arg for arg in self.args[:position] if isinstance(arg, Traced)]
+        args = self.args[:position] + substitute(self.args[position:], constant_of)
+        return Call.of(self.callee, args, self.kwargs, traced)
+
+
+def _widest_type(traced: list[Traced]) -> torch.dtype:
+    """Return the type that holds all of these."""
+    return reduce(torch.promote_types, [pair.value.dtype for pair in traced])

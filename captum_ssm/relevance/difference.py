@@ -1,0 +1,90 @@
+"""The rule of differences to a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators import Recurrence
+from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.multipliers import with_multiplier, with_value
+from captum_ssm.relevance.recurrence import difference_of_scans
+from captum_ssm.relevance.rule import Rule
+from captum_ssm.relevance.traced import references, substitute, values
+
+VALUE_SHARE = 0.75
+"""The part that a value has of the change that it makes together with the gate that reads it, as recommended in
+``benchmarks/RESULTS.md``."""
+
+
+class Difference(Rule):
+    """Compare with a reference: at a product each factor's change times a mean of the other.
+
+    ``ab - a'b' = (p b + q b') (a - a') + (q a + p a') (b - b')`` with ``p + q = 1``: of the change that the two make
+    together, ``(a - a') (b - b')``, p goes to a and q to b. A half each is the Shapley value of two factors. At an
+    elementwise function the multiplier is the difference quotient ``(f(x) - f(x')) / (x - x')``, DeepLIFT's rescale
+    rule.
+
+    Args:
+        value_share: p of a value in a product with its reader: with a gate that came out of an activation, with one
+            over something, and of a recurrence's state with the coefficient ``c``. All other products share by halves.
+    """
+
+    def __init__(self, value_share: float = VALUE_SHARE) -> None:
+        super().__init__()
+        self.value_share = value_share
+
+    def elementwise(self, call: Call) -> Tensor:
+        """Return the function with the difference quotient as its multiplier."""
+        (x,) = call.traced
+        value, reference = x.value.detach(), x.reference
+        y, z = call.at(value), call.at(reference)
+        multiplier = call.slope(value, reference, y, z)
+        return self.pair(with_multiplier(x.value, y, multiplier), z, call.row.origin)
+
+    def product(self, call: Call) -> Tensor:
+        """Return the product with a mean of the other factor as each factor's multiplier."""
+        return self._with_means(call, self._first_share(call))
+
+    def quotient(self, call: Call, denominator: int) -> Tensor:
+        """Return a number times one over something with shares that are weighed by the denominators.
+
+        ``a/b - a'/b' = ((a - a') - (q a/b + p a'/b') (b - b')) / (p b + q b')``: the multipliers are bounded where a
+        denominator is small.
+        """
+        share, inverse = self._first_share(call), call.traced[denominator]
+        b, s = inverse.value.detach(), inverse.reference
+        p = _weighed_share(share, b, s) if denominator == 1 else 1 - _weighed_share(1 - share, b, s)
+        return self._with_means(call, p)
+
+    def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the recurrence with the rule of products at every product of every step."""
+        inputs = substitute((x, factors), lambda pair: pair)  # constants are the same tensors in value and reference
+        value, reference = difference_of_scans(scan, values(inputs), references(inputs), self.value_share)
+        return self.pair(value, reference)
+
+    def _first_share(self, call: Call) -> float:
+        """Return the first factor's share: of a value ``value_share``, of its gate the rest, of two alike a half."""
+        x, y = call.traced
+        if (x.origin is None) == (y.origin is None):
+            return 0.5
+        return self.value_share if x.origin is None else 1 - self.value_share
+
+    def _with_means(self, call: Call, p: Any) -> Tensor:
+        """Return a product of two with the multipliers ``p b + q b'`` and ``q a + p a'``; p a number or a tensor."""
+        x, y = call.traced
+        a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
+        value, reference = call.at(a, b), call.at(r, s)
+        linear = call.at(x.value, torch.lerp(s, b, p)) + call.at(torch.lerp(a, r, p), y.value)
+        return self.pair(with_value(linear, value), reference)
+
+
+def _weighed_share(p: float, b: Tensor, s: Tensor) -> Tensor:
+    """Return the share of a number times one over something, b with its reference s, that makes it a quotient's.
+
+    It is the share itself if the signs of b and s differ.
+    """
+    alike = b * s > 0
+    return torch.where(alike, p * s / torch.where(alike, p * s + (1 - p) * b, 1), p)

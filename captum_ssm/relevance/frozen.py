@@ -1,0 +1,76 @@
+"""The rule of frozen gates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators import Recurrence
+from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.multipliers import with_multiplier
+from captum_ssm.relevance.recurrence import linear_scan
+from captum_ssm.relevance.rule import Rule
+from captum_ssm.relevance.traced import Traced, constants
+
+GateRule = Literal["half", "value"]
+"""Who gets the relevance of a product with a gate: each factor half of it, or the value all."""
+
+
+class Frozen(Rule):
+    """Hold the gates: the model is then affine in its embeddings, and the reference is its result for 0.
+
+    An elementwise function that is 0 at 0, as an activation is, becomes a gate ``f(x)/x`` on its own input; any other,
+    as a sigmoid, an exponential or an inverse root, is a constant. The coefficients of recurrences and the weights of
+    attentions are constants.
+
+    Args:
+        gates: The rule of a product with a gate: ``"half"`` gives each factor half of it (MambaLRP), ``"value"`` holds
+            the factor that came out of an activation. Of two others each gets half.
+    """
+
+    def __init__(self, gates: GateRule = "half") -> None:
+        super().__init__()
+        self.gates = gates
+
+    def elementwise(self, call: Call) -> Tensor:
+        """Return the function as a gate on its own input, or as a constant."""
+        (x,) = call.traced
+        value = x.value.detach()
+        y, zero = call.at(value), torch.zeros_like(value)
+        if bool((call.at(zero) != 0).any()):
+            return y
+        gate = call.slope(value, zero, y, zero)
+        return self.pair(with_multiplier(x.value, y, gate), gate * x.reference, call.row.origin)
+
+    def product(self, call: Call) -> Tensor:
+        """Return the product with each factor's share."""
+        x, y = call.traced
+        a, b = x.value.detach(), y.value.detach()
+        share = 0.5
+        if self.gates == "value" and x.origin != y.origin:
+            share = float(y.origin is not None)
+        for_x, for_y = share * b, (1 - share) * a
+        linear = call.at(x.value, for_x) + call.at(for_y, y.value)
+        reference = call.at(x.reference, for_x) + call.at(for_y, y.reference)
+        return self.pair(linear, reference)
+
+    def quotient(self, call: Call, denominator: int) -> Tensor:
+        """Return the product with each factor's share: one over something is a factor like any other."""
+        return self.product(call)
+
+    def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the recurrence with constant coefficients."""
+        frozen = scan.with_factors(constants(factors))
+        if not isinstance(x, Traced):
+            return frozen.mix(x)
+        return self.pair(*linear_scan(frozen, x.value, x.reference))
+
+    def secant(self, name: str, u: Traced) -> Tensor:
+        """Return the gate that an activation puts on its own input, as a constant."""
+        return super().secant(name, u.value.detach())  # type: ignore[arg-type]
+
+    def upper_bound(self, x: Traced) -> Tensor:
+        """Return the value as a constant."""
+        return x.value.detach()

@@ -1,0 +1,268 @@
+"""The dispatch that all rules of relevance share: from a call of a function to the method for its kind.
+
+A rule gives every function a linear form whose coefficients are constants of this input, so that for every tensor of
+the model ``value - reference = sum of multiplier * (input - input's reference)``. The multipliers are the gradient that
+autograd then finds; the sum is right for each function, and so for the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.gates import secant_of
+from captum_ssm.operators import Recurrence
+from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.functions import FUNCTIONS, Origin
+from captum_ssm.relevance.shared_results import SharedResults
+from captum_ssm.relevance.traced import Traced, constant_of, reference_of, references, value_of, values
+
+
+class Rule(ABC):
+    """A rule: the value, reference and multipliers of every function of traced tensors.
+
+    Attributes:
+        changed_decisions: Names of the functions that decide something, such as which experts a token is sent to, and
+            would have decided otherwise for the reference; the reference follows the input's decision.
+    """
+
+    def __init__(self) -> None:
+        self.changed_decisions: set[str] = set()
+        self._shared: SharedResults | None = None
+
+    @contextmanager
+    def sharing(self, shared: bool = True) -> Iterator[None]:
+        """Compute the results of a layer's operators once while the context is open, see :class:`SharedResults`.
+
+        Args:
+            shared: False if the tensors between the operators are observed or replaced, so that each call counts.
+        """
+        self._shared = SharedResults() if shared else None
+        try:
+            yield
+        finally:
+            self._shared = None
+
+    # --- The rule of each kind ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def elementwise(self, call: Call) -> Tensor:
+        """Return a function of each entry of one traced tensor."""
+
+    @abstractmethod
+    def product(self, call: Call) -> Tensor:
+        """Return a function that is linear in each of two traced tensors."""
+
+    @abstractmethod
+    def quotient(self, call: Call, denominator: int) -> Tensor:
+        """Return a product one factor of which is one over something.
+
+        Args:
+            call: The call, of two traced tensors.
+            denominator: The position of that factor among the two, 0 or 1.
+        """
+
+    @abstractmethod
+    def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the output of a recurrence for ``x`` (B, L, H, P); x, factors, or both may be traced."""
+
+    def upper_bound(self, x: Traced) -> Tensor:
+        """Return a constant at or above the value and the reference."""
+        return torch.maximum(x.value.detach(), x.reference)
+
+    def secant(self, name: str, u: Traced) -> Tensor:
+        """Return the gate that an activation puts on its own input."""
+        return secant_of(name)(u)
+
+    def recur(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the output of a recurrence, shared between an adapter and its chain."""
+        if self._shared is None:
+            return self.recurrence(scan, x, factors)
+        return self._shared.of_recurrence(scan, x, factors, self.recurrence)
+
+    def pair(self, value: Any, reference: Any, origin: Origin | None = None) -> Any:
+        """Return a value and a reference, tensors or sequences of tensors, as traced ones."""
+        if isinstance(value, Tensor):
+            return Traced.of(value, reference, self, origin) if value.is_floating_point() else value
+        if isinstance(value, (list, tuple)):
+            return tuple(self.pair(v, r, origin) for v, r in zip(value, reference))
+        return value
+
+    # --- Dispatch -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: list[Traced]
+    ) -> Any:
+        """Return the result of a function for these arguments, given also the list of those that are traced."""
+        callee = FUNCTIONS.callee(function)
+        call = Call.of(callee, args, kwargs, traced)
+        if callee.in_place:
+            return self._in_place(call)
+        if self._shared is not None and callee.row.shared and not kwargs:
+            return self._shared.of_call(call, self._apply)
+        return self._apply(call)
+
+    def _apply(self, call: Call) -> Any:
+        row = call.callee.row
+        if row.constants_from is not None and len(call.args) > row.constants_from:
+            call = call.with_constants(row.constants_from)
+            if not call.traced:
+                return call.callee.function(*call.args, **call.kwargs)
+        return _BY_KIND[row.kind](self, call)
+
+    def _linear(self, call: Call) -> Any:
+        """Apply a linear function to value and reference."""
+        keeps_origin = len(call.traced) == 1 and not call.row.contraction
+        return self.pair(call.on(value_of), call.on(reference_of), call.traced[0].origin if keeps_origin else None)
+
+    def _product(self, call: Call) -> Any:
+        """Take a product of one traced factor as linear, of two as a quotient or a product."""
+        if len(call.traced) == 1:
+            return self._linear(call)
+        if call.row.composition is not None:
+            return self._composed(call)
+        if len(call.traced) > 2 or call.row.one_factor:
+            raise unsupported_function(call.callee.function)
+        inverse = [factor.origin == "inverse" for factor in call.traced]
+        return self.quotient(call, denominator=int(inverse[1])) if any(inverse) else self.product(call)
+
+    def _elementwise(self, call: Call) -> Any:
+        if len(call.traced) > 1:
+            raise unsupported_function(call.callee.function)
+        result = self.elementwise(call.without("inplace"))
+        if call.kwargs.get("inplace"):
+            self._forget()
+            vars(call.traced[0]).update(value=values(result), reference=references(result))
+        return result
+
+    def _composed(self, call: Call) -> Any:
+        """Run the composition, whose functions come back to the rule one by one."""
+        composition = call.row.composition
+        assert composition is not None
+        try:
+            return composition(*call.args, **call.kwargs)
+        except (NotImplementedError, TypeError) as error:
+            raise unsupported_function(call.callee.function, str(error)) from error
+
+    def _cast(self, call: Call) -> Any:
+        """Change the type, but to none that is narrower: the explanation is of the function, not of its rounding."""
+        x, value = call.args[0], call.on(value_of)
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return self._decision(call, "cast")
+        if torch.promote_types(value.dtype, x.value.dtype) != value.dtype:
+            return x
+        return self.pair(value, call.on(reference_of), x.origin)
+
+    def _in_place(self, call: Call) -> Any:
+        """Write into the value and the reference of the first argument, which becomes traced if it is not."""
+        self._forget()
+        target, traced = call.args[0], call.traced
+        if not isinstance(target, Traced):
+            target = Traced.adopt(target, self, traced[0].value.dtype)
+            traced = [target, *traced]
+        if call.row.kind == "linear":
+            call = call._replace(dtype=target.value.dtype)
+            call.on(value_of), call.on(reference_of)
+            return target
+        plain_form = FUNCTIONS.callee(getattr(Tensor, call.row.name))
+        result = self._apply(Call.of(plain_form, call.args, call.kwargs, traced))
+        target.value.copy_(values(result))
+        target.reference.copy_(references(result))
+        return target
+
+    def _forget(self) -> None:
+        if self._shared is not None:
+            self._shared.clear()
+
+    # --- Decisions ------------------------------------------------------------------------------------------------
+
+    def _decision(self, call: Call, name: str = "") -> Any:
+        """Return a decision of the input, noted if the reference's would differ; refuse floating-point results."""
+        decision = call.on(constant_of)
+        if any(map(_is_float, decision)) if isinstance(decision, (list, tuple)) else _is_float(decision):
+            raise unsupported_function(call.callee.function)
+        self._note(name or call.row.name, decision, call.on(reference_of))
+        return decision
+
+    def _selection(self, call: Call) -> Any:
+        """Return entries that ``topk``, ``sort`` or ``max`` choose, and their positions, chosen by the input."""
+        chosen, position = call.on(constant_of), call.row.axis
+        if position is None or not _has_positions(chosen):
+            return self._decision(call)
+        x, numbers = call.args[0], chosen[1]
+        axis = call.kwargs.get("dim", call.args[position] if len(call.args) > position else -1)
+        keeps_axis = numbers.dim() == x.dim()
+        entries = x.gather(axis, numbers if keeps_axis else numbers.unsqueeze(axis))
+        self._note(call.row.name, numbers, call.on(reference_of)[1])
+        return type(chosen)((entries if keeps_axis else entries.squeeze(axis), numbers))
+
+    def _note(self, name: str, decision: Any, other: Any) -> None:
+        same = torch.equal(decision, other) if isinstance(decision, Tensor) else decision == other
+        if not same:
+            self.changed_decisions.add(name)
+
+    # --- Functions that need no rule ------------------------------------------------------------------------------
+
+    def _constant(self, call: Call) -> Any:
+        return call.on(constant_of)
+
+    def _form(self, call: Call) -> Any:
+        return call.on(value_of)
+
+    def _method(self, call: Call) -> Any:
+        return getattr(self, call.row.name)(*call.args)
+
+    def _mark(self, call: Call) -> Any:
+        return call.args[0]
+
+    def _outside(self, call: Call) -> Any:
+        raise unsupported_function(call.callee.function, "what leaves torch cannot be followed")
+
+
+_BY_KIND: dict[str, Callable[[Rule, Call], Any]] = {
+    "linear": Rule._linear,
+    "product": Rule._product,
+    "elementwise": Rule._elementwise,
+    "constant": Rule._constant,
+    "composed": Rule._composed,
+    "cast": Rule._cast,
+    "selection": Rule._selection,
+    "decision": Rule._decision,
+    "form": Rule._form,
+    "method": Rule._method,
+    "mark": Rule._mark,
+    "outside": Rule._outside,
+}
+
+
+def unsupported_function(function: Callable[..., Any], reason: str = "") -> UnsupportedModelError:
+    """Return the error for a function without a rule, with the module that called the function."""
+    frame, module = sys._getframe(1), None
+    while frame is not None and module is None:
+        owner = frame.f_locals.get("self")
+        module = owner if isinstance(owner, nn.Module) else None
+        frame = frame.f_back  # type: ignore[assignment]
+    where = f" in {type(module).__name__}" if module is not None else ""
+    why = f": {reason}" if reason else ""
+    return UnsupportedModelError(
+        f"No rule of relevance is known for the function {function.__name__!r}{where}{why}. "
+        "Register one: captum_ssm.register_rule, for this function or for the whole module."
+    )
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _has_positions(result: Any) -> bool:
+    """Whether a result is a pair of entries and their positions, rather than entries alone."""
+    return isinstance(result, tuple) and len(result) == 2 and not _is_float(result[1])
