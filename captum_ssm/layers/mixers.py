@@ -111,7 +111,7 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     mixers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}.") or not outer for outer in mixers)
-        if not inside and find_adapter(module) is not None:
+        if not inside and _ADAPTERS.of_class(module) is not None:
             mixers[name] = module
     if not mixers:
         alike = sorted({type(m).__name__ for m in model.modules() if _looks_like_mixer(type(m).__name__)})

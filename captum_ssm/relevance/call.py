@@ -1,24 +1,34 @@
-"""A call of a torch function, some of whose arguments are traced."""
+"""A call of a torch function, some of whose arguments are traced, and the sides of these arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_ssm.relevance.difference_quotient import difference_quotient
-from captum_ssm.relevance.functions import Callee, Function
-from captum_ssm.relevance.traced import Traced, constant_of, substitute
+from captum_ssm.relevance.functions import Function
+from captum_ssm.relevance.traced import Traced
+
+value_of: Callable[[Traced], Tensor] = attrgetter("value")
+reference_of: Callable[[Traced], Tensor] = attrgetter("reference")
+
+
+def constant_of(pair: Traced) -> Tensor:
+    """Return the value without its graph."""
+    return pair.value.detach()
 
 
 class Call(NamedTuple):
     """One call: the function, its arguments, and which of them are traced."""
 
-    callee: Callee
-    """The function with its row in the table."""
+    function: Callable[..., Any]
+    row: Function
+    """The function's row in the table."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     traced: list[Traced]
@@ -27,29 +37,31 @@ class Call(NamedTuple):
     """The narrowest floating-point type of constants; None leaves their types."""
 
     @classmethod
-    def of(cls, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any], traced: list[Traced]) -> Call:
+    def of(
+        cls,
+        function: Callable[..., Any],
+        row: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        traced: list[Traced],
+    ) -> Call:
         """Return the call; the constants of a linear function or a product get at least the type of the traced."""
         dtype = None
-        if traced and callee.row.kind in ("linear", "product"):
+        if traced and row.kind in ("linear", "product"):
             dtype = traced[0].value.dtype if len(traced) == 1 else _widest_type(traced)
-        return cls(callee, args, kwargs, traced, dtype)
-
-    @property
-    def row(self) -> Function:
-        """The function's row in the table."""
-        return self.callee.row
+        return cls(function, row, args, kwargs, traced, dtype)
 
     def on(self, side: Callable[[Traced], Any]) -> Any:
         """Return the function's result on one side of all pairs.
 
         Args:
             side: From a traced tensor to the tensor that the function gets, such as
-                :func:`~captum_ssm.relevance.traced.value_of`.
+                :func:`value_of`.
         """
         args = [substitute(arg, side, self.dtype) for arg in self.args]
         if not self.kwargs:
-            return self.callee.function(*args)
-        return self.callee.function(*args, **substitute(self.kwargs, side, self.dtype))
+            return self.function(*args)
+        return self.function(*args, **substitute(self.kwargs, side, self.dtype))
 
     def at(self, *tensors: Tensor) -> Any:
         """Return the function's result with these tensors instead of the traced ones, in their order."""
@@ -65,7 +77,7 @@ class Call(NamedTuple):
             y: The result for the value.
             z: The result for the reference.
         """
-        closed_form = self.callee.row.slope
+        closed_form = self.row.slope
         if closed_form is not None and self.args and isinstance(self.args[0], Traced):
             slope = closed_form(x, r, y, z, *self.args[1:], **self.kwargs)
             if slope is not None:
@@ -84,9 +96,52 @@ class Call(NamedTuple):
         """Return the call with the positional arguments from here on as constants."""
         traced = [arg for arg in self.args[:position] if isinstance(arg, Traced)]
         args = self.args[:position] + substitute(self.args[position:], constant_of)
-        return Call.of(self.callee, args, self.kwargs, traced)
+        return Call.of(self.function, self.row, args, self.kwargs, traced)
 
 
 def _widest_type(traced: list[Traced]) -> torch.dtype:
     """Return the type that holds all of these."""
     return reduce(torch.promote_types, [pair.value.dtype for pair in traced])
+
+
+def substitute(nested: Any, side: Callable[[Traced], Any], dtype: torch.dtype | None = None) -> Any:
+    """Return arguments with a substitute for each traced tensor, and constants without their graph.
+
+    Args:
+        nested: A nest of lists, tuples and dictionaries.
+        side: From a traced tensor to its substitute, such as :func:`value_of`.
+        dtype: The narrowest floating-point type of the constants, all other tensors; None leaves their types.
+    """
+    if isinstance(nested, Traced):
+        return side(nested)
+    if isinstance(nested, Tensor):
+        return _constant(nested, dtype)
+    if isinstance(nested, tuple):
+        return tuple([substitute(part, side, dtype) for part in nested])
+    if isinstance(nested, list):
+        return [substitute(part, side, dtype) for part in nested]
+    if isinstance(nested, dict):
+        return {key: substitute(part, side, dtype) for key, part in nested.items()}
+    return nested
+
+
+def values(nested: Any) -> Any:
+    """Return arguments with the value of each traced tensor, see :func:`substitute`."""
+    return substitute(nested, value_of)
+
+
+def references(nested: Any) -> Any:
+    """Return arguments with the reference of each traced tensor, see :func:`substitute`."""
+    return substitute(nested, reference_of)
+
+
+def constants(nested: Any) -> Any:
+    """Return arguments with the value of each traced tensor, without its graph, see :func:`substitute`."""
+    return substitute(nested, constant_of)
+
+
+def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    if dtype is None or leaf.dtype is dtype or not leaf.is_floating_point():
+        return leaf
+    return leaf.to(torch.promote_types(leaf.dtype, dtype))

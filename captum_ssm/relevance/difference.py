@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators import Recurrence
-from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.call import Call, references, substitute, values
 from captum_ssm.relevance.multipliers import with_multiplier, with_value
 from captum_ssm.relevance.recurrence import difference_of_scans
 from captum_ssm.relevance.rule import Rule
-from captum_ssm.relevance.traced import references, substitute, values
 
 VALUE_SHARE = 0.75
 """The part that a value has of the change that it makes together with the gate that reads it, as recommended in

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ssm.errors import FidelityError
 from captum_ssm.layers.fidelity import TOLERANCE, relative_error
+from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.functions import EXTERNAL_CODE
 from captum_ssm.relevance.plain import PlainArguments
-from captum_ssm.relevance.traced import constants, traced
+from captum_ssm.relevance.traced import traced
 
 
 def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) -> None:

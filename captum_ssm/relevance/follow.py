@@ -16,11 +16,12 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Flip, Operator, Sum
+from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
 from captum_ssm.relevance.plain import PlainArguments
 from captum_ssm.relevance.rule import Rule
-from captum_ssm.relevance.traced import Traced, constants, traced
+from captum_ssm.relevance.traced import Traced, traced
 
 
 @dataclass(frozen=True)

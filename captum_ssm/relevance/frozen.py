@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators import Recurrence
-from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.call import Call, constants
 from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import linear_scan
 from captum_ssm.relevance.rule import Rule
-from captum_ssm.relevance.traced import Traced, constants
+from captum_ssm.relevance.traced import Traced
 
 GateRule = Literal["half", "value"]
 """Who gets the relevance of a product with a gate: each factor half of it, or the value all."""

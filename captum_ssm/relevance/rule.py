@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.gates import secant_of
 from captum_ssm.operators import Recurrence
-from captum_ssm.relevance.call import Call
+from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
 from captum_ssm.relevance.shared_results import SharedResults
-from captum_ssm.relevance.traced import Traced, constant_of, reference_of, references, value_of, values
+from captum_ssm.relevance.traced import Traced
 
 
 class Rule(ABC):
@@ -102,7 +102,7 @@ class Rule(ABC):
     ) -> Any:
         """Return the result of a function for these arguments, given also the list of those that are traced."""
         callee = FUNCTIONS.callee(function)
-        call = Call.of(callee, args, kwargs, traced)
+        call = Call.of(callee.function, callee.row, args, kwargs, traced)
         if callee.in_place:
             return self._in_place(call)
         if self._shared is not None and callee.row.shared and not kwargs:
@@ -110,11 +110,11 @@ class Rule(ABC):
         return self._apply(call)
 
     def _apply(self, call: Call) -> Any:
-        row = call.callee.row
+        row = call.row
         if row.constants_from is not None and len(call.args) > row.constants_from:
             call = call.with_constants(row.constants_from)
             if not call.traced:
-                return call.callee.function(*call.args, **call.kwargs)
+                return call.function(*call.args, **call.kwargs)
         return _BY_KIND[row.kind](self, call)
 
     def _linear(self, call: Call) -> Any:
@@ -129,13 +129,13 @@ class Rule(ABC):
         if call.row.composition is not None:
             return self._composed(call)
         if len(call.traced) > 2 or call.row.one_factor:
-            raise unsupported_function(call.callee.function)
+            raise unsupported_function(call.function)
         inverse = [factor.origin == "inverse" for factor in call.traced]
         return self.quotient(call, denominator=int(inverse[1])) if any(inverse) else self.product(call)
 
     def _elementwise(self, call: Call) -> Any:
         if len(call.traced) > 1:
-            raise unsupported_function(call.callee.function)
+            raise unsupported_function(call.function)
         result = self.elementwise(call.without("inplace"))
         if call.kwargs.get("inplace"):
             self._forget()
@@ -149,7 +149,7 @@ class Rule(ABC):
         try:
             return composition(*call.args, **call.kwargs)
         except (NotImplementedError, TypeError) as error:
-            raise unsupported_function(call.callee.function, str(error)) from error
+            raise unsupported_function(call.function, str(error)) from error
 
     def _cast(self, call: Call) -> Any:
         """Change the type, but to none that is narrower: the explanation is of the function, not of its rounding."""
@@ -174,7 +174,7 @@ class Rule(ABC):
             call.on(value_of), call.on(reference_of)
             return target
         plain_form = FUNCTIONS.callee(getattr(Tensor, call.row.name))
-        result = self._apply(Call.of(plain_form, call.args, call.kwargs, traced))
+        result = self._apply(Call.of(plain_form.function, plain_form.row, call.args, call.kwargs, traced))
         target.value.copy_(values(result))
         target.reference.copy_(references(result))
         return target
@@ -189,7 +189,7 @@ class Rule(ABC):
         """Return a decision of the input, noted if the reference's would differ; refuse floating-point results."""
         decision = call.on(constant_of)
         if any(map(_is_float, decision)) if isinstance(decision, (list, tuple)) else _is_float(decision):
-            raise unsupported_function(call.callee.function)
+            raise unsupported_function(call.function)
         self._note(name or call.row.name, decision, call.on(reference_of))
         return decision
 
@@ -225,7 +225,7 @@ class Rule(ABC):
         return call.args[0]
 
     def _outside(self, call: Call) -> Any:
-        raise unsupported_function(call.callee.function, "what leaves torch cannot be followed")
+        raise unsupported_function(call.function, "what leaves torch cannot be followed")
 
 
 _BY_KIND: dict[str, Callable[[Rule, Call], Any]] = {

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators import Recurrence
-from captum_ssm.relevance.call import Call
-from captum_ssm.relevance.traced import values
+from captum_ssm.relevance.call import Call, values
 
 
 class SharedResults:
@@ -30,7 +29,7 @@ class SharedResults:
 
     def of_call(self, call: Call, compute: Callable[[Call], Any]) -> Any:
         """Return the result of a call, computed if the function was not called with the same tensors before."""
-        key = (call.callee.function, call.args)
+        key = (call.function, call.args)
         if key not in self._results:
             self._results[key] = compute(call)
         return self._results[key]

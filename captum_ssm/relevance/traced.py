@@ -14,14 +14,6 @@ from captum_ssm.relevance.functions import FUNCTIONS, Origin
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], "list[Traced]"], Any]
 """The result of a function for its positional and keyword arguments, given also the list of those that are traced."""
 
-value_of: Callable[[Traced], Tensor] = attrgetter("value")
-reference_of: Callable[[Traced], Tensor] = attrgetter("reference")
-
-
-def constant_of(pair: Traced) -> Tensor:
-    """Return the value without its graph."""
-    return pair.value.detach()
-
 
 class Traced(Tensor):
     """A value of a running model with the reference that it is compared with.
@@ -103,49 +95,6 @@ def traced(nested: Any) -> list[Traced]:
     elif not isinstance(nested, (list, tuple)):
         return []
     return [leaf for part in nested for leaf in traced(part)]
-
-
-def substitute(nested: Any, side: Callable[[Traced], Any], dtype: torch.dtype | None = None) -> Any:
-    """Return arguments with a substitute for each traced tensor, and constants without their graph.
-
-    Args:
-        nested: A nest of lists, tuples and dictionaries.
-        side: From a traced tensor to its substitute, such as :func:`value_of`.
-        dtype: The narrowest floating-point type of the constants, all other tensors; None leaves their types.
-    """
-    if isinstance(nested, Traced):
-        return side(nested)
-    if isinstance(nested, Tensor):
-        return _constant(nested, dtype)
-    if isinstance(nested, tuple):
-        return tuple([substitute(part, side, dtype) for part in nested])
-    if isinstance(nested, list):
-        return [substitute(part, side, dtype) for part in nested]
-    if isinstance(nested, dict):
-        return {key: substitute(part, side, dtype) for key, part in nested.items()}
-    return nested
-
-
-def values(nested: Any) -> Any:
-    """Return arguments with the value of each traced tensor, see :func:`substitute`."""
-    return substitute(nested, value_of)
-
-
-def references(nested: Any) -> Any:
-    """Return arguments with the reference of each traced tensor, see :func:`substitute`."""
-    return substitute(nested, reference_of)
-
-
-def constants(nested: Any) -> Any:
-    """Return arguments with the value of each traced tensor, without its graph, see :func:`substitute`."""
-    return substitute(nested, constant_of)
-
-
-def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
-    leaf = leaf.detach() if leaf.requires_grad else leaf
-    if dtype is None or leaf.dtype is dtype or not leaf.is_floating_point():
-        return leaf
-    return leaf.to(torch.promote_types(leaf.dtype, dtype))
 
 
 def _offset(tensor: Tensor) -> int:
