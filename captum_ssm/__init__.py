@@ -21,7 +21,6 @@ Internal: captum_ssm.attr, captum_ssm.cli, captum_ssm.layers, captum_ssm.matrice
     captum_ssm.network, captum_ssm.operators.*, captum_ssm.relevance, captum_ssm.visualization.*
 """
 
-from captum_ssm import adapters as adapters
 from captum_ssm import models
 from captum_ssm.attr import (
     ClassTokenAttention,
@@ -36,6 +35,7 @@ from captum_ssm.attr import (
     RawImplicitAttention,
 )
 from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
+from captum_ssm.layers import adapters as adapters
 from captum_ssm.layers.mixers import register, supported, unregister
 from captum_ssm.layers.wires import Wire, register_wire, unregister_wire
 from captum_ssm.network.reference_kernels import reference_kernels

@@ -4,9 +4,13 @@
 * :mod:`~captum_ssm.layers.mixers`: which classes of layers are mixers, and the adapter of each;
 * :mod:`~captum_ssm.layers.wires`, :mod:`~captum_ssm.layers.sources`: factors of the residual stream around a mixer, and
   earlier inputs that a mixer reads besides its own; declared by class where the model's graph cannot show them;
-* :mod:`~captum_ssm.layers.adapters`: the adapters, one file a kernel;
-* :mod:`~captum_ssm.layers.activations`, :mod:`~captum_ssm.layers.norms`, :mod:`~captum_ssm.layers.rotary`,
-  :mod:`~captum_ssm.layers.log_domain`: the nonlinear pieces of a layer in the form that adapters need;
+* :mod:`~captum_ssm.layers.adapters`: the adapters, one file a kernel. The modules that they share hold one idea each:
+  :mod:`~captum_ssm.layers.activations`, :mod:`~captum_ssm.layers.norms`, :mod:`~captum_ssm.layers.rotary`,
+  :mod:`~captum_ssm.layers.log_domain`, :mod:`~captum_ssm.layers.padding`, :mod:`~captum_ssm.layers.heads`,
+  :mod:`~captum_ssm.layers.parameters`, :mod:`~captum_ssm.layers.token_shift`, :mod:`~captum_ssm.layers.bypass`,
+  :mod:`~captum_ssm.layers.attention_weights`, :mod:`~captum_ssm.layers.fla_factors`, and the chains of whole kernels,
+  :mod:`~captum_ssm.layers.selective_scan`, :mod:`~captum_ssm.layers.state_space_duality`,
+  :mod:`~captum_ssm.layers.delta_rule`;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.gates import secant_of
+from captum_ssm.layers.activations import secant_of
 from captum_ssm.operators import Recurrence
 from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.gates import upper_bound
+from captum_ssm.layers.log_domain import upper_bound
 from captum_ssm.relevance.functions.table import composed
 
 

@@ -111,5 +111,5 @@ _declare("selection", "topk kthvalue", axis=2)
 # --- Autograd, this package, and other libraries ------------------------------------------------------------------
 
 _declare("mark", "requires_grad retain_grad")
-_declare("method", "recur secant upper_bound")  # of captum_ssm.operators and captum_ssm.gates
+_declare("method", "recur secant upper_bound")  # of captum_ssm.operators and captum_ssm.layers
 _declare("outside", "data_ptr numpy array dlpack set backward register_hook")

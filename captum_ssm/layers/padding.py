@@ -1,0 +1,64 @@
+"""Padding and packing: which tokens of a call are real, and which calls an adapter refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_ssm.errors import InvalidInputError, UnsupportedModelError
+from captum_ssm.operators import Diagonal
+
+
+def padding_mask(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
+    """Build the factor that sets padding to 0.
+
+    Args:
+        kwargs: Arguments of the call; ``attention_mask`` (B, L) is 1 at real tokens and 0 at padding.
+        x: Input of the layer (B, L, E).
+
+    Returns:
+        ``{"mask": ...}``, or an empty dictionary if the call had no mask.
+    """
+    mask = kwargs.get("attention_mask")
+    return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}
+
+
+def refuse_packed(mixer: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call that packs several sequences into one row, at whose borders the layer starts anew.
+
+    Args:
+        mixer: The layer.
+        kwargs: Arguments of the call.
+
+    Raises:
+        UnsupportedModelError: If an argument says where sequences start.
+    """
+    borders = [name for name in ("seq_idx", "cu_seqlens", "seqlen") if kwargs.get(name) is not None]
+    if borders:
+        raise UnsupportedModelError(
+            f"A {type(mixer).__name__} layer was called with {borders[0]!r}: several sequences are packed into one. "
+            "Pass them as the examples of a batch, (batch, tokens, width), without packing."
+        )
+
+
+def refuse_gaps(mixer: nn.Module, mask: Mapping[str, Diagonal]) -> None:
+    """Refuse a call of a layer that takes padding out of its sequences, if tokens are masked between real ones.
+
+    Args:
+        mixer: The layer.
+        mask: The factor of :func:`padding_mask`.
+
+    Raises:
+        InvalidInputError: If a sequence has a gap: the layer makes neighbours of the tokens around it.
+    """
+    if not mask:
+        return
+    tokens = mask["mask"].s.squeeze(-1)  # (B, L)
+    runs = (tokens.diff(dim=1) == 1).sum(1).add(tokens[:, 0])  # (B,), of neighbouring real tokens
+    if bool(runs.gt(1).any()):
+        raise InvalidInputError(
+            f"The attention mask leaves out tokens between real ones. A {type(mixer).__name__} layer takes them "
+            "out of the sequence, so that those around them become neighbours: remove them from the inputs."
+        )

@@ -1,0 +1,100 @@
+"""The selective scan of Mamba, S6, in the form that its layers share: heads of channels with a state for each channel.
+
+The families differ in the layout of their parameters and in the norms of the vectors that are read from the convolved
+input. Their adapters say just that, and the functions below build the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_ssm.layers.activations import secant
+from captum_ssm.layers.heads import to_heads
+from captum_ssm.layers.parameters import convolution, projection, projections
+from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
+
+ReadNorm = Callable[[str, Tensor], Tensor]
+"""Norm of the vectors that a head reads: delta's low rank ``"dt"`` (B, L, H, R), ``"b"`` and ``"c"`` (B, L, H, N)."""
+
+
+def one_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Arrange the parameters of a layer without heads as those of a layer with one head.
+
+    Args:
+        weights: Parameters by ``MambaMixer``'s names.
+
+    Returns:
+        The parameters, with ``x_proj.weight`` (1, R + 2N, D) and ``dt_proj.weight`` (1, D, R).
+    """
+    return {**weights, **{name: weights[name].unsqueeze(0) for name in ("x_proj.weight", "dt_proj.weight")}}
+
+
+def selective_layer(
+    x: Tensor,
+    activation: str,
+    weights: Mapping[str, Tensor],
+    mask: Mapping[str, Operator],
+    norm: ReadNorm = lambda _, read: read,
+) -> Chain:
+    """Build the chain of a layer with a selective scan.
+
+    Args:
+        x: Input (B, L, E).
+        activation: Name of the activation after the convolution.
+        weights: Parameters by ``MambaMixer``'s names; ``x_proj.weight`` (H, R + 2N, P) and ``dt_proj.weight``
+            (H, P, R) have their heads first.
+        mask: Factor that sets padding to 0, or an empty dictionary.
+        norm: Norm of the vectors that are read from the convolved input.
+
+    Returns:
+        Chain of ``out``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and, with a mask, ``mask``.
+    """
+    masked, D = Chain(mask).apply(x), len(weights["D"])
+    into, gate = projections(weights, "in_proj", [D, D])
+    factors: dict[str, Operator] = {
+        "out": projection(weights, "out_proj"),
+        "gate": Diagonal(F.silu(gate.apply(masked, bias=True))),
+        **selective_factors(weights, into.apply(masked, bias=True), activation, mask, norm),
+        "in": into,
+    }
+    return Chain({**factors, **mask})
+
+
+def selective_factors(
+    weights: Mapping[str, Tensor],
+    value: Tensor,
+    activation: str,
+    mask: Mapping[str, Operator] = MappingProxyType({}),
+    norm: ReadNorm = lambda _, read: read,
+) -> dict[str, Operator]:
+    """Build the factors between the projections of a layer, for one direction of reading.
+
+    Args:
+        weights: Parameters of this direction, laid out as for :func:`selective_layer`.
+        value: Input of the convolution (B, L, D).
+        activation: Name of the activation after the convolution.
+        mask: Factor that sets padding to 0, or an empty dictionary.
+        norm: Norm of the vectors that are read from the convolved input.
+
+    Returns:
+        ``scan``, ``act`` and ``conv``.
+    """
+    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
+    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
+
+    conv = convolution(weights, "conv1d")
+    pre = conv.apply(value, bias=True)
+    act = Chain(mask).apply(secant(activation, pre))  # the bias of the convolution leaves entries at padding
+
+    reads = torch.einsum("blhp,hrp->blhr", (act * pre).unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
+    low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
+    b, c = (to_heads(read, H * P) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
+    delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])  # (B, L, D)
+    step, rate = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
+    scan = Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])
+    return {"scan": scan, "act": Diagonal(act), "conv": conv}

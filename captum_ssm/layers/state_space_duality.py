@@ -1,0 +1,154 @@
+"""The state space duality of Mamba-2, SSD, in the form that its layers share: one decay for each head.
+
+One projection reads ``z, x, B, C, delta``; ``x, B, C`` are then convolved and activated, and delta is bounded by the
+layer's limits. Each group of consecutive heads shares its B and C. The libraries name the sizes differently, and norm
+in other groups and orders. Their adapters say just that, and the functions below build the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_ssm.layers.activations import secant
+from captum_ssm.layers.bypass import Bypass
+from captum_ssm.layers.heads import to_heads
+from captum_ssm.layers.norms import group_norm
+from captum_ssm.layers.padding import padding_mask
+from captum_ssm.layers.parameters import convolution, projection
+from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
+
+
+class OutputNorm(NamedTuple):
+    """Root-mean-square norm of the recurrence's output."""
+
+    groups: int
+    """Number of groups of consecutive channels that are normed separately."""
+    eps: float
+    before_gate: bool
+
+
+class SSDOptions(NamedTuple):
+    """Properties of a layer that are not parameters."""
+
+    activation: str
+    """Name of the activation after the convolution."""
+    groups: int
+    """Number of groups of heads that share their B and C."""
+    limits: tuple[float, float]
+    """The smallest and the largest step."""
+    norm: OutputNorm | None
+
+
+def ssd_layer(x: Tensor, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor], options: SSDOptions) -> Chain:
+    """Build the chain of an SSD layer, of either library.
+
+    The channels of a gated MLP beside the recurrence (mamba_ssm's d_ssm < d_inner), ``silu(z0) x0``, are neither
+    convolved nor normed: see :class:`~captum_ssm.layers.bypass.Bypass`.
+
+    Args:
+        x: Input (B, L, E).
+        kwargs: Arguments of the call; ``attention_mask`` (B, L) is 0 at padding.
+        weights: Parameters by ``Mamba2Mixer``'s names, from which all sizes are read; ``D`` has one number for each
+            head or channel.
+        options: Other properties of the layer.
+
+    Returns:
+        Chain of ``out``, ``norm``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and ``mask``, where they exist.
+
+    Source:
+        Dao & Gu 2024 (arXiv 2405.21060), section 7.
+    """
+    mask, into = padding_mask(kwargs, x), projection(weights, "in_proj")
+    H, inner = len(weights["A_log"]), weights["out_proj.weight"].shape[1]
+    GN = (len(into.W) - 2 * inner - H) // 2
+    D = len(weights["conv1d.weight"]) - 2 * GN
+    M = inner - D  # channels beside the recurrence, which come first
+    bypass = Bypass(M, D // H, first=True)
+
+    read = into.apply(Chain(mask).apply(x), bias=True)
+    z0, _, z, u, low = read.split([M, M, D, D + 2 * GN, H], dim=-1)
+    conv = convolution(weights, "conv1d")
+    pre = conv.apply(u, bias=True)
+    act = Chain(mask).apply(secant(options.activation, pre))  # the bias of the convolution leaves entries at padding
+    v, b, c = (act * pre).split([D, GN, GN], dim=-1)
+    scan = _recurrence(weights, options, bypass, low, b, c)
+
+    return Chain(
+        {
+            "out": projection(weights, "out_proj"),
+            **_norm_and_gate(weights, options.norm, bypass, scan, v, z, z0),
+            "scan": scan,
+            "act": Diagonal(bypass.channels(act[..., :D], 1.0)),
+            "conv": bypass.convolution(conv.channels(slice(D))),
+            "in": projection(weights, "in_proj", lambda t: _input_rows(t, M, D)),
+            **mask,
+        }
+    )
+
+
+def _input_rows(t: Tensor, M: int, D: int) -> Tensor:
+    """Select the rows of the input projection, weight or bias, that make the input of all channels."""
+    rows = t[2 * M + D : 2 * (M + D)]
+    return torch.cat([t[M : 2 * M], rows]) if M else rows
+
+
+def _recurrence(
+    weights: Mapping[str, Tensor], options: SSDOptions, bypass: Bypass, low: Tensor, b: Tensor, c: Tensor
+) -> Scan:
+    """Build the recurrence of all channels.
+
+    Args:
+        weights: Parameters by ``Mamba2Mixer``'s names.
+        options: Other properties of the layer.
+        bypass: Channels beside the recurrence.
+        low: Delta before its bias and the softplus (B, L, H).
+        b: Weights of the input (B, L, G·N).
+        c: Weights of the state in the output (B, L, G·N).
+
+    Returns:
+        The recurrence; its skip is 1 for the channels beside it.
+    """
+    H, skip = low.shape[-1], weights["D"]
+    delta = F.softplus(low + weights["dt_bias"]).clamp(*options.limits)
+    b, c = (to_heads(t.unflatten(-1, (options.groups, -1)), H) for t in (b, c))  # (B, L, H, N)
+    b, c = (t if t.shape[2] == 1 else bypass.heads(t.mT).mT for t in (b, c))
+    step, rate = bypass.heads(delta).unsqueeze(-1), bypass.heads(-weights["A_log"].exp())
+    return Scan(
+        a=Product((step, rate.view(1, 1, -1, 1)), exponential=True),
+        b=Product((step, b)),
+        c=c,
+        skip=bypass.channels(skip.repeat_interleave(H * bypass.P // len(skip)), 1.0),
+        head_size=bypass.head_size,
+    )
+
+
+def _norm_and_gate(
+    weights: Mapping[str, Tensor], norm: OutputNorm | None, bypass: Bypass, scan: Scan, v: Tensor, z: Tensor, z0: Tensor
+) -> dict[str, Operator]:
+    """Build the norm and the gate of all channels.
+
+    Args:
+        weights: Parameters by ``Mamba2Mixer``'s names.
+        norm: The norm, or None.
+        bypass: Channels beside the recurrence, which are not normed.
+        scan: The recurrence of all channels.
+        v: Input of the recurrence (B, L, D).
+        z: Gates of the recurrence's channels before the activation (B, L, D).
+        z0: Gates of the channels beside the recurrence before the activation (B, L, M).
+
+    Returns:
+        ``norm``, if there is one, and ``gate``, in the order of the equation.
+    """
+    gate = F.silu(z)
+    gates: dict[str, Operator] = {"gate": Diagonal(torch.cat([F.silu(z0), gate], -1) if bypass.M else gate)}
+    if norm is None:
+        return gates
+    y = scan.apply(bypass.channels(v, 0.0))[..., bypass.M :]
+    scale = group_norm(y if norm.before_gate else gate * y, norm.groups, norm.eps, weights["norm.weight"]).s
+    norms: dict[str, Operator] = {"norm": Diagonal(bypass.channels(scale, 1.0))}
+    return {**gates, **norms} if norm.before_gate else {**norms, **gates}
