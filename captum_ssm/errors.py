@@ -1,20 +1,20 @@
-"""Every error of the package; each message names the cause and the remedy."""
+"""The errors of the package; each message names the cause and the remedy."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model has a token mixer that no adapter knows, or none that any adapter knows."""
+    """A layer of the model mixes tokens and no adapter knows it, or no layer of the model has an adapter."""
 
 
 class InvalidInputError(ValueError):
-    """The inputs, the mask or an option cannot be explained as given."""
+    """The inputs, the mask or an option are wrong or do not fit together."""
 
 
 class ModelStateError(RuntimeError):
-    """The model is not in a state in which an explanation would be right: training, a warm cache, NaN."""
+    """The model is in a state in which no explanation would be right: training, a filled cache, NaN."""
 
 
 class FidelityError(RuntimeError):
-    """A layer's decomposition does not reproduce the output that the layer really gave.
+    """A layer's decomposition does not reproduce the layer's own output.
 
     Attributes:
         layer: Dotted name of the layer in the model.

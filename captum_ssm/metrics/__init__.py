@@ -1,18 +1,19 @@
-"""How good an explanation is: by perturbing the input, by what is known to matter, and by whether it adds up.
+"""Quality of an explanation, measured by perturbing the input, against a known truth, and by completeness.
 
-The functions take what Captum's own metrics take: the forward function and the inputs that an attribution method got,
-and the attributions that it returned, whichever method it was. They return one figure, or one curve, for each example;
-``.mean()`` is the figure that is reported, :func:`mean_and_error` with its standard error.
+The functions take the arguments of Captum's own metrics: the forward function and the inputs that were passed to an
+attribution method, and the attributions that this method, whichever it is, returned. They return one figure, or one
+curve, for each example; report its ``.mean()``, or :func:`mean_and_error` with the standard error.
 
 * Perturbation: :func:`activation` (AUAC), :func:`pruning` (AU-MSE), :func:`morf`, :func:`lerf`,
   :func:`lerf_minus_morf`; for images :func:`positive_perturbation` and :func:`negative_perturbation`. They share their
   :class:`Options` and return a :class:`Curve`, drawn by :func:`captum_ssm.visualization.curves_figure`.
 * Known truth: :func:`localisation`, :func:`sign_accuracy`, :func:`segmentation`.
-* Adding up: :func:`conservation`, :func:`conservation_gap`.
-* To compare with: :func:`random_attributions`, :func:`position_attributions`.
+* Completeness: :func:`conservation`, :func:`conservation_gap`.
+* Controls: :func:`random_attributions`, :func:`position_attributions`.
 
-No single figure ranks methods: replacing by ``<unk>`` favours those that compare with ``<unk>``, and where the answer
-always stands in the same place, a score that knows positions alone wins. Report several, and the two controls.
+No single figure ranks methods: replacing tokens by ``<unk>`` favours methods whose reference is ``<unk>``, and where
+the answer always stands at the same position, scores that depend on the position alone win. Report several metrics, and
+the two controls.
 """
 
 from captum_ssm.metrics.baselines import Baselines

@@ -1,4 +1,4 @@
-"""Scores that know nothing of what an input says; a method that does no better has explained nothing."""
+"""Controls: scores that ignore the content of an input; a method that ranks no higher has explained nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.metrics.features import example_seed, one_tensor
+from captum_ssm.metrics.features import example_generator, finite_tensor
 from captum_ssm.network.inputs import single_tensor
 
 
@@ -17,10 +17,15 @@ def random_attributions(inputs: Any, seed: int = 0) -> Tensor:
 
     Args:
         inputs: Token ids (B, L), embeddings (B, L, E), images (B, C, H, W), or a tuple of one of them.
-        seed: Another seed, other scores.
+        seed: The scores depend on this seed.
 
     Returns:
-        Scores drawn from the seed and each example's own content: the same in any batch, others for each example.
+        Scores of the inputs' shape, drawn from the seed and the content of each example: they differ between examples,
+        and do not depend on the batch that an example is in.
+
+    Raises:
+        InvalidInputError: If inputs is a tuple of several tensors.
+        AssertionError: If inputs is neither a tensor nor a tuple of tensors.
 
     Example:
         >>> import torch
@@ -28,23 +33,23 @@ def random_attributions(inputs: Any, seed: int = 0) -> Tensor:
         torch.Size([2, 3])
     """
     tensor = single_tensor(inputs)
-    drawn = [torch.rand(example.shape, generator=example_seed(example, seed)) for example in tensor]
-    return torch.stack(drawn).to(tensor.device)
+    rows = [torch.rand(example.shape, generator=example_generator(example, seed)) for example in tensor]
+    return torch.stack(rows).to(tensor.device)
 
 
 def position_attributions(attributions: Any, mask: Tensor | None = None) -> Tensor:
-    """Return what is left of a method's scores without the input: at each position their mean over other examples.
+    """Return scores that depend on the position alone: a method's mean score there over all other examples.
 
     Args:
-        attributions: (B, ...) of two examples or more, or a tuple of one such tensor.
-        mask: (B, L), 0 at padding, which is left out of the means. Positions are counted from the left: align what
-            belongs together, such as the tokens that ask.
+        attributions: (B, L, ...) scores of two examples or more, or a tuple of one tensor.
+        mask: (B, L) 0 at padding, which the means leave out; None: no padding. Positions are counted from the left:
+            align tokens with the same role, such as the token at which the answer is read.
 
     Returns:
-        Scores of the same shape; 0 where no other example has this position.
+        Scores of the attributions' shape; 0 where no other example has this position.
 
     Raises:
-        InvalidInputError: If there is one example only, or the mask does not fit.
+        InvalidInputError: If there is only one example, or the mask does not fit.
 
     Example:
         >>> import torch
@@ -53,16 +58,16 @@ def position_attributions(attributions: Any, mask: Tensor | None = None) -> Tens
                 [3., 2.],
                 [2., 1.]])
     """
-    scores = one_tensor(attributions, "attributions")
+    scores = finite_tensor(attributions, "attributions")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if scores.dim() < 2 or len(scores) < 2:
         raise InvalidInputError(
             f"Positions are told from contents by comparing examples, so two or more are needed, not shape "
             f"{tuple(scores.shape)}."
         )
-    real = torch.ones(scores.shape[:2]) if mask is None else mask
-    if real.shape != scores.shape[:2]:
-        raise InvalidInputError(f"mask must have shape {tuple(scores.shape[:2])}, not {tuple(real.shape)}.")
-    real = real.bool().to(scores)[(..., *[None] * (scores.dim() - 2))]
-    others = (scores * real).sum(0) - scores * real
-    return others / (real.sum(0) - real).clamp(min=1)
+    mask = torch.ones(scores.shape[:2]) if mask is None else mask
+    if mask.shape != scores.shape[:2]:
+        raise InvalidInputError(f"mask must have shape {tuple(scores.shape[:2])}, not {tuple(mask.shape)}.")
+    mask = mask.bool().to(scores)[(..., *[None] * (scores.dim() - 2))]  # (B, L, 1, ...)
+    others = (scores * mask).sum(0) - scores * mask
+    return others / (mask.sum(0) - mask).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What a model says as more and more of its input is perturbed."""
+"""A model's evidence as a growing share of its input is perturbed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from captum_ssm.errors import InvalidInputError
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean over the examples (B,) and its standard error, NaN for a single example.
+    """Return the mean over the examples and its standard error.
+
+    Args:
+        values: (B,) one value for each example.
+
+    Returns:
+        The mean, and its standard error: NaN for a single example.
 
     Example:
         >>> import torch
@@ -31,7 +37,10 @@ class Curve:
 
     Attributes:
         fractions: (S,) share of the features that are perturbed, or inserted, at each step; ascending.
-        values: (B, S) what was measured.
+        values: (B, S) the measured value of each example at each step.
+
+    Raises:
+        InvalidInputError: If the shapes do not fit.
 
     Example:
         >>> import torch
@@ -65,11 +74,18 @@ class Curve:
 
     @property
     def area(self) -> Tensor:
-        """The area under each example's curve by the trapezoidal rule, (B,); over 0.1 to 0.9 at most 0.8 high."""
+        """The area under each example's curve by the trapezoidal rule, (B,).
+
+        Of values up to 1 over fractions from 0.1 to 0.9 the area is at most 0.8.
+        """
         return torch.trapezoid(self.values, self.fractions.to(self.values), dim=1)
 
     def __sub__(self, other: Curve) -> Curve:
-        """Return the difference of two curves of the same examples at the same fractions."""
+        """Return the difference of two curves of the same examples at the same fractions.
+
+        Raises:
+            InvalidInputError: If examples or fractions differ.
+        """
         if self.values.shape != other.values.shape or not torch.equal(self.fractions, other.fractions):
             raise InvalidInputError(
                 "Only curves of the same examples at the same fractions can be subtracted, not "
@@ -80,7 +96,17 @@ class Curve:
 
     @classmethod
     def join(cls, curves: Sequence[Curve]) -> Curve:
-        """Return one curve with the examples of all, such as of the batches of a data set."""
+        """Join the examples of several curves, such as one for each batch of a data set.
+
+        Args:
+            curves: One curve or more, with the same fractions.
+
+        Returns:
+            One curve with all examples, in this order.
+
+        Raises:
+            InvalidInputError: If there is no curve, or the fractions differ.
+        """
         if not curves or not all(torch.equal(curves[0].fractions, curve.fractions) for curve in curves):
             raise InvalidInputError("Only curves with the same fractions can be joined, and at least one.")
         return cls(curves[0].fractions, torch.cat([curve.values for curve in curves]))

@@ -1,4 +1,4 @@
-"""What is read off a model's output: the evidence for the explained class."""
+"""Evidence: the number that a metric reads off a model's output for the explained class."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts
 
 Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
-"""What the model's output is turned into before ``target`` selects from it.
+"""A function of the model's output, from whose result ``target`` selects.
 
 * ``"probability"``: the softmax over the classes, the output's last dimension;
-* ``"logit"``: the output as it is;
-* a callable from outputs (rows, ...) to what the target selects from, or to one number for each row (no target needed).
-  Of a single logit: ``torch.sigmoid``.
+* ``"logit"``: the output itself;
+* a callable from outputs (rows, ...) to a tensor that the target selects from, or to one number for each row, which
+  needs no target. For a model with a single logit: ``torch.sigmoid``.
 
-With a ``contrast`` it is the target's less the contrast's; as a probability that of the target among the two.
+With a ``contrast`` the evidence is the target's less the contrast's; ``"probability"`` is then the probability of the
+target among the two.
 """
 
-Read = Callable[[Tensor, Tensor], Tensor]
+Reader = Callable[[Tensor, Tensor], Tensor]
 """From outputs (rows, ...) and the example of each row (rows,) to one number for each row."""
 
 
@@ -32,17 +33,25 @@ def refuse_training(forward_func: Callable[..., Any]) -> None:
     """Raise if the model is in training mode, where two runs differ by chance.
 
     Raises:
-        ModelStateError: If it is.
+        ModelStateError: If a module of the model is in training mode.
     """
     if isinstance(forward_func, nn.Module):
         refuse_bad_state(forward_func)
 
 
-def run(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Tensor:
-    """Return the model's output for each row of inputs, (rows, ...), in 32 bits or more.
+def model_output(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Run the model on some rows of inputs.
+
+    Args:
+        forward_func: The model: a language model, or any callable.
+        inputs: (rows, ...) token ids, embeddings or images.
+        args: The additional arguments of these rows.
+
+    Returns:
+        The output, (rows, ...), detached, in 32 bits or more.
 
     Raises:
-        InvalidInputError: If it is not a tensor with one row for each row of inputs.
+        InvalidInputError: If the output is not a tensor with one row for each row of inputs.
     """
     output = run_model(forward_func, inputs, *args)
     if not isinstance(output, Tensor) or output.dim() == 0 or len(output) != len(inputs):
@@ -54,8 +63,17 @@ def run(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...])
     return output.detach().to(torch.promote_types(output.dtype, torch.float32))
 
 
-def of_examples(value: Any, examples: Tensor, count: int) -> Any:
-    """Return the parts of a target that belong to these of ``count`` examples, or all of a shared one."""
+def take_examples(value: Any, examples: Tensor, count: int) -> Any:
+    """Take some examples of a target or an argument.
+
+    Args:
+        value: A tensor or list with one entry for each of ``count`` examples, or a value that all examples share.
+        examples: (rows,) the numbers of the examples.
+        count: The number of all examples.
+
+    Returns:
+        The entries of the examples, in this order; a shared value unchanged.
+    """
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count:
         return value[examples.to(value.device)]
     if isinstance(value, list) and len(value) == count:
@@ -63,16 +81,25 @@ def of_examples(value: Any, examples: Tensor, count: int) -> Any:
     return value
 
 
-def args_of_examples(args: tuple[Any, ...], examples: Tensor, count: int) -> tuple[Any, ...]:
-    """Return additional arguments for these of ``count`` examples; only tensors go with examples, as in Captum."""
-    return tuple(of_examples(arg, examples, count) if isinstance(arg, Tensor) else arg for arg in args)
+def take_arguments(args: tuple[Any, ...], examples: Tensor, count: int) -> tuple[Any, ...]:
+    """Take some examples of the additional arguments; only tensors have one entry for each example, by Captum's rule.
+
+    Args:
+        args: The additional arguments for ``count`` examples.
+        examples: (rows,) the numbers of the examples.
+        count: The number of all examples.
+
+    Returns:
+        The arguments of the examples.
+    """
+    return tuple(take_examples(arg, examples, count) if isinstance(arg, Tensor) else arg for arg in args)
 
 
-def transformed(evidence: Evidence) -> Callable[[Tensor], Tensor]:
-    """Return what turns outputs into evidence.
+def evidence_function(evidence: Evidence) -> Callable[[Tensor], Tensor]:
+    """Return the function from outputs to evidence.
 
     Raises:
-        InvalidInputError: If it is unknown.
+        InvalidInputError: If the name is unknown.
     """
     if callable(evidence):
         return evidence
@@ -92,29 +119,53 @@ def _probability(output: Tensor) -> Tensor:
     return output.softmax(-1)
 
 
-def reader(evidence: Evidence, target: Target, contrast: Target, count: int) -> Read:
-    """Return what reads the target's evidence off the outputs of some of ``count`` examples.
+def evidence_reader(evidence: Evidence, target: Target, contrast: Target, count: int) -> Reader:
+    """Return a reader of the target's evidence.
+
+    Args:
+        evidence: The function of the output, see :data:`Evidence`.
+        target: The explained class, in any form that Captum takes: one for all examples, or one for each.
+        contrast: The class that the target is explained against, in the same forms; None: no class.
+        count: The number of all examples.
+
+    Returns:
+        A function from outputs (rows, ...) and the example of each row (rows,) to the evidence (rows,).
 
     Raises:
         InvalidInputError: If the evidence is unknown.
-        AssertionError: If there are several targets and not as many as examples, as in Captum.
+        AssertionError: If there are several targets and not as many as examples: Captum raises the same error.
     """
     refuse_wrong_counts(count, (target, contrast), None)
-    transform = transformed(evidence)
+    transform = evidence_function(evidence)
     if contrast is None:
-        return lambda output, examples: _selected(transform(output), of_examples(target, examples, count))
-    of_two = evidence == "probability"
+        return lambda output, examples: _target_evidence(transform(output), take_examples(target, examples, count))
+    is_probability = evidence == "probability"
 
-    def lead(output: Tensor, examples: Tensor) -> Tensor:
-        read = output if of_two else transform(output)
-        chosen, other = (_selected(read, of_examples(which, examples, count)) for which in (target, contrast))
-        return (chosen - other).sigmoid() if of_two else chosen - other
+    def read_difference(output: Tensor, examples: Tensor) -> Tensor:
+        values = output if is_probability else transform(output)
+        chosen, other = (
+            _target_evidence(values, take_examples(label, examples, count)) for label in (target, contrast)
+        )
+        return (chosen - other).sigmoid() if is_probability else chosen - other
 
-    return lead
+    return read_difference
 
 
-def _selected(evidence: Tensor, target: Target) -> Tensor:
-    """Return what the target selects, by Captum's rules: one number for each row."""
+def _target_evidence(evidence: Tensor, target: Target) -> Tensor:
+    """Select the target by Captum's rules.
+
+    Args:
+        evidence: (rows, ...) the result of the evidence function.
+        target: The targets of these rows.
+
+    Returns:
+        (rows,) one number for each row.
+
+    Raises:
+        InvalidInputError: If there is no target where one is needed, or it selects several numbers a row.
+        AssertionError: If the target does not fit the evidence.
+        ModelStateError: If a number is NaN or infinite.
+    """
     rows, shape = len(evidence), tuple(evidence.shape)
     if target is None and evidence[0].numel() != 1:
         raise InvalidInputError(
@@ -130,14 +181,14 @@ def _selected(evidence: Tensor, target: Target) -> Tensor:
             f"The target selects shape {tuple(selected.shape)} from an output of shape {shape}, but it must select one "
             "number for each example. Where outputs have positions, the target names position and class: (-1, 3)."
         )
-    return finite(selected.reshape(rows))
+    return checked_finite(selected.reshape(rows))
 
 
-def finite(numbers: Tensor) -> Tensor:
-    """Return the numbers.
+def checked_finite(numbers: Tensor) -> Tensor:
+    """Return the numbers, of any shape, unchanged.
 
     Raises:
-        ModelStateError: If one is NaN or infinite.
+        ModelStateError: If a number is NaN or infinite.
     """
     if not bool(numbers.isfinite().all()):
         raise ModelStateError(

@@ -1,4 +1,4 @@
-"""Inputs cut into features (tokens, pixels, patches), their scores, and the order that the scores put them in."""
+"""Features of the inputs (tokens, pixels, patches), their scores, and their order by score."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from torch import Generator, Tensor
 from captum_ssm.errors import InvalidInputError
 
 
-def one_tensor(value: Any, name: str) -> Tensor:
-    """Return the tensor of a tensor or a tuple of one, detached, as Captum's methods return it.
+def finite_tensor(value: Any, name: str) -> Tensor:
+    """Return the one tensor of a result of Captum's methods, detached.
+
+    Args:
+        value: A tensor, or a tuple of one.
+        name: The name of the argument, for the message.
+
+    Returns:
+        The tensor.
 
     Raises:
-        InvalidInputError: If it is anything else, or has NaN or infinite entries.
+        InvalidInputError: If the value is anything else, or has NaN or infinite entries.
     """
     tensors = value if isinstance(value, tuple) else (value,)
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
@@ -27,19 +34,21 @@ def one_tensor(value: Any, name: str) -> Tensor:
     return tensors[0].detach()
 
 
-def summed(attributions: Any, shape: tuple[int, ...], name: str = "attributions") -> Tensor:
-    """Return one score for each token (B, L) or each pixel (B, H, W), in 32 bits or more.
+def sum_components(attributions: Any, shape: tuple[int, ...], name: str = "attributions") -> Tensor:
+    """Sum the scores of a token over its components, or of a pixel over its channels.
 
     Args:
-        attributions: (B, L) or (B, L, E); (B, H, W) or (B, C, H, W). A token's score is the sum over its components,
-            a pixel's over its channels.
-        shape: What is wanted.
-        name: What they are, for the message.
+        attributions: Scores (B, L) or (B, L, E) of tokens, (B, H, W) or (B, C, H, W) of pixels.
+        shape: The shape of the result: (B, L) or (B, H, W).
+        name: The name of the argument, for the message.
+
+    Returns:
+        One score for each token (B, L) or each pixel (B, H, W), in 32 bits or more.
 
     Raises:
-        InvalidInputError: If they have another shape, or NaN or infinite entries.
+        InvalidInputError: If the attributions do not fit the shape, or have NaN or infinite entries.
     """
-    tensor = one_tensor(attributions, name)
+    tensor = finite_tensor(attributions, name)
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if tensor.dim() == len(shape) + 1:
         tensor = tensor.sum(-1 if len(shape) == 2 else 1)
@@ -47,7 +56,7 @@ def summed(attributions: Any, shape: tuple[int, ...], name: str = "attributions"
         wanted = "(batch, tokens), or (batch, tokens, width)"
         if len(shape) == 3:
             wanted = "(batch, height, width), or (batch, channels, height, width)"
-        got = tuple(one_tensor(attributions, name).shape)
+        got = tuple(finite_tensor(attributions, name).shape)
         raise InvalidInputError(
             f"{name} must have the shape {wanted} with {tuple(shape)} in these places, not {got}. Pass what the "
             "attribution method returned for these very inputs."
@@ -59,12 +68,15 @@ def feature_scores(attributions: Any, inputs: Tensor, patch_size: int) -> Tensor
     """Return one score for each feature of the inputs, (B, N).
 
     Args:
-        attributions: Of tokens or images, see :func:`summed`.
+        attributions: Scores (B, L) or (B, L, E) of tokens, (B, H, W) or (B, C, H, W) of pixels.
         inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
-        patch_size: Side of the square patches that an image is cut into, row by row; a patch has the sum of its pixels.
+        patch_size: Side of the square patches that an image is cut into, row by row.
+
+    Returns:
+        (B, N): N tokens, or N patches, whose score is the sum over their pixels.
 
     Raises:
-        InvalidInputError: If the shapes do not fit, there is no feature, or something is NaN or infinite.
+        InvalidInputError: If the shapes do not fit, there is no feature, or a number is NaN or infinite.
     """
     if inputs.dim() not in (2, 3, 4) or inputs.numel() == 0:
         raise InvalidInputError(
@@ -74,16 +86,25 @@ def feature_scores(attributions: Any, inputs: Tensor, patch_size: int) -> Tensor
     if inputs.dim() < 4:
         if patch_size != 1:
             raise InvalidInputError("patch_size is for images (batch, channels, height, width); leave it out for text.")
-        return summed(attributions, tuple(inputs.shape[:2]))
+        return sum_components(attributions, tuple(inputs.shape[:2]))
     size, _, height, width = inputs.shape
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise InvalidInputError(f"Patches of {patch_size} pixels do not tile images of {height} by {width} pixels.")
-    pixels = summed(attributions, (size, height, width))
+    pixels = sum_components(attributions, (size, height, width))
     return pixels.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size)).sum((2, 4)).flatten(1)
 
 
-def spread(features: Tensor, inputs: Tensor, patch_size: int) -> Tensor:
-    """Return what is said of features (R, N) for every entry of inputs like these, (R, ...) or broadcast to it."""
+def expand_features(features: Tensor, inputs: Tensor, patch_size: int) -> Tensor:
+    """Expand one value for each feature to the entries of the inputs.
+
+    Args:
+        features: (R, N) one value for each feature.
+        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W), for their shape.
+        patch_size: Side of the square patches of an image.
+
+    Returns:
+        One value for each entry, in a shape that broadcasts to R examples of the inputs.
+    """
     if inputs.dim() == 2:
         return features
     if inputs.dim() == 3:
@@ -92,36 +113,56 @@ def spread(features: Tensor, inputs: Tensor, patch_size: int) -> Tensor:
     return patches.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 
-def example_seed(content: Tensor, seed: int) -> Generator:
-    """Return a random generator that depends on an example's content and a seed, but not on the batch it is in."""
+def example_generator(content: Tensor, seed: int) -> Generator:
+    """Return a random generator for an example, seeded by its content and a seed.
+
+    Args:
+        content: The entries of one example, of any shape.
+        seed: A number, by which the seeds of all examples change.
+
+    Returns:
+        A generator that is the same in any batch.
+    """
     raw = content.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return Generator().manual_seed(crc32(raw, seed % 2**32))
 
 
-def draws(inputs: Tensor, free: Tensor, seed: int, patch_size: int = 1) -> Tensor:
-    """Return a random number in [0, 1) for each feature, (B, N), from each example's free features and the seed.
+def tie_breakers(inputs: Tensor, removable: Tensor, seed: int, patch_size: int = 1) -> Tensor:
+    """Draw the numbers by which features of equal score are ordered.
 
-    So the numbers of an example are the same in any batch, with any padding, and differ between examples: a draw of
-    numbers by position would, over a data set, be a preference for some positions.
-    """
-    drawn = torch.zeros(free.shape, dtype=torch.float64)
-    where = spread(free, inputs, patch_size).expand(inputs.shape)
-    for example, features, entries, row in zip(inputs, free.cpu(), where, drawn):
-        generator = example_seed(example[entries], seed)
-        row[features] = torch.rand(int(features.sum()), generator=generator, dtype=torch.float64)
-    return drawn.to(free.device)
-
-
-def ranks(scores: Tensor, free: Tensor, ties: Tensor) -> Tensor:
-    """Return the place of each feature in descending order of the scores, from 0; those that are not free come last.
+    The numbers of an example depend on its content, not on its batch or padding, and differ between examples: numbers
+    drawn by position would, over a data set, prefer some positions.
 
     Args:
-        scores: (B, N).
-        free: (B, N) bool.
-        ties: (B, N) numbers by which equal scores are ordered.
+        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
+        removable: (B, N) bool, True at features that may be removed.
+        seed: A number, by which all draws change.
+        patch_size: Side of the square patches of an image.
+
+    Returns:
+        (B, N) a random number in [0, 1) for each removable feature, 0 for any other.
+    """
+    numbers = torch.zeros(removable.shape, dtype=torch.float64)
+    mask = expand_features(removable, inputs, patch_size).expand(inputs.shape)
+    for example, features, entries, row in zip(inputs, removable.cpu(), mask, numbers):
+        generator = example_generator(example[entries], seed)
+        row[features] = torch.rand(int(features.sum()), generator=generator, dtype=torch.float64)
+    return numbers.to(removable.device)
+
+
+def ranks(scores: Tensor, removable: Tensor, ties: Tensor) -> Tensor:
+    """Return the rank of each feature in descending order of the scores.
+
+    Args:
+        scores: (B, N) one score for each feature.
+        removable: (B, N) bool, True at features that may be removed.
+        ties: (B, N) numbers by which features of equal score are ordered.
+
+    Returns:
+        (B, N) ranks from 0; features that are not removable come last.
     """
     order = ties.argsort(1)
-    positive_zero = 0.0  # a sort may tell -0.0 from it
-    sought = (scores + positive_zero).masked_fill(~free, -torch.inf).gather(1, order)
-    order = order.gather(1, sought.argsort(dim=1, descending=True, stable=True))
+    positive_zero = 0.0  # a sort may order -0.0 before it
+    masked_scores = (scores + positive_zero).masked_fill(~removable, -torch.inf).gather(1, order)
+    order = order.gather(1, masked_scores.argsort(dim=1, descending=True, stable=True))
     return order.argsort(1)

@@ -1,4 +1,4 @@
-"""Whether relevance maps cover the objects of images."""
+"""Comparison of relevance maps with the masks of the objects in images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.metrics.features import one_tensor
+from captum_ssm.metrics.features import finite_tensor
 from captum_ssm.metrics.ranking import Ranking
 
 Classes = Literal["both", "foreground"]
@@ -19,14 +19,14 @@ Classes = Literal["both", "foreground"]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was counted in each image, and the figures over all of them.
+    """Counts of pixels in each image, and the figures over all images.
 
     Attributes:
-        right: (B,) pixels that are on the right side.
-        judged: (B,) pixels in all.
-        intersection: (B, 2) pixels that both map and mask call background, and foreground.
-        union: (B, 2) pixels that one of them does.
-        average_precision: (B,).
+        right: (B,) the number of pixels that the map puts on the side of the mask.
+        judged: (B,) the number of judged pixels.
+        intersection: (B, 2) the number of pixels that both map and mask call background, and foreground.
+        union: (B, 2) the number of pixels that at least one of them calls background, and foreground.
+        average_precision: (B,) the average precision of each image.
     """
 
     right: Tensor
@@ -37,27 +37,37 @@ class Segmentation:
 
     @property
     def pixel_accuracy(self) -> float:
-        """The share of all pixels that are on the right side."""
+        """The share of all judged pixels that the maps put on the side of the masks."""
         return float(self.right.sum() / self.judged.sum())
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union of background and foreground, (2,), both summed over all images first."""
+        """Intersection over union of background and foreground, (2,), after both are summed over the images."""
         return self.intersection.sum(0) / self.union.sum(0).clamp(min=1)
 
     @property
     def mean_iou(self) -> float:
-        """The mean of the two."""
+        """The mean IoU of background and foreground."""
         return float(self.iou.mean())
 
     @property
     def mean_average_precision(self) -> float:
-        """The mean over the images."""
+        """The mean of the average precision over the images."""
         return float(self.average_precision.mean())
 
     @classmethod
     def join(cls, parts: Sequence[Segmentation]) -> Segmentation:
-        """Return the counts of several batches together, such as of images of different sizes."""
+        """Join the counts of several batches, such as of images of different sizes.
+
+        Args:
+            parts: One result or more.
+
+        Returns:
+            The counts of all images, in this order.
+
+        Raises:
+            InvalidInputError: If there is no result.
+        """
         if not parts:
             raise InvalidInputError("There is nothing to join: pass one or more results of segmentation.")
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
@@ -73,20 +83,20 @@ def segmentation(
 ) -> Segmentation:
     """Compare relevance maps with the objects' masks.
 
-    A map is upsampled bilinearly to its mask, and what lies above the map's own mean is called foreground.
+    A map is upsampled bilinearly to its mask, and pixels above the mean of the map are called foreground.
 
     Args:
-        maps: (B, h, w) or (B, C, h, w), summed over channels, of any resolution: a map of a model's patches, or what
-            any attribution method returned for the images; or a tuple of one of these.
+        maps: (B, h, w) or (B, C, h, w), summed over channels, of any resolution: scores of the patches or of the pixels
+            by any method; or a tuple of one tensor.
         masks: (B, H, W): 1 or True in the object, 0 outside, -1 where a pixel is not judged.
-        threshold: Call foreground what lies above this number instead; None: above the map's own mean.
-        minmax: Scale each upsampled map to 0..1 first. It matters for a fixed threshold, and for average precision of
-            both classes, which needs maps in 0..1. Constant maps become 0: all background.
-        classes: What average precision ranks. ``"both"``, as in the published figures: each pixel twice, by its
-            relevance as foreground and by 1 less its relevance as background. ``"foreground"``: each pixel once.
+        threshold: Pixels above this number are called foreground; None: pixels above the mean of their map.
+        minmax: Scale each upsampled map to 0..1 first. The scale matters for a fixed threshold, and for average
+            precision of both classes, which needs maps in 0..1. Constant maps become 0: all background.
+        classes: The classes that average precision ranks. ``"both"``, like the published figures: each pixel twice, by
+            its relevance as foreground and by 1 less its relevance as background. ``"foreground"``: each pixel once.
 
     Returns:
-        Counts for each image, with pixel accuracy, mean IoU and mean average precision over all of them.
+        Counts for each image, with pixel accuracy, mean IoU and mean average precision over all images.
 
     Raises:
         InvalidInputError: If shapes or numbers do not fit, or an option is unknown.
@@ -101,8 +111,8 @@ def segmentation(
     Example:
         >>> import torch
         >>> mask = torch.tensor([[[1, 0], [0, 0]]])
-        >>> found = segmentation(torch.tensor([[[0.9, 0.1], [0.2, 0.6]]]), mask)
-        >>> found.pixel_accuracy, found.mean_average_precision
+        >>> result = segmentation(torch.tensor([[[0.9, 0.1], [0.2, 0.6]]]), mask)
+        >>> result.pixel_accuracy, result.mean_average_precision
         (0.75, 0.95)
     """
     truth, judged = _checked_masks(masks)
@@ -110,14 +120,14 @@ def segmentation(
     scaled = _scaled(relevance)
     if minmax:
         relevance = scaled
-    # Above the mean or not is the same on either scale, but a constant map has its exact mean on this one.
-    found = scaled > scaled.mean((1, 2), keepdim=True) if threshold is None else relevance > threshold
-    sides = [(~found & judged, ~truth & judged), (found & judged, truth & judged)]
-    intersection = torch.stack([_pixels(ours & theirs) for ours, theirs in sides], dim=1)
-    union = torch.stack([_pixels(ours | theirs) for ours, theirs in sides], dim=1)
+    # Scaling does not change which pixels lie above the mean, but the mean of a constant map is exact only once scaled.
+    foreground = scaled > scaled.mean((1, 2), keepdim=True) if threshold is None else relevance > threshold
+    pairs = [(~foreground & judged, ~truth & judged), (foreground & judged, truth & judged)]
+    intersection = torch.stack([_count(predicted & true) for predicted, true in pairs], dim=1)
+    union = torch.stack([_count(predicted | true) for predicted, true in pairs], dim=1)
     return Segmentation(
-        _pixels((found == truth) & judged),
-        _pixels(judged),
+        _count((foreground == truth) & judged),
+        _count(judged),
         intersection,
         union,
         _average_precision(relevance.flatten(1), truth.flatten(1), judged.flatten(1), classes),
@@ -130,8 +140,9 @@ def _scaled(maps: Tensor) -> Tensor:
     return torch.where(high > low, (maps - low) / (high - low), 0.0)
 
 
-def _pixels(where: Tensor) -> Tensor:
-    return where.sum((1, 2)).double()
+def _count(pixels: Tensor) -> Tensor:
+    """Return the number of True pixels in each image, (B,)."""
+    return pixels.sum((1, 2)).double()
 
 
 def _average_precision(relevance: Tensor, truth: Tensor, judged: Tensor, classes: Classes) -> Tensor:
@@ -151,7 +162,11 @@ def _average_precision(relevance: Tensor, truth: Tensor, judged: Tensor, classes
 
 
 def _checked_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the object is and which pixels are judged."""
+    """Return two bool tensors (B, H, W): True in the object, and True at judged pixels.
+
+    Raises:
+        InvalidInputError: If the shape or a number does not fit, or no pixel of an image is judged.
+    """
     if masks.dim() != 3 or masks.numel() == 0:
         raise InvalidInputError(f"masks must have shape (batch, height, width), not {tuple(masks.shape)}.")
     if not bool(((masks == 0) | (masks == 1) | (masks == -1)).all()):
@@ -166,8 +181,19 @@ def _checked_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _upsampled(maps: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return the maps at the masks' size, (B, H, W), rounded to 32 bits, so that rounding breaks no tie."""
-    tensor = one_tensor(maps, "maps")
+    """Upsample the maps to the masks.
+
+    Args:
+        maps: (B, h, w) or (B, C, h, w), or a tuple of one tensor.
+        shape: The masks' shape, (B, H, W).
+
+    Returns:
+        (B, H, W) in 64 bits, but rounded to 32 bits, so that rounding breaks no tie.
+
+    Raises:
+        InvalidInputError: If the shapes do not fit.
+    """
+    tensor = finite_tensor(maps, "maps")
     if tensor.dim() not in (3, 4) or len(tensor) != shape[0] or tensor.numel() == 0:
         raise InvalidInputError(
             f"maps must have shape (batch, height, width), or (batch, channels, height, width), with a batch of "

@@ -1,8 +1,8 @@
 """Pictures of explanations: coloured text, heat maps between tokens, the flow of relevance, and curves of metrics.
 
-Figures are matplotlib's own, made without pyplot: nothing opens a window or changes a setting (in a notebook that uses
-no pyplot, ``%matplotlib inline`` lets it show them). Characters that its font lacks, such as Chinese ones in the
-default font, become boxes; name one that has them in ``matplotlib.rcParams["font.family"]``.
+Figures are objects of matplotlib made without pyplot: no function opens a window or changes a setting (in a notebook
+that does not use pyplot, ``%matplotlib inline`` lets it show them). Characters that the font lacks, such as Chinese
+ones in the default font, become boxes; name a font that has them in ``matplotlib.rcParams["font.family"]``.
 """
 
 from captum_ssm.visualization.curves import curves_figure

@@ -14,7 +14,7 @@ from captum_ssm.visualization.tokens import as_array
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^vPX"
-"""As many as colours, so that a curve is known by either; from the eighth curve on the lines are dashed."""
+"""One marker for each colour, so that either identifies a curve; from the eighth curve on the lines are dashed."""
 
 
 def curves_figure(
@@ -27,11 +27,11 @@ def curves_figure(
     """Draw the mean of each curve over its examples, with a band of one standard error around it.
 
     Args:
-        curves: By name, such as of the method; the legend gives each one's area and its standard error too, in this
-            order.
-        title: Above the picture; None says how many examples there are.
-        xlabel: What the fractions are: for :func:`~captum_ssm.metrics.activation` ``"share of tokens inserted"``.
-        ylabel: What was measured, with its unit if it has one.
+        curves: The curves by name, such as the name of the method, in the order of the legend, which also gives the
+            area under each curve and its standard error.
+        title: Title above the picture; None: the number of examples.
+        xlabel: Name of the fractions: for :func:`~captum_ssm.metrics.activation` ``"share of tokens inserted"``.
+        ylabel: Name of the values, with their unit if they have one.
 
     Returns:
         A figure; save it with ``figure.savefig(path)``.
@@ -71,7 +71,7 @@ def curves_figure(
         if len(curve.values) > 1:
             error = as_array(curve.standard_error)
             axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
-    axes.set_title(_count(curves) if title is None else title, fontsize=12, loc="left", parse_math=False)
+    axes.set_title(_default_title(curves) if title is None else title, fontsize=12, loc="left", parse_math=False)
     axes.set_xlabel(xlabel, parse_math=False)
     several = any(len(curve.values) > 1 for curve in curves.values())
     axes.set_ylabel(f"{ylabel}\n(mean ± one standard error)" if several else ylabel, parse_math=False)
@@ -82,7 +82,7 @@ def curves_figure(
         loc="outside right upper", frameon=False, fontsize=9, title="area under the mean", alignment="left"
     )
     for text, (name, curve) in zip(legend.get_texts(), curves.items()):
-        text.set(text=_label(name, curve), parse_math=False)  # afterwards: a label that starts with _ is left out
+        text.set(text=_label(name, curve), parse_math=False)  # set here: a label that starts with _ gets no entry
     return figure
 
 
@@ -91,7 +91,7 @@ def _label(name: str, curve: Curve) -> str:
     return f"{name}: {mean:.3f}" if math.isnan(error) else f"{name}: {mean:.3f} ± {error:.3f}"
 
 
-def _count(curves: Mapping[str, Curve]) -> str:
+def _default_title(curves: Mapping[str, Curve]) -> str:
     counts = sorted({len(curve.values) for curve in curves.values()})
     if counts == [1]:
         return "One example"

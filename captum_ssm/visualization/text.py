@@ -23,11 +23,11 @@ _COLUMNS, _NOTE_COLUMNS = 78, 120  # characters of a line of text, and of the sm
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a text.
+    """A piece of a text.
 
     Args:
-        text: As it is to be read.
-        score: Its score, or None for what has none to show (white space, tokens added by the tokenizer).
+        text: Its characters.
+        score: Its score, or None for a piece without a score, such as white space.
     """
 
     text: str
@@ -36,12 +36,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text cut into pieces, and what there is to say about it.
+    """A text cut into pieces, with a title and facts.
 
     Args:
-        pieces: In reading order; joined they are the text.
-        title: What the text is, such as the prediction.
-        facts: Name and value of what a reader needs to know beside it.
+        pieces: The pieces in reading order; joined they are the text.
+        title: Title above the text, such as the prediction.
+        facts: Facts that a reader needs beside the text, by name.
     """
 
     pieces: tuple[Piece, ...]
@@ -57,30 +57,33 @@ class Passage:
         title: str = "",
         facts: Mapping[str, str] | None = None,
     ) -> Passage:
-        """Cut a text where its tokens begin and end; what lies between tokens gets no score.
+        """Cut a text where its tokens begin and end; characters between tokens get no score.
 
         Args:
             text: The original text.
             offsets: First character and end of each token, (0, 0) for tokens that the tokenizer added.
-            scores: One score for each token, (L,).
-            title: As in the class.
-            facts: As in the class.
+            scores: (L,) one score for each token.
+            title: Title above the text.
+            facts: Facts that a reader needs beside the text, by name.
+
+        Returns:
+            The text in pieces.
 
         Raises:
             ValueError: If there are not as many scores as tokens.
         """
         if len(offsets) != len(scores):
             raise ValueError(f"There are {len(offsets)} tokens but {len(scores)} scores.")
-        pieces, at = [], 0
+        pieces, position = [], 0
         for (start, end), score in zip(offsets, scores.tolist()):
-            if end <= at:  # added by the tokenizer, or a further token of a character already shown
+            if end <= position:  # added by the tokenizer, or a further token of a character already shown
                 continue
-            start = max(start, at)
+            start = max(start, position)
             token = text[start:end]
             blank = len(token) - len(token.lstrip())
-            pieces += [Piece(text[at : start + blank]), Piece(token[blank:], score)]
-            at = end
-        pieces.append(Piece(text[at:]))
+            pieces += [Piece(text[position : start + blank]), Piece(token[blank:], score)]
+            position = end
+        pieces.append(Piece(text[position:]))
         return cls(tuple(piece for piece in pieces if piece.text), title, facts)
 
     def _repr_html_(self) -> str:
@@ -108,14 +111,14 @@ class Passage:
 
     @property
     def legend(self) -> tuple[Piece, ...]:
-        """The scale, as pieces to be coloured like the text."""
+        """The scale of the colours, as pieces."""
         top = Piece(f" +{self.scale:.2g} ", self.scale)
         zero = Piece(" 0 ", 0.0)
         return (Piece(f" -{self.scale:.2g} ", -self.scale), zero, top) if self.signed else (zero, top)
 
 
 def text_terminal(passage: Passage) -> Text:
-    """Return the passage for ``rich.print``, each piece on a background of its score's colour."""
+    """Return the passage for ``rich.print``, each piece on a background in the colour of its score."""
     from rich.text import Text
 
     text = Text()
@@ -129,15 +132,15 @@ def text_html(passage: Passage, *, page: bool = True) -> str:
     """Return the passage as HTML; hovering over a piece shows its score. All text is escaped.
 
     Args:
-        passage: What to show.
-        page: Return a whole page, to be written to a file. Else one ``<div>`` with its style, to be put into a page or
-            a notebook; its rules apply to nothing else.
+        passage: The coloured text.
+        page: Return a complete page, for a file. Else one ``<div>`` with its style, for a page or a notebook; the rules
+            of the style apply to this ``<div>`` alone.
 
     Returns:
-        HTML that needs nothing from elsewhere.
+        HTML that refers to no other file.
     """
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in (passage.facts or {}).items())
-    heading = "h1" if page else "p"  # a heading of the page, but not of one that it is put into
+    heading = "h1" if page else "p"  # the heading of a page, but a paragraph in another page
     fragment = f"""<div class="captum-ssm">
 <style>
 .captum-ssm {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff; padding: 1rem; }}
@@ -221,7 +224,7 @@ def text_figure(passage: Passage) -> Figure:
 
 
 def _wrap(pieces: Sequence[Piece], columns: int) -> list[list[Piece]]:
-    """Break pieces into lines of at most ``columns`` characters, at white space where there is some."""
+    """Break pieces into lines of at most ``columns`` characters, at white space where possible."""
     words: list[list[Piece]] = [[]]
     for piece in pieces:
         for blank, characters in groupby(piece.text, str.isspace):
@@ -241,10 +244,10 @@ def _wrap(pieces: Sequence[Piece], columns: int) -> list[list[Piece]]:
             width += 1
         for piece in word:
             for start in range(0, len(piece.text), columns):
-                part = Piece(piece.text[start : start + columns], piece.score)
-                if width + len(part.text) > columns:
+                segment = Piece(piece.text[start : start + columns], piece.score)
+                if width + len(segment.text) > columns:
                     lines.append([])
                     width = 0
-                lines[-1].append(part)
-                width += len(part.text)
+                lines[-1].append(segment)
+                width += len(segment.text)
     return lines

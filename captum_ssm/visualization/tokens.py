@@ -1,4 +1,4 @@
-"""Tokens along the axis of a figure, and numbers between them."""
+"""Tokens along the axes of a figure, and the matrices between them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from torch import Tensor
 from captum_ssm.errors import InvalidInputError
 
 Matrix = Tensor | NDArray[Any]
-"""Numbers of torch, of any type and device, or of numpy."""
+"""A tensor of torch, of any type and device, or an array of numpy."""
 
 Array = NDArray[np.float64]
 
-_CHARACTERS = 16  # of a token that a label shows
-_SIZE, _INCHES = 7, 0.12  # of a label's font in points, and what it needs along the axis
+_CHARACTERS = 16  # the longest label
+_SIZE, _INCHES = 7, 0.12  # font size of a label in points, and its room along the axis
 
 
 def as_array(numbers: Matrix) -> Array:
-    """Return the numbers, detached, on the CPU and in float64."""
+    """Return the numbers as an array in float64, detached and on the CPU."""
     if isinstance(numbers, Tensor):
         numbers = numbers.detach().to("cpu").double().numpy()
     return np.asarray(numbers, dtype=np.float64)
 
 
 def as_square_matrices(matrices: Sequence[Matrix] | Matrix) -> Array:
-    """Return one matrix for each layer, (layers, L, L).
+    """Stack one square matrix for each layer.
+
+    Args:
+        matrices: (layers, L, L), or a list of (L, L).
+
+    Returns:
+        (layers, L, L) in float64.
 
     Raises:
-        InvalidInputError: If there is no layer, or a matrix is not square or of another size than the first.
+        InvalidInputError: If there is no layer, or a matrix is not square or differs in size from the first.
     """
     layers = [as_array(matrix) for matrix in matrices]
     shapes = sorted({matrix.shape for matrix in layers})
@@ -46,26 +52,31 @@ def as_square_matrices(matrices: Sequence[Matrix] | Matrix) -> Array:
     return np.stack(layers)
 
 
-def token_labels(tokens: Sequence[str], count: int, what: str) -> list[str]:
+def token_labels(tokens: Sequence[str], count: int, places: str) -> list[str]:
     """Return a short printable label for each token.
 
-    Line breaks and other characters that would not be seen are written as Python writes them, a token of spaces is made
-    visible, and what goes beyond 16 characters is left out.
+    Line breaks and other invisible characters are written as Python's escapes, spaces of a token of spaces as visible
+    characters, and characters beyond the sixteenth are left out.
 
     Args:
-        tokens: As the tokenizer gives them.
-        count: How many there must be.
-        what: What they name, for the message.
+        tokens: The tokens, as the tokenizer writes them.
+        count: The expected number of tokens.
+        places: The places that the tokens name, such as "rows", for the message.
+
+    Returns:
+        One label for each token.
 
     Raises:
-        InvalidInputError: If there are more or fewer of them, or one is not text.
+        InvalidInputError: If the number of tokens differs, or a token is not text.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InvalidInputError(
             "Tokens must be a list of texts; of token ids make them by tokenizer.convert_ids_to_tokens(ids)."
         )
     if len(tokens) != count:
-        raise InvalidInputError(f"There are {len(tokens)} tokens but {count} {what}. Pass one token for each of them.")
+        raise InvalidInputError(
+            f"There are {len(tokens)} tokens but {count} {places}. Pass one token for each of them."
+        )
     return [_label(token) for token in tokens]
 
 
@@ -77,10 +88,15 @@ def _label(token: str) -> str:
 
 
 def label_axis(axis: Axis, labels: Sequence[str], inches: float) -> str:
-    """Write labels along an axis of this length: all, or every k-th if they would overlap.
+    """Write labels along an axis: all, or every k-th if they would overlap.
+
+    Args:
+        axis: The axis of a figure.
+        labels: One label for each token.
+        inches: The length of the axis.
 
     Returns:
-        What to add to the axis' name: nothing, or that labels are left out.
+        A note for the name of the axis that labels are left out; empty if none is.
     """
     step = ceil(len(labels) * _INCHES / inches)
     rotation = 90 if isinstance(axis, XAxis) else 0
