@@ -1,6 +1,7 @@
 # make demo         explain a sentence with the shipped model
 # make test         run the whole test suite
 # make test-native  run the tests of mamba_ssm's and flash-linear-attention's own layers
+# make check-sdist  build the source distribution, and run some of its tests in it
 # The first two build .venv on first use, the third .venv-native; the next run takes seconds.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native lint bench benchmark clean
+.PHONY: demo test test-native lint check-sdist bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -28,16 +29,19 @@ lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+check-sdist: $(VENV)/dev.done
+	$(VENV)/bin/python -m scripts.check_sdist
+
 bench: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/families.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/vision.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.families
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.vision
 
 # Measures the methods against each other: seconds if all is stored, an hour or so on one core if no figures are, hours
 # if the weights are gone too. See benchmarks/RESULTS.md.
 benchmark: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/run.py
-	$(VENV)/bin/python benchmarks/report.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.run
+	$(VENV)/bin/python -m benchmarks.report
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing captum-ssm[$*] into $(VENV) (some minutes the first time)"

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from methods import Question
-from tasks import CLASSES, TASKS, UNK, Batch
 from torch import Generator, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.methods import Question
+from benchmarks.tasks import CLASSES, TASKS, UNK, Batch
 from captum_ssm import metrics, models
 from captum_ssm.metrics import Curve
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-from train_reviews import rotten_tomatoes_splits
-from vision_mamba import load_digits_model, two_digit_canvases
+from scripts.train_reviews import rotten_tomatoes_splits
+from tutorials.vision_mamba import load_digits_model, two_digit_canvases
 
 SEQUENCES, SENTENCES, CANVASES = 100, 80, 64
 """How many inputs are explained: of a synthetic task, of one draw of sentences, of one draw of canvases."""
@@ -182,18 +177,25 @@ class Sentences:
             "target": (question.target == self._answers[1]).long(),
             "evidence": lambda logits: logits[:, self._answers].softmax(-1),
         }
-        given = partial(_last_logits, question.model), question.inputs, found
+        forward = partial(_last_logits, question.model)
         return {
             **{
-                f"{name}, replaced": metric(*given, baselines=self._unknown, **judged, **shared)
+                f"{name}, replaced": metric(
+                    forward, question.inputs, found, baselines=self._unknown, **judged, **shared
+                )
                 for name, metric in (("LeRF", metrics.lerf), ("MoRF", metrics.morf))
             },
             **{
-                f"{name}, deleted": metric(*given, removal="delete", **judged, **shared)
+                f"{name}, deleted": metric(forward, question.inputs, found, removal="delete", **judged, **shared)
                 for name, metric in (("LeRF", metrics.lerf), ("MoRF", metrics.morf))
             },
             "pruning": metrics.pruning(
-                *given, baselines=self._unknown, evidence=lambda logits: logits[:, self._answers], **shared
+                forward,
+                question.inputs,
+                found,
+                baselines=self._unknown,
+                evidence=lambda logits: logits[:, self._answers],
+                **shared,
             ),
         }
 

@@ -1,8 +1,8 @@
 """What an explanation costs for each kernel, in forward and backward passes of the model itself.
 
-    python benchmarks/families.py                    every kernel, about two minutes on one core
-    python benchmarks/families.py --kernels SSD GDN  some of them, by the start of their names
-    python benchmarks/families.py --quick            smaller sizes, for a look
+    python -m benchmarks.families                    every kernel, about two minutes on one core
+    python -m benchmarks.families --kernels SSD GDN  some of them, by the start of their names
+    python -m benchmarks.families --quick            smaller sizes, for a look
 
 Only ratios are meant to be quoted: the explanation and the model's own pass are timed in turn in the same process, on
 the same input. The models are random and small; their heads and states have the sizes of published checkpoints.
@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 import transformers as hf
-from speed import seconds
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.speed import seconds
 from captum_ssm import ImplicitAttentionAttribution
 from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
 
@@ -75,7 +76,7 @@ def explanation_against_model(name: str, options: Mapping[str, Any], L: int, run
         The median of the ratios, the spread of the ratios, the first call's additional time as a ratio, and the median
         times.
     """
-    model = build(name, options)
+    model: Any = build(name, options)
     ids = torch.randint(3, COMMON["vocab_size"], (1, L))
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     signed = ImplicitAttentionAttribution(model, rectify=None)
@@ -127,11 +128,11 @@ SCANS: dict[str, Callable[[int], Recurrence]] = {
 def growth_of_apply(scan: Callable[[int], Recurrence], lengths: Iterable[int], runs: int) -> tuple[str, str]:
     """Exponent k of time ~ L^k of one product with a recurrence, by least squares over all lengths, and the times."""
     torch.manual_seed(0)
-    products = {L: (operator := scan(L), torch.randn(1, L, operator.sizes[1])) for L in lengths}
+    products = {L: (operator := scan(L), torch.randn(1, L, operator.heads * operator.head_size)) for L in lengths}
     times: dict[int, list[float]] = {L: [] for L in products}
     for _ in range(runs + 1):
         for L, (operator, x) in products.items():
-            times[L].append(seconds(lambda operator=operator, x=x: operator.apply(x)))
+            times[L].append(seconds(partial(operator.apply, x)))
     medians = {L: median(taken[1:]) for L, taken in times.items()}  # the first of each warms up
     points = torch.tensor([[math.log(L), math.log(taken)] for L, taken in medians.items()])
     x, y = (points - points.mean(0)).unbind(1)
@@ -164,8 +165,8 @@ def main() -> None:
     for row in (heads, *rows):
         print("{:<18} {:<15} {:>6}  {:<13} {:>10}  {}".format(*row))
     print("\ngrowth exponent of apply in L; wanted <= 1.15")
-    for row in growth:
-        print("{:<54} {:>5}  {}".format(*row))
+    for line in growth:
+        print("{:<54} {:>5}  {}".format(*line))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ that do not look inside the model are Captum's own.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_ssm import (
     ClassTokenAttention,
@@ -27,9 +25,7 @@ from captum_ssm import (
 )
 from captum_ssm.metrics import random_attributions
 from captum_ssm.network.forward import run_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from oracles_relevance import mamba_lrp
+from tests.oracles_relevance import mamba_lrp
 
 STEPS = 50
 """Of integrated gradients."""
@@ -59,7 +55,7 @@ class Question:
         patch: Side of the patches that images are explained in.
     """
 
-    model: nn.Module
+    model: Any
     inputs: Tensor
     target: Tensor
     reference: Tensor

@@ -1,6 +1,6 @@
 """Write RESULTS.md, its picture, and the README's summary from the stored figures.
 
-    python benchmarks/report.py
+    python -m benchmarks.report
 
 Every number in the tables comes from ``benchmarks/data``; nothing is measured here.
 """
@@ -16,10 +16,10 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from cases import SEQUENCES
-from methods import METHODS, STEPS
-from run import DATA, SEEDS
 
+from benchmarks.cases import SEQUENCES
+from benchmarks.methods import METHODS, STEPS
+from benchmarks.run import DATA, SEEDS
 from captum_ssm.metrics import Curve
 from captum_ssm.visualization import curves_figure
 
@@ -44,7 +44,7 @@ GROUPS = {
 INTRODUCTION = """
 Which explanation of a recurrent model finds what matters. `make benchmark` measures, stores the figures in
 `benchmarks/data` and writes this page from them; what is stored already is not measured again
-(`python benchmarks/run.py --again` does). All is seeded. The models' weights are in `benchmarks/weights`, so a second
+(`python -m benchmarks.run --again` does). All is seeded. The models' weights are in `benchmarks/weights`, so a second
 run gives the same figures, but for rounding and the times; delete a file, and its model is trained again
 (on another kind of processor the rounding, and so the weights, may come out otherwise).
 

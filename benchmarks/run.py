@@ -1,8 +1,8 @@
 """Explain the models' answers by every method, and store the figures.
 
-    python benchmarks/run.py                                  everything that is not stored yet
-    python benchmarks/run.py --only marker-needle mamba 0     one model
-    python benchmarks/run.py --again                          measure anew what is stored already
+    python -m benchmarks.run                                  everything that is not stored yet
+    python -m benchmarks.run --only marker-needle mamba 0     one model
+    python -m benchmarks.run --again                          measure anew what is stored already
 
 One JSON for each model goes to ``benchmarks/data``. What is stored is not measured again, method by method, so a run
 can be stopped at any time, and a new method costs its own time only. The weights, in half precision, are in
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import transformers as hf
-from cases import Canvases, Case, Marks, Sentences, Synthetic
-from methods import METHODS, NotApplicableError
 from safetensors.torch import load_model, save_model
-from tasks import FAMILIES, RATES, TASKS, accuracy, build, train
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from benchmarks.cases import Canvases, Case, Marks, Sentences, Synthetic
+from benchmarks.methods import METHODS, NotApplicableError
+from benchmarks.tasks import FAMILIES, RATES, TASKS, accuracy, build, train
 from captum_ssm.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[1]
@@ -134,18 +134,17 @@ def run(name: Name, again: bool = False, methods: Collection[str] = tuple(METHOD
     if not missing or record.get("learnt") is False:
         return
     found = case(*name)
-    learnt = not isinstance(found, float)
     record = {
         **dict(zip(("task", "family", "seed"), name)),
-        "learnt": learnt,
-        "accuracy": round(found.accuracy if learnt else found, 4),
-        "inputs": sum(len(question.inputs) for question in found.questions) if learnt else 0,
+        "learnt": not isinstance(found, float),
+        "accuracy": round(found if isinstance(found, float) else found.accuracy, 4),
+        "inputs": 0 if isinstance(found, float) else sum(len(question.inputs) for question in found.questions),
         "versions": {package: version(package) for package in ("torch", "transformers", "captum")},
         "machine": platform.machine(),
         "methods": record["methods"],
     }
     DATA.mkdir(exist_ok=True)
-    if learnt:
+    if not isinstance(found, float):
         for method, marks in tqdm(measure(found, missing), desc=path.stem, total=len(missing), disable=None):
             record["methods"][method] = marks
     order = {method: record["methods"][method] for method in METHODS if method in record["methods"]}

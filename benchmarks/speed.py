@@ -1,7 +1,7 @@
 """Speed and memory of captum_ssm as ratios, each measured side by side in one run.
 
-    python benchmarks/speed.py            everything, about twenty-five minutes on two cores
-    python benchmarks/speed.py --quick    smaller sizes, for a look
+    python -m benchmarks.speed            everything, about twenty-five minutes on two cores
+    python -m benchmarks.speed --quick    smaller sizes, for a look
 
 Only ratios are meant to be quoted: both sides of each are timed in turn in the same process, so a slow or busy
 machine slows both. Weights are random; speed does not depend on them.
@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from captum.attr import InputXGradient, IntegratedGradients, LLMGradientAttribution, TextTokenInput
@@ -48,10 +50,9 @@ from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.models import REVIEWS
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Product, Scan
+from tests.oracles import published_alpha
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from oracles import published_alpha
-
+ROOT = Path(__file__).parents[1]
 TARGET = 5
 Row = tuple[str, str, str]
 """What was measured, what is wanted, and the result."""
@@ -234,7 +235,7 @@ def growth_of_apply(lengths: list[int], D: int, runs: int) -> str:
     times: dict[int, list[float]] = {L: [] for L in lengths}
     for _ in range(runs + 1):
         for L, (scan, x) in scans.items():
-            times[L].append(seconds(lambda scan=scan, x=x: scan.apply(x)))
+            times[L].append(seconds(partial(scan.apply, x)))
     points = torch.tensor([[math.log(L), math.log(median(times[L][1:]))] for L in lengths])
     x, y = (points - points.mean(0)).unbind(1)
     shown = ", ".join(f"{L}: {1000 * median(t[1:]):.0f} ms" for L, t in times.items())
@@ -245,10 +246,10 @@ class LargestTensor(TorchDispatchMode):
     """Records the number of entries of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entries = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
@@ -331,9 +332,9 @@ def relevance_memories(lengths: list[int], longest: int) -> list[Row]:
 
 
 def in_a_process(*arguments: str) -> str:
-    """Run this file with these arguments and return what it prints: the peak of a process never falls."""
-    command = [sys.executable, __file__, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    """Run this module with these arguments and return what it prints: the peak of a process never falls."""
+    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def resident_memory() -> float:
@@ -376,7 +377,7 @@ def rows_of_attribution(quick: bool) -> list[Row]:
 def rows_of_relevance(quick: bool) -> list[Row]:
     """Measure relevance on models named by layers x width."""
     L, long, layers, width, steps, runs = (64, 128, 2, 64, 5, 1) if quick else (512, 4096, 4, 128, 50, 3)
-    models = {
+    models: dict[str, Callable[[], PreTrainedModel]] = {
         f"Mamba 2 x {width}": lambda: mamba(2, width),
         f"Mamba-2 {layers} x {width}": lambda: mamba2(layers, width),
         f"GDN hybrid {layers} x {width}": lambda: gated_delta(layers, width),

@@ -1,6 +1,6 @@
 """Synthetic tasks of which it is known what every token does, and tiny models trained on them.
 
-    python benchmarks/tasks.py train --task marker-needle --family mamba --seed 0 --out DIR
+    python -m benchmarks.tasks train --task marker-needle --family mamba --seed 0 --out DIR
 
 trains on one core in minutes and writes a checkpoint that ``AutoModelForCausalLM.from_pretrained`` reads. Every
 sequence ends in a token that asks, and the model answers by the next token. Training replaces some of the tokens that
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ import transformers as hf
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from train_reviews import fast_scan
+from scripts.train_reviews import fast_scan
 
 VOCABULARY = 32
 PAD, UNK, QUERY, MARKER = range(4)

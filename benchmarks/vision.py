@@ -1,6 +1,6 @@
 """Time of a rollout of both directions of a Vision Mamba, in forward passes of the same model.
 
-    python benchmarks/vision.py      a model of the size of Vim-tiny, less than a minute on one core
+    python -m benchmarks.vision      a model of the size of Vim-tiny, less than a minute on one core
 
 Both sides of each ratio are timed in turn in one process. The forward pass is that of ``tutorials/vision_mamba.py``,
 without a graph. Weights are random; speed does not depend on them.
@@ -8,16 +8,13 @@ without a graph. Weights are random; speed does not depend on them.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 
 import torch
-from speed import compare
 
+from benchmarks.speed import compare
 from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, ImplicitAttentionRollout
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-from vision_mamba import VisionMamba
+from tutorials.vision_mamba import VisionMamba
 
 
 def main() -> None:
@@ -38,7 +35,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), 24 layers of width 192, 197 tokens")
     for name, method in methods.items():
-        ours, own = compare(lambda method=method: method.attribute(image, target=5), forward, runs=3)
+        ours, own = compare(partial(method.attribute, image, target=5), forward, runs=3)
         print(f"{name:<32} {ours / own:5.1f} x the forward's {own:.2f} s")
 
 

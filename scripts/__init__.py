@@ -1,1 +1,1 @@
-"""Scripts that measure the library and train the models that ship with it."""
+"""The programs that make what the repository holds: its trained models and the tables of its pages."""

@@ -2,31 +2,28 @@
 
 Run it from the repository with the package's ``test`` extra installed::
 
-    python scripts/support_table.py --write
+    python -m scripts.support_table --write
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, supported
 from captum_ssm.layers.fidelity import relative_error
+from tests.conftest import build
+from tests.families import FAMILIES, VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 START, END = "<!-- supported -->", "<!-- /supported -->"
 TYPES = (torch.float64, torch.bfloat16, torch.float16)
 HEADER = ("model type", "layers", "kernels", "largest error", "left padding", "types")
-
-sys.path.insert(0, str(ROOT / "tests"))
-from conftest import build  # noqa: E402
-from families import FAMILIES, VOCABULARY  # noqa: E402
 
 
 class Measured(NamedTuple):
@@ -75,7 +72,7 @@ def runs_in(family: str, dtype: torch.dtype, ids: Tensor) -> bool:
     """Whether the model runs in this type; if so, it must be explained."""
     model = build(family)
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # the grouped product of torch has no float64
     model = model.to(dtype)

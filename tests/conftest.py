@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
+
+from tests import oracles
+from tests.families import FAMILIES, VOCABULARY, layers_of
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-_BUILT: dict[str, nn.Module] = {}
+_BUILT: dict[str, Any] = {}
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     """Return a fresh copy of a family's model, so that no test sees another's changes."""
     if name not in _BUILT:
-        _BUILT[name] = FAMILIES[name]()
+        _BUILT[name] = FAMILIES[name].build()
     return copy.deepcopy(_BUILT[name])
 
 
@@ -34,16 +36,16 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def mamba() -> nn.Module:
+def mamba() -> Any:
     return build("mamba")
 
 
 @pytest.fixture
-def falcon_mamba() -> nn.Module:
+def falcon_mamba() -> Any:
     return build("falcon_mamba")
 
 
-FAMILY_NAMES = ["mamba", "falcon_mamba"]
+FAMILY_NAMES = [family for family, _, _ in layers_of(oracles)]
 """The families of the tests that know what an S6 layer is made of; test_families.py has all."""
 
 SEVERAL = [*FAMILY_NAMES, "zamba", "falcon_h1", "recurrent_gemma", "rwkv", "qwen3_5"]
@@ -51,7 +53,7 @@ SEVERAL = [*FAMILY_NAMES, "zamba", "falcon_h1", "recurrent_gemma", "rwkv", "qwen
 
 
 @pytest.fixture(params=FAMILY_NAMES)
-def family(request: pytest.FixtureRequest) -> nn.Module:
+def family(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
 

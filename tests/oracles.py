@@ -5,9 +5,12 @@ for each index of tokens that the equation has. Symbols are those of ``captum_ss
 D channels, E model width, N state size, K taps, H heads; ``i`` query (row), ``j`` key (column).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def published_alpha(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -285,10 +288,10 @@ def wired_rollout(
     return (query.unsqueeze(1) @ R[name]).squeeze(1)
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
-def s6(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def s6(mixer: Any, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Return the pieces of a transformers S6 mixer, straight from its parameters, in the type of ``x``.
 
     Args:
@@ -318,7 +321,7 @@ def s6(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> dict[str, Ten
     return {"pre": pre, "v": v, "alpha": alpha, "skip": p["D"], "gate": gate, "y": out}
 
 
-def unified_s6(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def unified_s6(mixer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return ``diag(gate) [alpha + diag(skip)] diag(act) M_conv`` of every channel, (B, D, L, L).
 
     The activation's diagonal is the quotient ``act(u) / u``: ``x`` must not lead to ``u = 0``.

@@ -3,14 +3,21 @@
 As in ``oracles``: nothing here is fast and nothing is taken from captum_ssm. Symbols are those of the operators.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracles import conv, conv_matrix, diagonal_matrix, times
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
+from tests.oracles import conv, conv_matrix, diagonal_matrix, times
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
 
 
 def delta_alpha(q: Tensor, k: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
@@ -164,7 +171,8 @@ def lightning(mixer: Any, x: Tensor, mask: Tensor | None = None) -> dict[str, Te
     B, L, _ = x.shape
     H, P = mixer.num_attention_heads, mixer.head_dim
     pre = (x @ p["qkv_proj.weight"].T).view(B, L, H, 3 * P)  # of each head its q, its k and its v
-    act = {"SiLUActivation": F.silu, "GELUActivation": F.gelu, "ReLU": F.relu}[type(mixer.act_fn).__name__]
+    acts: dict[str, Callable[[Tensor], Tensor]] = {"SiLUActivation": F.silu, "GELUActivation": F.gelu, "ReLU": F.relu}
+    act = acts[type(mixer.act_fn).__name__]
     q, k, v = (act(pre) * real.unsqueeze(-1)).split(P, dim=-1)
     alpha = lightning_alpha(q, k, mixer.slope_rate.to(x.dtype).flatten()).repeat_interleave(P, dim=1)
     into = pre[..., 2 * P :].flatten(2)

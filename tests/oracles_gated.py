@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracles import conv, conv_matrix, diagonal_matrix, times
 from torch import Tensor, nn
+
+from tests.oracles import conv, conv_matrix, diagonal_matrix, times
 
 
 def weights(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -53,8 +54,8 @@ def shift_matrix(mix: Tensor, B: int, L: int) -> Tensor:
     return matrix
 
 
-def rg_lru(mixer: Any, x: Tensor, position_ids: Tensor, act: Any) -> dict[str, Tensor]:
-    """``alpha[i, j] = (prod_{j < k <= i} a_k) scale_j i_j``; ``act`` is the activation of the output gate."""
+def rg_lru(mixer: Any, x: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    """``alpha[i, j] = (prod_{j < k <= i} a_k) scale_j i_j``."""
     p = weights(mixer, x)
     B, L, _ = x.shape
     u = conv(x @ p["linear_x.weight"].T + p["linear_x.bias"], p["conv_1d.weight"][:, 0], p["conv_1d.bias"])
@@ -74,7 +75,7 @@ def rg_lru(mixer: Any, x: Tensor, position_ids: Tensor, act: Any) -> dict[str, T
                 start = bool(positions[b, j] == 0)
                 alpha[b, :, i, j] = decay * gates["input"][b, j] * (1 if start else scale[b, j])
                 decay = decay * (0 if start else a[b, j])
-    gate = act(x @ p["linear_y.weight"].T + p["linear_y.bias"])
+    gate = mixer.act_fn(x @ p["linear_y.weight"].T + p["linear_y.bias"])
     y = (times(alpha, u) * gate) @ p["linear_out.weight"].T + p["linear_out.bias"]
     core = diagonal_matrix(gate) @ alpha @ conv_matrix(p["conv_1d.weight"][:, 0], L)
     operator = by_token(p["linear_out.weight"], L) @ by_channel(core) @ by_token(p["linear_x.weight"], L)
@@ -162,11 +163,11 @@ def mlstm(mixer: Any, x: Tensor) -> dict[str, Tensor]:
     return {"alpha": alpha, "operator": operator, "y": y}
 
 
-def short_conv(mixer: Any, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def short_conv(mixer: Any, x: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
     """``y = W_out (c * conv(b * v)) + bias``, with b, c and v the three thirds of one projection."""
     p = weights(mixer, x)
     B, L, E = x.shape
-    real = torch.ones_like(x[..., :1]) if mask is None else mask.to(x.dtype).unsqueeze(-1)
+    real = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask.to(x.dtype).unsqueeze(-1)
     b, c, v = F.linear(x * real, p["in_proj.weight"], p.get("in_proj.bias")).split(E, dim=-1)
     taps = p["conv.weight"][:, 0]
     y = F.linear(c * conv(b * v, taps, p.get("conv.bias")), p["out_proj.weight"], p.get("out_proj.bias"))

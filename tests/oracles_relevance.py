@@ -7,10 +7,11 @@ gradient of the first is the multiplier of the difference of the two.
 import math
 from collections.abc import Callable, Sequence
 from itertools import permutations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 
@@ -112,7 +113,7 @@ def difference_of_recurrence(
     return torch.stack(values, 1), torch.stack(references, 1)
 
 
-def mamba_lrp(model: nn.Module, ids: Tensor, target: int, gate: float = 0.5) -> Tensor:
+def mamba_lrp(model: Any, ids: Tensor, target: int, gate: float = 0.5) -> Tensor:
     """Return MambaLRP's relevance (B, L) of the last token's logit of a ``MambaForCausalLM``, in float64.
 
     Gradient times input, where the normalizers, A, B, C and the step sizes are held, a SiLU is its input times a held
@@ -137,7 +138,7 @@ def mamba_lrp(model: nn.Module, ids: Tensor, target: int, gate: float = 0.5) -> 
     return (embedded * gradient).sum(-1).detach()
 
 
-def _normed(norm: nn.Module, h: Tensor) -> Tensor:
+def _normed(norm: Any, h: Tensor) -> Tensor:
     scale = 1 / (h.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     return norm.weight * (h * scale.detach())
 
@@ -146,7 +147,7 @@ def _silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x).detach()
 
 
-def _mixed_with_held_gates(mixer: nn.Module, x: Tensor, gate: float) -> Tensor:
+def _mixed_with_held_gates(mixer: Any, x: Tensor, gate: float) -> Tensor:
     R, N = mixer.time_step_rank, mixer.ssm_state_size
     into, z = mixer.in_proj(x).chunk(2, dim=-1)
     K, L = mixer.conv1d.weight.shape[-1], x.shape[1]

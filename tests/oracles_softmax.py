@@ -85,7 +85,7 @@ def block_selection(indexer: Any, x: Tensor, seen: Tensor, frequencies: list[flo
             blocks = [visible[n : n + size] for n in range(0, len(visible) - size + 1, size)]
             scores = []
             for block in blocks:
-                key = norm(indexer.k_layernorm, sum(keys[b, j] for j in block) / size)  # type: ignore[operator]
+                key = norm(indexer.k_layernorm, sum(keys[b, j] for j in block) / size)
                 key = rotate(key.view(1, 1, 1, P), frequencies, positions=block[:1]).view(P)
                 scores.append(sum(max(float(q[b, i, h] @ key), 0) for h in range(H)))
             best = sorted(range(len(blocks)), key=lambda n: -scores[n])[: indexer.token_budget // size]

@@ -3,14 +3,16 @@
 As in ``oracles``: nothing here is fast, nothing is taken from captum_ssm, and each loop is an index of the equation.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from oracles import conv, conv_matrix, diagonal_matrix, published_alpha, times
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+from tests.oracles import conv, conv_matrix, diagonal_matrix, published_alpha, times
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Pieces(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracles import conv, conv_matrix, diagonal_matrix, published_alpha, times
 from torch import Tensor
+
+from tests.oracles import conv, conv_matrix, diagonal_matrix, published_alpha, times
 
 
 def direction(mixer: Any, value: Tensor, suffix: str = "", late: bool = False) -> dict[str, Tensor]:

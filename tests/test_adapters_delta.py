@@ -5,37 +5,29 @@ import math
 from functools import cache
 from typing import Any
 
-import oracles_delta as oracles
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from captum_ssm import UnsupportedModelError
-from captum_ssm.gates import activation, activation_name, inverse_length, secant
+from captum_ssm.layers.activations import activation, activation_name, secant
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import decompose, relative_error
 from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.layers.norms import inverse_length
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import DeltaScan, Diagonal, Scan
 from captum_ssm.testing import check_adapter
+from tests import oracles_delta as oracles
+from tests.families import FAMILIES, VOCABULARY, layers_of
 
-GDN = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
-KDA = ("kimi_linear", "bailing_hybrid", "glm5_next")
-ORACLES = dict.fromkeys(GDN, oracles.gdn) | dict.fromkeys(KDA, oracles.kda) | {"minimax": oracles.lightning}
-LAYERS = {
-    "qwen3_next": "Qwen3NextGatedDeltaNet",
-    "qwen3_5": "Qwen3_5GatedDeltaNet",
-    "qwen3_5_moe": "Qwen3_5MoeGatedDeltaNet",
-    "qwen4_exp": "Qwen4ExpTextGatedDeltaNet",
-    "olmo_hybrid": "OlmoHybridGatedDeltaNet",
-    "kimi_linear": "KimiLinearDeltaAttention",
-    "bailing_hybrid": "BailingHybridDeltaAttention",
-    "glm5_next": "Glm5NextTextLinearAttention",
-    "minimax": "MiniMaxLightningAttention",
-}
+LAYERS = {family: layer for family, _, layer in layers_of(oracles)}
+CLASS = {family: name for family, name, _ in layers_of(oracles)}
+"""The class of the linear layers of each family."""
+CHANNELS = {oracles.gdn: 24, oracles.kda: 12, oracles.lightning: 16}
+"""Of the tiny models' layers, by kernel: four heads of 6, three of 4, four of 4."""
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 0]])
 MASKS: dict[str, Tensor | None] = {
@@ -49,11 +41,11 @@ every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @cache
 def tiny(name: str) -> nn.Module:
     """Return the family's model, built once: no test here may change it."""
-    return FAMILIES[name]()
+    return FAMILIES[name].build()
 
 
 def layers(name: str, model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if type(module).__name__ == LAYERS[name]]
+    return [module for module in model.modules() if type(module).__name__ == CLASS[name]]
 
 
 def changeable(name: str) -> Any:
@@ -70,14 +62,14 @@ def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None)
     return linear
 
 
-def arguments(name: str, mask: Tensor | None = None) -> dict[str, Any]:
-    return {"attention_mask": mask} | ({"position_embeddings": None} if name == "minimax" else {})
+def arguments(name: str, x: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    return {"attention_mask": mask, **LAYERS[name].arguments(x)}
 
 
 def call_directly(name: str, mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> LayerCall:
     with torch.no_grad():
-        y = mixer(x, **arguments(name, mask))
-    return LayerCall(name, mixer, x, y if isinstance(y, Tensor) else y[0], arguments(name, mask))
+        y = mixer(x, **arguments(name, x, mask))
+    return LayerCall(name, mixer, x, y if isinstance(y, Tensor) else y[0], arguments(name, x, mask))
 
 
 def check(name: str, call: LayerCall, tolerance: float = 1e-5) -> None:
@@ -85,7 +77,7 @@ def check(name: str, call: LayerCall, tolerance: float = 1e-5) -> None:
     assert decompose(call, tolerance).error <= tolerance
     call = LayerCall(call.name, call.mixer, call.x.double(), call.y, call.kwargs)
     layer = decompose(call, tolerance)
-    expected = ORACLES[name](call.mixer, call.x, call.kwargs.get("attention_mask"))
+    expected = LAYERS[name].oracle(call.mixer, call.x, call.kwargs.get("attention_mask"))
     assert relative_error(expected["y"], call.y) <= tolerance  # the oracle is the layer
 
     chain = layer.chain
@@ -107,10 +99,9 @@ def check(name: str, call: LayerCall, tolerance: float = 1e-5) -> None:
 def test_the_layer_is_the_written_out_layer(name: str, mask: Tensor | None, ids: Tensor) -> None:
     for call in record(name, tiny(name), ids, mask):
         check(name, call)
-        conv = [] if name == "minimax" else ["conv"]
         masked = [] if call.kwargs.get("attention_mask") is None else ["mask"]
         factors = list(decompose(call).chain.factors)
-        assert factors == ["out", "gate", "norm", "scan", "act", *conv, "in", *masked]
+        assert factors == [*LAYERS[name].factors, *masked]
 
 
 @every_family
@@ -125,8 +116,9 @@ def test_padding_is_not_attended_to(name: str, ids: Tensor) -> None:
 @pytest.mark.parametrize("mask", [None, LEFT, HOLES], ids=["no mask", "left padding", "holes"])
 def test_the_adapter_holds_every_law(name: str, mask: Tensor | None) -> None:
     mixer = layers(name, tiny(name))[0]
-    report = check_adapter(mixer, torch.randn(2, 7, 16), arguments(name, mask))
-    assert report.channels == {**dict.fromkeys(GDN, 24), **dict.fromkeys(KDA, 12), "minimax": 16}[name]
+    x = torch.randn(2, 7, 16)
+    report = check_adapter(mixer, x, arguments(name, x, mask))
+    assert report.channels == CHANNELS[LAYERS[name].oracle]
 
 
 @every_family
@@ -140,13 +132,13 @@ def test_the_layer_is_reproduced_at_any_size(name: str, B: int, L: int) -> None:
 def forget(name: str, mixer: Any, log_rate: float) -> None:
     """Set the logarithm of the rate at which every head forgets."""
     with torch.no_grad():
-        if name == "minimax":
+        if LAYERS[name].oracle is oracles.lightning:
             mixer.slope_rate.fill_(math.exp(log_rate))
             buffers = mixer.decay_factors(mixer.slope_rate)
             for buffer, value in zip((mixer.query_decay, mixer.key_decay, mixer.diagonal_decay), buffers, strict=True):
                 buffer.copy_(value)
         else:
-            (mixer.forget_gate if name in KDA else mixer).A_log.fill_(log_rate)
+            (mixer.forget_gate if LAYERS[name].oracle is oracles.kda else mixer).A_log.fill_(log_rate)
 
 
 @every_family
@@ -161,7 +153,7 @@ def test_memories_long_and_short_neither_overflow_nor_lose_digits(name: str, log
     call = call_directly(name, mixer, torch.randn(1, L, 16))
     check(name, call, tolerance=1e-4)
     single = decompose(call)
-    expected = ORACLES[name](mixer, call.x.double())["y"]
+    expected = LAYERS[name].oracle(mixer, call.x.double())["y"]
     assert relative_error(single.chain.apply(single.x), expected) <= 1e-5
     scan = single.chain.factors["scan"]
     assert isinstance(scan, DeltaScan | Scan)
@@ -193,67 +185,20 @@ def test_an_empty_input_gives_an_empty_output_with_finite_gradients(name: str) -
 
 # --- Options of the configurations --------------------------------------------------------------------------------
 
-SHARED: dict[str, dict[str, Any]] = {
-    "one tap": {"linear_conv_kernel_dim": 1},
-    "more taps than tokens": {"linear_conv_kernel_dim": 9},
-    "gelu": {"hidden_act": "gelu"},
-    "relu": {"hidden_act": "relu"},
-    "large eps": {"rms_norm_eps": 0.5},
-}
-GDN_OPTIONS: dict[str, dict[str, Any]] = SHARED | {
-    "a key for each value head": {"linear_num_key_heads": 4},
-    "one key for all value heads": {"linear_num_key_heads": 1},
-    "three value heads to a key": {"linear_num_key_heads": 2, "linear_num_value_heads": 6},
-    "one head": {"linear_num_key_heads": 1, "linear_num_value_heads": 1},
-    "one state": {"linear_key_head_dim": 1},
-    "one channel": {"linear_value_head_dim": 1},
-}
-KDA_OPTIONS: dict[str, dict[str, Any]] = SHARED | {
-    "one head": {"linear_num_heads": 1},
-    "five heads": {"linear_num_heads": 5},
-    "one state": {"linear_head_dim": 1},
-}
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    **dict.fromkeys(GDN, GDN_OPTIONS),
-    **dict.fromkeys(KDA, KDA_OPTIONS),
-    "qwen4_exp": {
-        **{key: {"output_gate_type": "silu"} | options for key, options in GDN_OPTIONS.items()},
-        "sigmoid gate": {"output_gate_type": "sigmoid"},
-        "gate like the activation": {"output_gate_type": None},
-    },
-    "olmo_hybrid": GDN_OPTIONS | {"no negative eigenvalues": {"linear_allow_neg_eigval": False}},
-    "bailing_hybrid": KDA_OPTIONS
-    | {"no lower bound": {"kda_safe_gate": False}, "high lower bound": {"kda_lower_bound": -0.5}},
-    "glm5_next": KDA_OPTIONS
-    | {"no lower bound": {"linear_lower_bound": None}, "high lower bound": {"linear_lower_bound": -0.5}},
-    "minimax": {
-        "gelu": {"hidden_act": "gelu"},
-        "relu": {"hidden_act": "relu"},
-        "large eps": {"rms_norm_eps": 0.5},
-        "two heads": {"num_attention_heads": 2},
-        "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
-        "wide heads": {"head_dim": 6},
-        "heads by the width": {"head_dim": None},
-        "blocks of one": {"block_size": 1},
-        "uneven blocks": {"block_size": 5},
-        "one block": {"block_size": 64},
-    },
-}
-
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [pytest.param(name, o, id=f"{name}-{key}") for name, options in OPTIONS.items() for key, o in options.items()],
+    [pytest.param(name, o, id=f"{name}-{key}") for name, layer in LAYERS.items() for key, o in layer.options.items()],
 )
 def test_every_option_is_reproduced(name: str, options: dict[str, Any]) -> None:
-    mixer = layers(name, FAMILIES[name](**options))[0]
+    mixer = layers(name, FAMILIES[name].build(**options))[0]
     check(name, call_directly(name, mixer, torch.randn(2, 7, 16), LEFT))
 
 
 @pytest.mark.parametrize("name", [*LAYERS])
 def test_an_activation_without_gate_form_is_refused_by_name(name: str) -> None:
     options = {"output_gate_type": "silu"} if name == "qwen4_exp" else {}
-    mixer = layers(name, FAMILIES[name](hidden_act="tanh", **options))[0]
+    mixer = layers(name, FAMILIES[name].build(hidden_act="tanh", **options))[0]
     with pytest.raises(UnsupportedModelError, match="activation 'tanh' has no gate form"):
         decompose(call_directly(name, mixer, torch.randn(1, 3, 16)))
 

@@ -1,50 +1,37 @@
 """RG-LRU, WKV-4, mLSTM and the short convolution are decomposed exactly, with every option they have."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import oracles_gated as oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, VOCABULARY, perturbed
 from torch import Tensor, nn
 from transformers import DynamicCache, RwkvConfig, xLSTMConfig
 from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 
 from captum_ssm import FidelityError
-from captum_ssm.gates import activation, running_max, secant
+from captum_ssm.layers.activations import activation, secant
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.layers.log_domain import running_max
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Scan
 from captum_ssm.testing import check_adapter
+from tests import oracles_gated as oracles
+from tests.families import FAMILIES, VOCABULARY, layers_of, perturbed
 
-LAYERS = {
-    "RecurrentGemmaRecurrentBlock": "recurrent_gemma",
-    "RwkvSelfAttention": "rwkv",
-    "RwkvFeedForward": "rwkv",
-    "xLSTMLayer": "xlstm",
-    "Lfm2ShortConv": "lfm2",
-    "Lfm2MoeShortConv": "lfm2_moe",
-    "Lfm3ShortConv": "lfm3",
-}
-FACTORS = {
-    "RecurrentGemmaRecurrentBlock": ("out", "gate", "scan", "conv", "in"),
-    "RwkvSelfAttention": ("out", "gate", "scan", "value", "shift"),
-    "RwkvFeedForward": ("gate", "value", "act", "key", "shift"),
-    "xLSTMLayer": ("out", "gate", "norm", "scan", "centre", "in"),
-    "Lfm2ShortConv": ("out", "gate", "conv", "input", "in"),
-    "Lfm2MoeShortConv": ("out", "gate", "conv", "input", "in"),
-    "Lfm3ShortConv": ("out", "gate", "conv", "input", "in"),
-}
-CONVS = [layer for layer in LAYERS if layer.endswith("ShortConv")]
+LAYERS = {name: layer for _, name, layer in layers_of(oracles)}
+FAMILY = {name: family for family, name, _ in layers_of(oracles)}
+"""The family of each class of layers."""
+CONVS = [name for name, layer in LAYERS.items() if layer.oracle is oracles.short_conv]
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 0]])
 MASKS: dict[str, Tensor | None] = {
@@ -59,7 +46,7 @@ every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @cache
 def tiny(family: str) -> nn.Module:
     """Return the family's model, built once: no test here may change it."""
-    return FAMILIES[family]()
+    return FAMILIES[family].build()
 
 
 def mixers(layer: str, model: nn.Module) -> list[Any]:
@@ -68,7 +55,7 @@ def mixers(layer: str, model: nn.Module) -> list[Any]:
 
 def changeable(layer: str) -> Any:
     """Return a copy of the last layer of this class in its family's model."""
-    return copy.deepcopy(mixers(layer, tiny(LAYERS[layer]))[-1])
+    return copy.deepcopy(mixers(layer, tiny(FAMILY[layer]))[-1])
 
 
 def record(layer: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **options: Any) -> list[LayerCall]:
@@ -80,22 +67,14 @@ def record(layer: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None
     return found
 
 
-def arguments(layer: str, x: Tensor) -> dict[str, Any]:
-    """Return what the layer's forward needs besides its input."""
-    if layer != "RecurrentGemmaRecurrentBlock":
-        return {}
-    positions = torch.arange(x.shape[1]).expand(x.shape[:2])
-    return {"position_ids": positions, "attention_mask": None, "use_cache": False}
-
-
 def call_directly(mixer: nn.Module, x: Tensor, **kwargs: Any) -> LayerCall:
-    kwargs = {**arguments(type(mixer).__name__, x), **kwargs}
+    kwargs = {**LAYERS[type(mixer).__name__].arguments(x), **kwargs}
     with torch.no_grad():
         output = mixer(x, **kwargs)
     return LayerCall(type(mixer).__name__, mixer, x, output if isinstance(output, Tensor) else output[0], kwargs)
 
 
-def tokens(mixer: nn.Module, B: int, L: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def tokens(mixer: Any, B: int, L: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a random input of the layer."""
     widths = {"linear_x": 1, "receptance": 1, "q": 1, "qkv_opreact": 1, "in_proj": 1}
     name = next(name for name in widths if hasattr(mixer, name))
@@ -113,20 +92,17 @@ def errors(layer: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None
 
 
 def oracle(mixer: Any, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    layer = type(mixer).__name__
-    if layer == "RecurrentGemmaRecurrentBlock":
-        return oracles.rg_lru(mixer, x, kwargs["position_ids"], mixer.act_fn)
-    if layer in CONVS:
-        return oracles.short_conv(mixer, x, kwargs.get("attention_mask"))
-    of = {"RwkvSelfAttention": oracles.wkv, "RwkvFeedForward": oracles.channel_mix, "xLSTMLayer": oracles.mlstm}
-    return of[layer](mixer, x)
+    """Return what the layer's oracle says, given the arguments of the layer that enter its equation."""
+    equation = LAYERS[type(mixer).__name__].oracle
+    names = inspect.signature(equation).parameters
+    return equation(mixer, x, **{name: value for name, value in kwargs.items() if name in names})
 
 
 def chain_of(mixer: nn.Module, x: Tensor, **kwargs: Any) -> Chain:
     adapter = find_adapter(mixer)
     assert adapter is not None
     with torch.no_grad():
-        return adapter(mixer, x, {**arguments(type(mixer).__name__, x), **kwargs})
+        return adapter(mixer, x, {**LAYERS[type(mixer).__name__].arguments(x), **kwargs})
 
 
 def matrices(chain: Chain, x: Tensor) -> Tensor:
@@ -147,7 +123,7 @@ def whole(chain: Chain, x: Tensor) -> Tensor:
 def agrees(mixer: Any, x: Tensor, tolerance: float = 1e-12, **kwargs: Any) -> None:
     """Compare a layer's chain with the oracle: the recurrence, the whole operator and the output."""
     x = x.double()
-    kwargs = {**arguments(type(mixer).__name__, x), **kwargs}
+    kwargs = {**LAYERS[type(mixer).__name__].arguments(x), **kwargs}
     chain, expected = chain_of(mixer, x, **kwargs), oracle(mixer, x, **kwargs)
     assert relative_error(matrices(chain, x), expected["alpha"]) <= tolerance
     assert relative_error(whole(chain, x), expected["operator"]) <= tolerance
@@ -160,22 +136,20 @@ def agrees(mixer: Any, x: Tensor, tolerance: float = 1e-12, **kwargs: Any) -> No
 @every_layer
 @every_mask
 def test_the_chain_reproduces_every_layers_output(layer: str, mask: Tensor | None, ids: Tensor) -> None:
-    assert errors(layer, tiny(LAYERS[layer]), ids, mask) <= 1e-5
+    assert errors(layer, tiny(FAMILY[layer]), ids, mask) <= 1e-5
 
 
 @every_layer
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 1), (1, 2), (4, 19)])
 def test_the_chain_reproduces_the_output_of_any_size(layer: str, B: int, L: int) -> None:
     """One token, fewer tokens than taps, more tokens than a chunk and no multiple of it."""
-    assert errors(layer, tiny(LAYERS[layer]), torch.randint(1, VOCABULARY, (B, L))) <= 1e-5
+    assert errors(layer, tiny(FAMILY[layer]), torch.randint(1, VOCABULARY, (B, L))) <= 1e-5
 
 
 @pytest.mark.parametrize("layer", ["RwkvSelfAttention", "RwkvFeedForward", "xLSTMLayer"])
 def test_the_chain_reproduces_the_output_with_the_state_that_the_model_starts(layer: str, ids: Tensor) -> None:
-    family = LAYERS[layer]
-    model = (
-        FAMILIES[family](hidden_size=64, qk_dim_factor=1.0, v_dim_factor=1.0) if family == "xlstm" else tiny(family)
-    )  # its cache has 64s of states
+    sizes = {"hidden_size": 64, "qk_dim_factor": 1.0, "v_dim_factor": 1.0}  # xLSTM's cache has 64s of states
+    model = FAMILIES["xlstm"].build(**sizes) if layer == "xLSTMLayer" else tiny(FAMILY[layer])
     assert errors(layer, model, ids, use_cache=True) <= 1e-5
     assert errors(layer, model, ids, use_cache=True) <= 1e-5, "the first call left something behind"
 
@@ -191,16 +165,16 @@ def test_the_chain_reproduces_the_output_with_an_empty_cache(layer: str) -> None
 
 @every_layer
 def test_the_factors_are_named_in_the_order_of_the_equation(layer: str, ids: Tensor) -> None:
-    for call in record(layer, tiny(LAYERS[layer]), ids):
-        assert tuple(decompose(call).chain.factors) == FACTORS[layer]
-    for call in record(layer, tiny(LAYERS[layer]), ids, LEFT):
-        masked = ("mask",) if layer in CONVS else ()
-        assert tuple(decompose(call).chain.factors) == FACTORS[layer] + masked
+    for call in record(layer, tiny(FAMILY[layer]), ids):
+        assert tuple(decompose(call).chain.factors) == LAYERS[layer].factors
+    for call in record(layer, tiny(FAMILY[layer]), ids, LEFT):
+        masked = ("mask",) if LAYERS[layer].takes_mask else ()
+        assert tuple(decompose(call).chain.factors) == LAYERS[layer].factors + masked
 
 
 @every_layer
 def test_every_factor_is_needed(layer: str, ids: Tensor) -> None:
-    for call in record(layer, tiny(LAYERS[layer]), ids, LEFT):
+    for call in record(layer, tiny(FAMILY[layer]), ids, LEFT):
         decomposed = decompose(call)
         for term in set(decomposed.chain.terms) - {"mask"}:  # without a bias nothing comes from padding that is masked
             assert relative_error(decomposed.chain.without(term).apply(decomposed.x, bias=True), call.y) > 1e-3, term
@@ -208,18 +182,18 @@ def test_every_factor_is_needed(layer: str, ids: Tensor) -> None:
 
 @every_layer
 def test_the_laws_of_adapters_hold(layer: str) -> None:
-    for mixer in mixers(layer, tiny(LAYERS[layer])):
+    for mixer in mixers(layer, tiny(FAMILY[layer])):
         x = tokens(mixer, 2, 6)
-        masks: list[dict[str, Any]] = [{"attention_mask": LEFT[:, 1:]}] if layer in CONVS else []
+        masks: list[dict[str, Any]] = [{"attention_mask": LEFT[:, 1:]}] if LAYERS[layer].takes_mask else []
         for kwargs in [{}, *masks]:
-            report = check_adapter(mixer, x, {**arguments(layer, x), **kwargs})
-            assert report.factors[: len(FACTORS[layer])] == FACTORS[layer]
+            report = check_adapter(mixer, x, {**LAYERS[layer].arguments(x), **kwargs})
+            assert report.factors[: len(LAYERS[layer].factors)] == LAYERS[layer].factors
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if LAYERS[layer] not in ("xlstm", "lfm2_moe")])
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if FAMILY[layer] not in ("xlstm", "lfm2_moe")])
 def test_the_chain_reproduces_the_output_in_bfloat16(layer: str, ids: Tensor) -> None:
     """transformers' xLSTM and grouped experts do not run in bfloat16 here."""
-    calls = record(layer, copy.deepcopy(tiny(LAYERS[layer])).bfloat16(), ids)
+    calls = record(layer, copy.deepcopy(tiny(FAMILY[layer])).bfloat16(), ids)
     for call in calls:
         decomposed = decompose(call)
         assert decomposed.x.dtype == torch.float32 and decomposed.error <= 5e-2
@@ -252,37 +226,16 @@ def test_the_oracle_is_the_layer(layer: str) -> None:
 
 # --- Options -------------------------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "RecurrentGemmaRecurrentBlock": [
-        {"lru_width": 24}, {"lru_width": 8}, {"lru_width": 24, "num_attention_heads": 2},
-        {"num_attention_heads": 1}, {"num_attention_heads": 8}, {"conv1d_width": 1}, {"conv1d_width": 2},
-        {"conv1d_width": 9}, {"hidden_activation": "gelu"}, {"hidden_activation": "silu"},
-        {"hidden_activation": "relu"}, {"hidden_activation": "sigmoid"},
-    ],
-    "RwkvSelfAttention": [
-        {"attention_hidden_size": 12}, {"attention_hidden_size": 24}, {"rescale_every": 0}, {"rescale_every": 1},
-    ],
-    "RwkvFeedForward": [{"intermediate_size": 12}, {"rescale_every": 0}, {"rescale_every": 1}],
-    "xLSTMLayer": [
-        {"num_heads": 1}, {"num_heads": 4}, {"qk_dim_factor": 0.5}, {"qk_dim_factor": 2.0}, {"v_dim_factor": 0.5},
-        {"v_dim_factor": 2.0, "qk_dim_factor": 0.5}, {"gate_soft_cap": 1.0}, {"gate_soft_cap": 100.0}, {"eps": 0.1},
-        {"norm_eps": 0.1}, {"use_bias": True}, {"use_bias": True, "v_dim_factor": 2.0},
-        {"norm_reduction_force_float32": False}, {"chunk_size": 64}, {"chunk_size": 1},
-        {"chunk_size": 7, "mode": "train"},
-    ],
-    **{layer: [{"conv_bias": True}, {"conv_L_cache": 1}, {"conv_L_cache": 2}, {"conv_L_cache": 9}]
-       for layer in CONVS},
-}  # fmt: skip
 every_option = pytest.mark.parametrize(
     ("layer", "options"),
-    [(layer, options) for layer, several in OPTIONS.items() for options in several],
-    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
-)
+    [pytest.param(name, options, id=f"{name}-{key}")
+     for name, layer in LAYERS.items() for key, options in layer.options.items()],
+)  # fmt: skip
 
 
 @every_option
 def test_every_option_is_reproduced(layer: str, options: dict[str, Any], ids: Tensor) -> None:
-    model = FAMILIES[LAYERS[layer]](**options)
+    model = FAMILIES[FAMILY[layer]].build(**options)
     assert errors(layer, model, ids) <= 1e-5
     assert errors(layer, model, ids, LEFT) <= 1e-5
     mixer = mixers(layer, model)[-1]
@@ -291,7 +244,7 @@ def test_every_option_is_reproduced(layer: str, options: dict[str, Any], ids: Te
 
 @every_conv
 def test_a_bias_reaches_gates_and_padding(layer: str) -> None:
-    mixer = mixers(layer, FAMILIES[LAYERS[layer]](conv_bias=True))[0]
+    mixer = mixers(layer, FAMILIES[FAMILY[layer]].build(conv_bias=True))[0]
     agrees(mixer, tokens(mixer, 2, 7), attention_mask=HOLES)
     call = call_directly(mixer, tokens(mixer, 2, 7), attention_mask=HOLES)
     decomposed = decompose(call, 1e-5)
@@ -419,7 +372,7 @@ def test_the_gates_have_the_layers_gradient() -> None:
 def test_each_call_reads_the_weights_that_the_model_has_rescaled(ids: Tensor) -> None:
     """The model divides weights at the first call in evaluation, and restores them in training."""
     for layer in ("RwkvSelfAttention", "RwkvFeedForward"):
-        model = FAMILIES["rwkv"](rescale_every=1)
+        model = FAMILIES["rwkv"].build(rescale_every=1)
         for train in (False, False, True, False):
             if train:
                 model.train()
@@ -497,7 +450,7 @@ def test_fused_weights_are_split() -> None:
 
 
 def test_the_bias_of_the_norm_is_carried_past_the_gate(ids: Tensor) -> None:
-    call = record("xLSTMLayer", FAMILIES["xlstm"](use_bias=True), ids)[0]
+    call = record("xLSTMLayer", FAMILIES["xlstm"].build(use_bias=True), ids)[0]
     chain = decompose(call, 1e-5).chain
     assert "bias" in chain.factors["norm"].terms
     unbiased = Chain({**chain.factors, "norm": chain.factors["norm"].without("bias")})

@@ -5,15 +5,13 @@ import inspect
 from functools import cache
 from typing import Any
 
-import oracles_softmax as oracles
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from captum_ssm import UnsupportedModelError, supported
-from captum_ssm.adapters.softmax import attention_weights
+from captum_ssm.layers.attention_weights import attention_weights
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import relative_error
 from captum_ssm.layers.mixers import find_adapter
@@ -21,32 +19,14 @@ from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Attention, Chain
 from captum_ssm.testing import check_adapter
+from tests import oracles_softmax as oracles
+from tests.families import FAMILIES, VOCABULARY, layers_of
 
-LAYERS = {
-    "jamba": "JambaAttention",
-    "zamba": "ZambaAttention",
-    "zamba2": "Zamba2Attention",
-    "bamba": "BambaAttention",
-    "granitemoehybrid": "GraniteMoeHybridAttention",
-    "falcon_h1": "FalconH1Attention",
-    "nemotron_h": "NemotronHAttention",
-    "recurrent_gemma": "RecurrentGemmaAttention",
-    "qwen3_next": "Qwen3NextAttention",
-    "qwen3_5": "Qwen3_5Attention",
-    "qwen3_5_moe": "Qwen3_5MoeAttention",
-    "qwen4_exp": "Qwen4ExpTextAttention",
-    "olmo_hybrid": "OlmoHybridAttention",
-    "minimax": "MiniMaxAttention",
-    "lfm2": "Lfm2Attention",
-    "lfm2_moe": "Lfm2MoeAttention",
-    "lfm3": "Lfm3Attention",
-    "kimi_linear": "KimiLinearAttention",
-    "bailing_hybrid": "BailingHybridAttention",
-    "glm5_next": "Glm5NextTextAttention",
-}
-LATENT = ("kimi_linear", "bailing_hybrid", "glm5_next")
-GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "lfm3", "bailing_hybrid")
-SPARSE = ("qwen4_exp", "glm5_next")
+LAYERS = {family: layer for family, _, layer in layers_of(oracles)}
+CLASS = {family: name for family, name, _ in layers_of(oracles)}
+"""The class of the softmax layers of each family."""
+LATENT = [family for family, layer in LAYERS.items() if "value" in layer.factors]
+SPARSE = [family for family, layer in LAYERS.items() if layer.sparse]
 IMPLEMENTATIONS = ("sdpa", "eager")
 L = 9
 LEFT = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
@@ -54,12 +34,6 @@ HOLES = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 1, 0, 1]])
 MASKS: dict[str, Tensor | None] = {
     "no mask": None, "all real": torch.ones(2, 9), "left padding": LEFT, "right padding": LEFT.flip(1), "holes": HOLES,
 }  # fmt: skip
-LFM3_LAYERS = ["conv", "sliding_attention", "conv", "full_attention"]
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "lfm3": {"head_dim": 4, "layer_types": LFM3_LAYERS, "sliding_window": 4},
-    "glm5_next": {"index_n_heads": 8},  # with few heads, scores of 0 tie
-}
-
 every_family = pytest.mark.parametrize("name", LAYERS)
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -68,7 +42,7 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 @cache
 def tiny(name: str, implementation: str = "sdpa") -> Any:
     """Return the family's model, built once: no test here may change it."""
-    model: Any = FAMILIES[name](**DEFAULTS.get(name, {}))
+    model: Any = FAMILIES[name].build()
     return prepared(model, implementation)
 
 
@@ -87,7 +61,7 @@ def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: 
     """Run the model and return the calls of its softmax layers."""
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, **{"use_cache": False, **kwargs})
-    found = [call.detach() for call in calls if type(call.mixer).__name__ in LAYERS.values()]
+    found = [call.detach() for call in calls if type(call.mixer).__name__ in CLASS.values()]
     assert found
     return found
 
@@ -135,7 +109,7 @@ def check_masked(chain: Chain, real: Tensor, blind: bool = False) -> None:
 def test_these_classes_are_registered_and_no_other() -> None:
     softmax = {support.layer: support.family for support in supported() if support.kernel == "softmax attention"}
     native = {"MHA": "mamba_ssm", "Attention": "fla"}  # tests/native
-    assert softmax == {layer: family for family, layer in LAYERS.items()} | native
+    assert softmax == {layer: family for family, layer in CLASS.items()} | native
     interface = type("LlamaAttention", (nn.Module,), vars(tiny("jamba").get_submodule("model.layers.1.self_attn")))
     assert find_adapter(interface()) is None
 
@@ -149,9 +123,7 @@ def test_the_layer_is_reproduced(name: str, implementation: str, mask: Tensor | 
         assert error(call, mask) <= 1e-6 or (holes_in_pools and implementation == "eager")
         chain = chain_of(call)
         check_masked(chain, real_of(call, mask), blind=holes_in_pools)
-        gate = ["gate"] if name in GATED else []
-        value = ["value", "norm"] if name in LATENT else []
-        assert list(chain.factors) == ["out", *gate, "attention", *value, "in"]
+        assert tuple(chain.factors) == LAYERS[name].factors
 
 
 @every_family
@@ -223,7 +195,8 @@ def check_equations(name: str, call: LayerCall, mask: Tensor | None) -> None:
 
     transformers computes the softmax, the norms and the rotary angles in float32 whatever the layer's type.
     """
-    mixer, real, x = call.mixer, real_of(call, mask), call.x.double()
+    mixer: Any = call.mixer
+    real, x = real_of(call, mask), call.x.double()
     window = getattr(mixer, "sliding_window", getattr(mixer.config, "sliding_window", None))
     place = mixer.layer_dic[call.kwargs["layer_idx"]] if hasattr(mixer, "linear_v_adapter_list") else None
     expected = oracles.layer(mixer, x, real, window, frequencies(name, call), place)
@@ -246,45 +219,12 @@ def test_the_layer_is_the_written_out_layer(name: str, mask: Tensor | None, ids:
         check_equations(name, call, mask)
 
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"attention_bias": True}) for name in (
-        "bamba", "granitemoehybrid", "falcon_h1", "recurrent_gemma", "qwen3_next", "qwen3_5", "qwen3_5_moe",
-        "qwen4_exp", "olmo_hybrid", "lfm3", "kimi_linear", "bailing_hybrid", "glm5_next")),
-    *((name, {"num_key_value_heads": heads}) for heads in (1, 4) for name in (
-        "jamba", "bamba", "nemotron_h", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "minimax", "lfm2")),
-    *((name, {"head_dim": 6}) for name in ("jamba", "nemotron_h", "qwen3_5", "minimax", "lfm3")),
-    ("zamba", {"num_key_value_heads": 2}),
-    ("zamba2", {"use_shared_attention_adapter": True}),
-    ("zamba2", {"use_shared_attention_adapter": True, "num_mem_blocks": 2}),
-    ("zamba2", {"use_mem_rope": True}),
-    ("zamba2", {"use_mem_rope": True, "use_shared_attention_adapter": True, "num_key_value_heads": 4}),
-    ("granitemoehybrid", {"position_embedding_type": "rope", "attention_multiplier": 0.3}),
-    ("falcon_h1", {"key_multiplier": 0.4}),
-    ("recurrent_gemma", {"attention_window_size": 1}),
-    ("recurrent_gemma", {"attention_window_size": 20}),
-    ("qwen3_5", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}}),
-    ("qwen4_exp", {"indexer_n_heads": 3, "indexer_budget": 2, "indexer_compress_ratio": 1}),
-    ("qwen4_exp", {"indexer_budget": 3, "indexer_compress_ratio": 3}),
-    ("olmo_hybrid", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
-    ("minimax", {"sliding_window": 3}),
-    ("lfm3", {"use_attention_gate": False}),
-    ("lfm3", {"sliding_window": 2, "attention_bias": True}),
-    ("kimi_linear", {"q_lora_rank": 5}),
-    ("kimi_linear", {"qk_nope_head_dim": 6, "v_head_dim": 4, "q_lora_rank": 5, "attention_bias": True}),
-    ("kimi_linear", {"qk_nope_head_dim": 10, "v_head_dim": 6, "qk_rope_head_dim": 2}),
-    ("bailing_hybrid", {"qk_rope_head_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
-    ("glm5_next", {"index_topk": 6, "index_kpool": 3}),
-    ("glm5_next", {"index_topk": 2, "index_kpool": 1}),
-    ("glm5_next", {"index_kpool_always_select_tail": False, "index_topk": 2}),
-    ("glm5_next", {"index_kpool_always_select_tail": False, "index_kpool": 10, "index_topk": 10}),
-    ("glm5_next", {"layer_types": ["linear_attention"] + 3 * ["full_attention"],
-                   "indexer_types": ["full", "full", "shared", "full"]}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{name} {options}" for name, options in OPTIONS])
+@pytest.mark.parametrize(("name", "options"), [
+    pytest.param(name, options, id=f"{name} {options}")
+    for name, layer in LAYERS.items() for options in layer.options.values()
+])  # fmt: skip
 def test_every_option_is_decomposed(name: str, options: dict[str, Any], ids: Tensor) -> None:
-    model = prepared(FAMILIES[name](**{**DEFAULTS.get(name, {}), **options}))
+    model = prepared(FAMILIES[name].build(**options))
     for mask in (None, LEFT):
         for call in record(model, ids, mask):
             assert error(call, mask) <= 1e-6
@@ -305,7 +245,7 @@ def test_the_gradient_is_the_layers_own(name: str, implementation: str, mask: Te
         u = torch.randn_like(call.y) * real.unsqueeze(-1)
         y = chain_of(call, x).apply(x, bias=True)
         (found,) = torch.autograd.grad((u * y).sum(), x)
-        y = type(call.mixer).forward(call.mixer, x, **call.kwargs)[0]  # type: ignore[operator]
+        y = type(call.mixer).forward(call.mixer, x, **call.kwargs)[0]
         (expected,) = torch.autograd.grad((u * y).masked_fill(~real.unsqueeze(-1), 0).sum(), x)
         assert relative_error(found, expected) <= 1e-5
         gates = torch.autograd.grad((u * chain_of(call, x).apply(call.x, bias=True)).sum(), x)[0]
@@ -323,7 +263,7 @@ def test_the_gradient_is_finite_in_float64_with_padding(name: str, ids: Tensor) 
 
 
 def windowed(name: str, **options: Any) -> Any:
-    return prepared(FAMILIES[name](**{**DEFAULTS.get(name, {}), **options}))
+    return prepared(FAMILIES[name].build(**options))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +276,7 @@ def test_a_window_shorter_than_the_sequence_is_kept(name: str, options: dict[str
 
 
 def test_shared_layers_have_adapters_of_their_own(ids: Tensor) -> None:
-    model = prepared(FAMILIES["zamba2"](num_mem_blocks=1))
+    model = prepared(FAMILIES["zamba2"].build(num_mem_blocks=1))
     one, two = record(model, ids)
     assert one.mixer.get_submodule("v_proj").weight is two.mixer.get_submodule("v_proj").weight
     assert error(one) <= 1e-6 and error(two) <= 1e-6
@@ -366,11 +306,11 @@ def test_a_token_that_may_see_nothing_has_a_row_of_0(ids: Tensor) -> None:
     over later ones, which no decomposition into causal attention can be: the fidelity check refuses it.
     """
     options = {"index_kpool_always_select_tail": False, "index_kpool": 3, "index_topk": 3}
-    (call, *_) = record(prepared(FAMILIES["glm5_next"](**options)), ids)
+    (call, *_) = record(prepared(FAMILIES["glm5_next"].build(**options)), ids)
     weights = weights_of(chain_of(call))
     assert weights[:, :, :2].eq(0).all() and (weights[:, :, 2:].sum(-1) - 1).abs().max() <= 1e-6
     assert error(call) <= 1e-6
-    (call, *_) = record(prepared(FAMILIES["glm5_next"](**options), "eager"), ids)
+    (call, *_) = record(prepared(FAMILIES["glm5_next"].build(**options), "eager"), ids)
     assert error(call) > 1e-2 and weights_of(chain_of(call)).triu(1).eq(0).all()
 
 
@@ -392,8 +332,8 @@ def test_every_form_of_a_mask_gives_the_same(name: str, ids: Tensor) -> None:
     for form in (LEFT, LEFT.bool(), LEFT.float(), *additive, additive[0].double(), additive[2].half()):
         assert relative_error(weights_of(chain_of(with_mask(call, form))), expected) <= 1e-6
     (plain, *_) = record(tiny(name), ids)
-    for form in (None, torch.ones(2, L)):
-        assert relative_error(weights_of(chain_of(with_mask(plain, form))), weights_of(chain_of(plain))) <= 1e-6
+    for full in (None, torch.ones(2, L)):
+        assert relative_error(weights_of(chain_of(with_mask(plain, full))), weights_of(chain_of(plain))) <= 1e-6
 
 
 def test_an_additive_mask_that_is_a_bias_is_kept(ids: Tensor) -> None:
@@ -424,9 +364,9 @@ def test_reading_the_weights_leaves_no_trace(name: str, ids: Tensor, unchanged: 
         module.register_forward_hook(lambda *_: fired.append("after"))
     with unchanged(model, ids):
         for call in calls:
-            before = {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
+            before = {key: id(value) for key, value in vars(call.mixer.config).items()}
             chain_of(call)
-            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}  # type: ignore[arg-type]
+            assert before == {key: id(value) for key, value in vars(call.mixer.config).items()}
     assert not fired and model.config._attn_implementation == "sdpa"
 
 
@@ -461,7 +401,7 @@ def test_patches_of_the_layer_and_its_parts_do_not_run(name: str, ids: Tensor) -
         raise AssertionError("a patched forward ran")
 
     for part in call.mixer.modules():
-        part.forward = fail  # type: ignore[method-assign, assignment]
+        part.forward = fail
     assert error(call) <= 1e-6
 
 
@@ -481,4 +421,5 @@ def test_a_cache_is_neither_read_nor_written(name: str, ids: Tensor) -> None:
 
 
 def test_the_adapter_names_no_library() -> None:
-    assert "import transformers" not in inspect.getsource(inspect.getmodule(attention_weights))  # type: ignore[arg-type]
+    module = inspect.getmodule(attention_weights)
+    assert module is not None and "import transformers" not in inspect.getsource(module)

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import oracles_ssd
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm.layers.call import LayerCall
@@ -16,21 +14,12 @@ from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Product, Scan
 from captum_ssm.testing import check_adapter
+from tests import oracles_ssd
+from tests.families import FAMILIES, VOCABULARY, layers_of
 
-GATED = ["out", "norm", "gate", "scan", "act", "conv", "in"]
-PLAIN = ["out", "gate", "scan", "act", "conv", "in"]
-LAYERS: dict[str, tuple[str, int, list[str]]] = {
-    "jamba": ("JambaMambaMixer", 2, PLAIN),
-    "zamba": ("ZambaMambaMixer", 4, PLAIN),
-    "mamba2": ("Mamba2Mixer", 2, GATED),
-    "bamba": ("BambaMixer", 2, GATED),
-    "granitemoehybrid": ("GraniteMoeHybridMambaLayer", 2, GATED),
-    "falcon_h1": ("FalconH1Mixer", 2, GATED),
-    "falcon_h1 without norm": ("FalconH1Mixer", 2, PLAIN),
-    "nemotron_h": ("NemotronHMamba2Mixer", 2, GATED),
-    "zamba2": ("Zamba2MambaMixer", 4, GATED),
-}
-"""Class of the layers, how many the tiny model has, and the factors of their chains."""
+LAYERS = {family: layer for family, _, layer in layers_of(oracles_ssd)}
+CLASS = {family: name for family, name, _ in layers_of(oracles_ssd)}
+"""The class of the layers of each family."""
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 MASKS = {"no mask": None, "left padding": LEFT, "right padding": LEFT.flip(1)}
@@ -38,17 +27,22 @@ every_family = pytest.mark.parametrize("name", LAYERS)
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
+def count(name: str, model: Any) -> int:
+    """Return how many of its layers the family's model has, from its configuration."""
+    return sum(block.classes.count(CLASS[name]) for block in FAMILIES[name].blocks(model.config))
+
+
 def mixers(name: str, model: nn.Module) -> list[Any]:
-    found = [module for module in model.modules() if type(module).__name__ == LAYERS[name][0]]
-    assert len(found) == LAYERS[name][1]
+    found = [module for module in model.modules() if type(module).__name__ == CLASS[name]]
+    assert len(found) == count(name, model) > 0
     return found
 
 
 def record(name: str, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[LayerCall]:
     with torch.no_grad(), record_mixers(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-    calls = [call for call in calls if type(call.mixer).__name__ == LAYERS[name][0]]
-    assert len(calls) == LAYERS[name][1]
+    calls = [call for call in calls if type(call.mixer).__name__ == CLASS[name]]
+    assert len(calls) == count(name, model) > 0
     return calls
 
 
@@ -58,10 +52,9 @@ def call_of(mixer: nn.Module, x: Tensor, mask: Tensor | None = None) -> LayerCal
         return LayerCall(type(mixer).__name__, mixer, x, mixer(x, **kwargs), kwargs)
 
 
-def pieces_of(model: nn.Module, mixer: Any, x: Tensor, mask: Tensor | None = None) -> oracles_ssd.Pieces:
-    if type(mixer).__name__ in ("JambaMambaMixer", "ZambaMambaMixer"):
-        return oracles_ssd.hybrid_s6(mixer, x, mask)
-    return oracles_ssd.ssd(mixer, x, mask, getattr(model.config, "ssm_multipliers", None))
+def pieces_of(name: str, model: Any, mixer: Any, x: Tensor, mask: Tensor | None = None) -> oracles_ssd.Pieces:
+    multipliers = getattr(model.config, "ssm_multipliers", None)
+    return LAYERS[name].oracle(mixer, x, mask, *([] if multipliers is None else [multipliers]))
 
 
 def width(mixer: Any) -> int:
@@ -75,11 +68,11 @@ def width(mixer: Any) -> int:
 @every_family
 @every_mask
 def test_the_chain_reproduces_the_layers_output(name: str, ids: Tensor, mask: Tensor | None) -> None:
-    calls = record(name, FAMILIES[name](), ids, mask)
+    calls = record(name, FAMILIES[name].build(), ids, mask)
     for call in calls:
         layer = decompose(call)
         assert layer.error <= 2e-6
-        assert list(layer.chain.factors) == LAYERS[name][2] + (["mask"] if mask is not None else [])
+        assert list(layer.chain.factors) == [*LAYERS[name].factors, *(["mask"] if mask is not None else [])]
     masks = [call.kwargs.get("attention_mask") for call in calls]
     assert all((seen is None) == (mask is None) for seen in masks)
 
@@ -88,13 +81,13 @@ def test_the_chain_reproduces_the_layers_output(name: str, ids: Tensor, mask: Te
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 1), (1, 2), (2, 4), (1, 41)])
 def test_the_chain_reproduces_inputs_of_any_size(name: str, B: int, L: int) -> None:
     """One token, fewer tokens than taps, exactly one chunk, a part of a chunk after ten."""
-    for call in record(name, FAMILIES[name](), torch.randint(1, VOCABULARY, (B, L))):
+    for call in record(name, FAMILIES[name].build(), torch.randint(1, VOCABULARY, (B, L))):
         assert decompose(call).error <= 2e-6
 
 
 @every_family
 def test_the_chain_reproduces_bfloat16(name: str) -> None:
-    for mixer in mixers(name, FAMILIES[name]().bfloat16()):
+    for mixer in mixers(name, FAMILIES[name].build().bfloat16()):
         layer = decompose(call_of(mixer, torch.randn(2, 7, width(mixer), dtype=torch.bfloat16), LEFT))
         assert layer.x.dtype == layer.chain.apply(layer.x, bias=True).dtype == torch.float32
         assert 1e-5 < layer.error <= 5e-2
@@ -103,7 +96,7 @@ def test_the_chain_reproduces_bfloat16(name: str) -> None:
 @every_family
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_layer_holds_the_laws_of_adapters(name: str, masked: bool) -> None:
-    for mixer in mixers(name, FAMILIES[name]()):
+    for mixer in mixers(name, FAMILIES[name].build()):
         report = check_adapter(mixer, torch.randn(2, 7, width(mixer)), {"attention_mask": LEFT} if masked else None)
         assert max(report.fidelity, report.adjoint, report.dense) <= 2e-6
 
@@ -112,7 +105,7 @@ def test_every_layer_holds_the_laws_of_adapters(name: str, masked: bool) -> None
 @every_mask
 def test_the_gradient_of_the_chain_is_that_of_the_layer(name: str, mask: Tensor | None) -> None:
     """Nothing is detached: with its gates recomputed from x, the chain is the layer as a function of x."""
-    mixer = mixers(name, FAMILIES[name]())[0]
+    mixer = mixers(name, FAMILIES[name].build())[0]
     adapter = find_adapter(mixer)
     assert adapter is not None
     x, u = torch.randn(2, 2, 7, width(mixer)).unbind()
@@ -125,123 +118,14 @@ def test_the_gradient_of_the_chain_is_that_of_the_layer(name: str, mask: Tensor 
 
 # --- The equations, with every option of the configurations -------------------------------------------------------
 
-HYBRID_S6: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "biased projections": {"mamba_proj_bias": True},
-    "no bias in the convolution": {"mamba_conv_bias": False},
-    "no bias anywhere": {"mamba_proj_bias": False, "mamba_conv_bias": False},
-    "two taps": {"mamba_d_conv": 2},
-    "more taps than tokens": {"mamba_d_conv": 9},
-    "one state": {"mamba_d_state": 1},
-    "rank one": {"mamba_dt_rank": 1},
-    "one channel for each width": {"mamba_expand": 1},
-}
-HYBRID_SSD: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "biased projections": {"mamba_proj_bias": True},
-    "no bias in the convolution": {"mamba_conv_bias": False},
-    "gelu": {"hidden_act": "gelu"},
-    "relu": {"hidden_act": "relu"},
-    "two taps": {"mamba_d_conv": 2},
-    "more taps than tokens": {"mamba_d_conv": 9},
-    "one state": {"mamba_d_state": 1},
-    "steps within limits": {"time_step_limit": (0.4, 0.8)},
-    "a large epsilon": {"rms_norm_eps": 0.5},
-    "one group": {"mamba_n_groups": 1},
-    "four groups": {"mamba_n_groups": 4},
-    "a group for each head": {"mamba_n_groups": 8},
-    "two heads": {"mamba_n_heads": 2, "mamba_d_head": 16},
-    "one head": {"mamba_n_heads": 1, "mamba_d_head": 32, "mamba_n_groups": 1},
-    "heads of one channel": {"mamba_n_heads": 32, "mamba_d_head": 1},
-    "three times as many channels": {"mamba_expand": 3, "mamba_d_head": 6},
-    "one chunk": {"mamba_chunk_size": 64},
-}
-FALCON_H1: dict[str, dict[str, Any]] = {
-    **HYBRID_SSD,
-    "three times as many channels": {"mamba_expand": 3, "mamba_d_head": 6, "mamba_d_ssm": None},
-    "norm before gate": {"mamba_norm_before_gate": True},
-    "four groups, norm before gate": {"mamba_norm_before_gate": True, "mamba_n_groups": 4},
-    "biased output": {"projectors_bias": True},
-    "all biases": {"mamba_proj_bias": True, "projectors_bias": True},
-    "biases and no multiplier": {"mamba_proj_bias": True, "ssm_multipliers": [1.0] * 5, "ssm_in_multiplier": 1.0},
-    "other multipliers": {"ssm_multipliers": [1.5, 0.5, 2.0, 0.3, 0.7], "ssm_in_multiplier": 0.6},
-    "fewer channels than the width": {"mamba_d_ssm": 8, "mamba_n_heads": 4, "mamba_d_head": 2},
-}
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "jamba": {**HYBRID_S6, "gelu": {"hidden_act": "gelu"}, "a large epsilon": {"rms_norm_eps": 0.5}},
-    "zamba": {
-        **HYBRID_S6,
-        "gelu": {"hidden_mamba_act": "gelu"},
-        "relu": {"hidden_mamba_act": "relu"},
-        "one head": {"n_mamba_heads": 1},
-        "four heads": {"n_mamba_heads": 4},
-        "a head for each channel": {"n_mamba_heads": 32},
-        "four biased heads": {"n_mamba_heads": 4, "mamba_proj_bias": True},
-    },
-    "mamba2": {
-        "as it is": {},
-        "biased projections": {"use_bias": True},
-        "no bias in the convolution": {"use_conv_bias": False},
-        "gelu": {"hidden_act": "gelu"},
-        "relu": {"hidden_act": "relu"},
-        "two taps": {"conv_kernel": 2},
-        "more taps than tokens": {"conv_kernel": 9},
-        "one state": {"state_size": 1},
-        "steps within limits": {"time_step_limit": (0.4, 0.8)},
-        "steps not too small": {"time_step_limit": (0.8, float("inf"))},
-        "steps not too large": {"time_step_limit": (0.0, 0.3)},
-        "a large epsilon": {"layer_norm_epsilon": 0.5},
-        "one group": {"n_groups": 1},
-        "four groups": {"n_groups": 4},
-        "a group for each head": {"n_groups": 8},
-        "two heads": {"num_heads": 2, "head_dim": 16},
-        "one head": {"num_heads": 1, "head_dim": 32, "n_groups": 1},
-        "heads of one channel": {"num_heads": 32, "head_dim": 1},
-        "three times as many channels": {"expand": 3, "head_dim": 6},
-        "one chunk": {"chunk_size": 64},
-    },
-    "bamba": HYBRID_SSD,
-    "granitemoehybrid": {key: HYBRID_SSD[key] for key in list(HYBRID_SSD)[:11]},
-    "falcon_h1": FALCON_H1,
-    "falcon_h1 without norm": {
-        key: {**FALCON_H1[key], "mamba_rms_norm": False}
-        for key in ("as it is", "biased projections", "steps within limits", "other multipliers", "one group")
-    },
-    "nemotron_h": {
-        "as it is": {},
-        "biased projections": {"use_bias": True},
-        "no bias in the convolution": {"use_conv_bias": False},
-        "gelu": {"mamba_hidden_act": "gelu"},
-        "two taps": {"conv_kernel": 2},
-        "one state": {"ssm_state_size": 1},
-        "steps not too small": {"time_step_min": 0.7},
-        "a large epsilon": {"layer_norm_epsilon": 0.5},
-        "one group": {"n_groups": 1},
-        "a group for each head": {"n_groups": 8},
-        "fewer heads": {"mamba_num_heads": 4},
-        "channels that are no multiple of the width": {"mamba_num_heads": 6, "mamba_head_dim": 7},
-        "one chunk": {"chunk_size": 64},
-    },
-    "zamba2": {
-        "as it is": {},
-        "biased projections": {"add_bias_linear": True},
-        "two taps": {"mamba_d_conv": 2},
-        "one state": {"mamba_d_state": 1},
-        "steps not too small": {"time_step_min": 0.7},
-        "one group": {"mamba_ngroups": 1},
-        "a group for each head": {"mamba_ngroups": 8},
-        "two heads": {"n_mamba_heads": 2, "mamba_headdim": 16},
-        "three times as many channels": {"mamba_expand": 3, "mamba_headdim": 6},
-        "one chunk": {"chunk_size": 64},
-    },
-}
+OPTIONS = {family: {"as it is": {}, **layer.options} for family, layer in LAYERS.items()}
 CASES = [(name, option) for name, options in OPTIONS.items() for option in options]
 NUMBERS = ("a large epsilon", "gelu", "relu", "steps", "norm before gate", "other multipliers")
 """Options that leave the shapes of the parameters as they are."""
 
 
 def built(name: str, option: str) -> nn.Module:
-    return FAMILIES[name](**OPTIONS[name][option])
+    return FAMILIES[name].build(**OPTIONS[name][option])
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
@@ -267,7 +151,7 @@ def test_the_factors_are_the_written_out_equations(name: str, option: str) -> No
     mixer = mixers(name, model)[-1]
     x = torch.randn(2, 5, width(mixer), dtype=torch.float64)
     mask = LEFT[:, 2:]  # the second example has no padding
-    call, expected = call_of(mixer, x, mask), pieces_of(model, mixer, x, mask)
+    call, expected = call_of(mixer, x, mask), pieces_of(name, model, mixer, x, mask)
     assert relative_error(expected.y, call.y) <= 2e-6  # the oracle is the layer, which computes in float32
     chain = decompose(call).chain
     assert relative_error(chain.apply(x, bias=True), expected.y) <= 1e-12
@@ -309,7 +193,7 @@ def test_the_norm_normalises_each_group_of_what_reaches_it(option: str, order: l
 
 def test_jambas_b_and_c_have_their_own_norms() -> None:
     """The attention has the product of both norms' weights alone, so that it does not tell which is whose."""
-    mixer = mixers("jamba", FAMILIES["jamba"]())[0]
+    mixer = mixers("jamba", FAMILIES["jamba"].build())[0]
     scan = decompose(call_of(mixer, torch.randn(2, 7, width(mixer)))).chain.factors["scan"]
     assert isinstance(scan, Scan) and isinstance(scan.b, Product) and isinstance(scan.c, Tensor)
     for normed, norm in ((scan.b.factors[1], mixer.b_layernorm), (scan.c, mixer.c_layernorm)):
@@ -328,7 +212,7 @@ def forgetful(mixer: Any) -> None:
 
 @every_family
 def test_long_sequences_with_strong_decays_stay_exact(name: str) -> None:
-    mixer = mixers(name, FAMILIES[name]())[0]
+    mixer = mixers(name, FAMILIES[name].build())[0]
     forgetful(mixer)
     call = call_of(mixer, torch.randn(1, 200, width(mixer)))
     layer = decompose(call)
@@ -341,7 +225,7 @@ def test_long_sequences_with_strong_decays_stay_exact(name: str) -> None:
 
 @every_family
 def test_the_gradient_with_strong_decays_is_finite(name: str) -> None:
-    mixer = mixers(name, FAMILIES[name]())[0]
+    mixer = mixers(name, FAMILIES[name].build())[0]
     forgetful(mixer)
     adapter = find_adapter(mixer)
     assert adapter is not None
@@ -366,7 +250,7 @@ def test_what_all_heads_share_is_held_once(name: str, option: str, heads: int) -
 
 def test_heads_share_their_attention() -> None:
     """One (L, L) matrix serves all channels of a head of Mamba-2, and the B and C of a group all heads of it."""
-    mixer = mixers("mamba2", FAMILIES["mamba2"]())[0]
+    mixer = mixers("mamba2", FAMILIES["mamba2"].build())[0]
     chain = decompose(call_of(mixer, torch.randn(2, 7, 16))).chain
     scan = chain.factors["scan"]
     assert isinstance(scan, Scan) and (scan.heads, scan.head_size) == (8, 4)
@@ -381,6 +265,6 @@ def test_heads_share_their_attention() -> None:
 
 def test_a_layer_derived_from_a_supported_one_has_its_adapter() -> None:
     """So do the layers of models that build on these, such as those around Nemotron-H."""
-    mixer = mixers("nemotron_h", FAMILIES["nemotron_h"]())[0]
+    mixer = mixers("nemotron_h", FAMILIES["nemotron_h"].build())[0]
     mixer.__class__ = type("OwnMixer", (type(mixer),), {})
     assert decompose(call_of(mixer, torch.randn(2, 7, 16))).error <= 2e-6

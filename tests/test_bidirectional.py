@@ -1,12 +1,8 @@
 """Layers that read the sequence from both ends: the operators that they need, and Vision Mamba's layer."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import oracles
-import oracles_vision
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,13 +18,11 @@ from captum_ssm import (
     register,
     unregister,
 )
-from captum_ssm.adapters.s6 import bidirectional
+from captum_ssm.layers.adapters.native_s6 import bidirectional
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Flip, Operator, Projection, Scan, Sum
 from captum_ssm.testing import check_adapter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from tests import oracles, oracles_vision
 from tutorials.vision_mamba import Mamba, VisionMamba
 
 SHAPE = (2, 6, 3)
@@ -50,7 +44,7 @@ def moved(module: nn.Module) -> Any:
     module = module.double().eval()
     with torch.no_grad():
         for weight in module.parameters():
-            weight += 0.2 * torch.randn_like(weight)
+            weight.add_(0.2 * torch.randn_like(weight))
     return module
 
 
@@ -461,7 +455,7 @@ def of_tokens(method: Any, images: Tensor, **options: Any) -> Tensor:
 
 
 def patches_of(model: Any, scores: Tensor) -> Tensor:
-    return model.to_grid(scores).flatten(1)  # type: ignore[no-any-return]
+    return model.to_grid(scores).flatten(1)
 
 
 @pytest.mark.parametrize("class_token", CLASS_TOKENS)

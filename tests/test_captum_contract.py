@@ -10,8 +10,6 @@ import captum.metrics
 import pytest
 import torch
 from captum.attr import Attribution, GradientAttribution, LayerGradientXActivation, NoiseTunnel
-from conftest import SEVERAL, build
-from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -24,6 +22,8 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
+from tests.conftest import SEVERAL, build
+from tests.families import VOCABULARY
 
 
 @pytest.fixture(params=SEVERAL)
@@ -68,7 +68,7 @@ def of_embeddings(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: model(inputs_embeds=x, use_cache=False).logits[:, -1]
 
 
-def embed(model: nn.Module, ids: Tensor) -> Tensor:
+def embed(model: Any, ids: Tensor) -> Tensor:
     return model.get_input_embeddings()(ids).detach()
 
 
@@ -339,7 +339,7 @@ def test_the_undecorated_attribute_is_there_and_works(method: Any, mamba: nn.Mod
 
 def test_the_undecorated_attribute_of_a_layer_is_there_and_works(mamba: nn.Module, ids: Tensor) -> None:
     layer = LayerImplicitAttention(mamba, 0)
-    assert torch.equal(layer.attribute.__wrapped__(layer, ids), layer.attribute(ids))
+    assert torch.equal(layer.attribute.__wrapped__(layer, ids), layer.attribute(ids))  # type: ignore[attr-defined]
 
 
 # --- Grad modes and state -----------------------------------------------------------------------------------------
@@ -603,7 +603,7 @@ def test_a_contrast_matters(method: Any, mamba: nn.Module, ids: Tensor) -> None:
     assert_differ(one, other)
 
 
-def test_a_signed_score_turns_round_with_its_contrast(mamba: nn.Module, ids: Tensor) -> None:
+def test_a_signed_score_turns_round_with_its_contrast(mamba: Any, ids: Tensor) -> None:
     """What speaks for one class speaks against the other; what passes a layer by speaks for neither."""
     mamba.backbone.layers = mamba.backbone.layers[:1].eval()
     made = METHODS["signed"](mamba)
@@ -811,18 +811,18 @@ def test_a_contrast_without_a_target_is_refused_where_a_target_may_be_left_out(
 # --- The method of the embedding layer ----------------------------------------------------------------------------
 
 
-def at_embeddings(model: nn.Module, forward: Any = None, **options: Any) -> Any:
+def at_embeddings(model: Any, forward: Any = None, **options: Any) -> Any:
     layer = model.get_input_embeddings()
     if forward is None:
         return LayerImplicitAttentionAttribution(model, layer, **options)
     return LayerImplicitAttentionAttribution(forward, layer, model=model, **options)
 
 
-def caches(model: nn.Module) -> list[Any]:
+def caches(model: Any) -> list[Any]:
     return [module.config.use_cache for module in model.modules() if hasattr(module, "config")]
 
 
-def test_the_embedding_layers_scores_are_those_of_the_tokens(family: nn.Module, ids: Tensor) -> None:
+def test_the_embedding_layers_scores_are_those_of_the_tokens(family: Any, ids: Tensor) -> None:
     for rectify in ("channel", "token", None):
         expected = ImplicitAttentionAttribution(family, rectify=rectify).attribute(ids, target=3)
         scores = at_embeddings(family, rectify=rectify).attribute(ids, target=3)
@@ -918,7 +918,7 @@ def test_hooks_and_caches_are_as_before_after_an_error_of_the_embedding_layers_c
     assert caches(family) == before
 
 
-def test_a_layer_that_is_not_the_embedding_layer_is_refused(mamba: nn.Module) -> None:
+def test_a_layer_that_is_not_the_embedding_layer_is_refused(mamba: Any) -> None:
     for layer in (nn.Embedding(VOCABULARY, 8), mamba.backbone.layers[0].mixer, mamba.lm_head, mamba):
         with pytest.raises(InvalidInputError, match=f"embedding layer.*not a {type(layer).__name__}"):
             LayerImplicitAttentionAttribution(mamba, layer)
@@ -926,9 +926,9 @@ def test_a_layer_that_is_not_the_embedding_layer_is_refused(mamba: nn.Module) ->
     with pytest.raises(InvalidInputError, match="model="):
         LayerImplicitAttentionAttribution(read_at(mamba, -1), layer)
     with pytest.raises(InvalidInputError, match="rectify"):
-        LayerImplicitAttentionAttribution(mamba, layer, rectify="row")
+        LayerImplicitAttentionAttribution(mamba, layer, rectify="row")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="attention"):
-        LayerImplicitAttentionAttribution(mamba, layer, attention="softmax")
+        LayerImplicitAttentionAttribution(mamba, layer, attention="softmax")  # type: ignore[arg-type]
 
 
 def test_what_the_embedding_layer_does_not_offer_is_refused(mamba: nn.Module, ids: Tensor, unchanged: Any) -> None:
@@ -945,7 +945,7 @@ def test_what_the_embedding_layer_does_not_offer_is_refused(mamba: nn.Module, id
             at_embeddings(copy.deepcopy(mamba).train()).attribute(ids, target=3)
 
 
-def test_the_embedding_layers_method_is_one_of_captums(mamba: nn.Module) -> None:
+def test_the_embedding_layers_method_is_one_of_captums(mamba: Any) -> None:
     made = at_embeddings(mamba)
     assert isinstance(made, LayerGradientXActivation) and isinstance(made, GradientAttribution)
     assert made.layer is mamba.get_input_embeddings() and made.forward_func is mamba

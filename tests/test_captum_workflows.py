@@ -23,11 +23,6 @@ from captum.attr import (
 )
 from captum.attr._utils.stat import Max, Mean, StdDev
 from captum.attr._utils.summarizer import Summarizer
-from conftest import build, snapshot
-from families import VOCABULARY
-from test_captum_contract import METHODS, assert_close, assert_differ, at_embeddings, embed, every_method
-from test_captum_contract import of_embeddings as last_of_embeddings
-from test_generation import FAMILIES, assert_rows_close, one_by_one, words
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +33,11 @@ from captum_ssm import (
     LLMImplicitAttention,
     models,
 )
+from tests.conftest import build, snapshot
+from tests.families import VOCABULARY
+from tests.test_captum_contract import METHODS, assert_close, assert_differ, at_embeddings, embed, every_method
+from tests.test_captum_contract import of_embeddings as last_of_embeddings
+from tests.test_generation import FAMILIES, assert_rows_close, one_by_one, words
 
 __all__ = ["words"]  # a fixture
 TEXT = "a gorgeous, witty film with a terrible ending"
@@ -180,7 +180,7 @@ def test_a_summarizer_gathers_scores(method: Any, mamba: nn.Module, ids: Tensor)
 
 
 @every_method
-def test_captums_gradient_of_a_neuron_is_refused(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+def test_captums_gradient_of_a_neuron_is_refused(method: Any, mamba: Any, ids: Tensor) -> None:
     """The gradients needed are those of a score at the layers: Captum's would be of a neuron at the inputs."""
     made = method(mamba)
     made.gradient_func = construct_neuron_grad_fn(mamba.backbone.norm_f, (6, 2))
@@ -189,7 +189,7 @@ def test_captums_gradient_of_a_neuron_is_refused(method: Any, mamba: nn.Module, 
 
 
 @every_method
-def test_a_neuron_is_explained_as_a_score_of_a_callable(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+def test_a_neuron_is_explained_as_a_score_of_a_callable(method: Any, mamba: Any, ids: Tensor) -> None:
     def neuron(ids: Tensor) -> Tensor:
         return mamba.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, 4, 2]
 

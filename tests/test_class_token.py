@@ -1,18 +1,13 @@
 """The published recipes for Vision Mamba's class token, against the published code written out."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import oracles_vision
 import pytest
 import torch
 from torch import Tensor
 
 from captum_ssm import ClassTokenAttention, ImplicitAttentionRollout, InvalidInputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from tests import oracles_vision
 from tutorials.vision_mamba import VisionMamba
 
 RECIPES = ["raw", "rollout", "attribution-2024", "attribution-2025"]
@@ -35,7 +30,7 @@ def vision_mamba(class_token: Any = "middle", **options: Any) -> Any:
     model = VisionMamba(**sizes | options, class_token=class_token).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.2 * torch.randn_like(weight)
+            weight.add_(0.2 * torch.randn_like(weight))
     return model
 
 
@@ -140,7 +135,8 @@ def test_scores_are_not_negative_and_the_class_token_s_is_zero(recipe: Any, atte
             self.inner = model
 
         def forward(self, tokens: Tensor) -> Tensor:
-            hidden, residual = tokens, None
+            hidden: Tensor = tokens
+            residual: Any = None
             for layer in model.layers:
                 hidden, residual = layer(hidden, residual)
             logits: Tensor = model.head(model.norm_f(hidden + residual)[:, model.class_position])

@@ -1,5 +1,6 @@
 """The command line explains a text with the shipped model, and says what to do when it cannot."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, S6, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +22,9 @@ from transformers import (
 
 import captum_ssm
 from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, cli, register_rule, unregister_rule
+from captum_ssm.cli.methods import METHODS
 from captum_ssm.models import REVIEWS
+from tests.families import FAMILIES, S6, perturbed
 
 GOOD, BAD = "A gorgeous, witty, seductive movie.", "A complete waste of time."
 
@@ -205,8 +206,8 @@ def test_every_option_is_taken_and_told(
     run: Any, options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Any] = []
-    for name, make in list(cli.METHODS.items()):
-        monkeypatch.setitem(cli.METHODS, name, lambda *args, make=make: used.append(make(*args)) or used[-1])
+    for name, make in list(METHODS.items()):
+        monkeypatch.setitem(METHODS, name, lambda *args, make=make: (used.append(make(*args)), used[-1])[1])  # type: ignore[func-returns-value]
     shown = run(GOOD, *options)
     assert shown.status == 0 and words in shown.flat
     (method,) = used
@@ -365,7 +366,7 @@ def test_the_reference_is_the_first_special_token_that_there_is(
 
 def test_a_classifier_is_compared_with_padding(run: Any, tmp_path: Path) -> None:
     """It reads its answer at the last token that is no padding: the text's, also for a reference of padding."""
-    config = FAMILIES["jamba"]().config
+    config = FAMILIES["jamba"].build().config
     config.vocab_size, config.num_labels, config.pad_token_id = len(WORDS), 3, 0
     torch.manual_seed(0)
     model = perturbed(JambaForSequenceClassification(config))
@@ -386,7 +387,7 @@ def test_a_classifier_is_compared_with_padding(run: Any, tmp_path: Path) -> None
 
 def test_a_decision_of_its_own_is_a_term_of_its_own(run: Any, tmp_path: Path) -> None:
     """A router would send the reference to other experts: what that changes belongs to no token."""
-    folder = save(tmp_path / "checkpoint", FAMILIES["qwen3_next"](vocab_size=len(WORDS)), pad_token="[PAD]")
+    folder = save(tmp_path / "checkpoint", FAMILIES["qwen3_next"].build(vocab_size=len(WORDS)), pad_token="[PAD]")
     shown = run("a good film was seen", "--model", folder, "--reference", "pad")
     found = re.fullmatch(
         rf"the scores sum to ({NUMBER}), the term of decisions \(topk\) is ({NUMBER}), together ({NUMBER}); "
@@ -571,7 +572,7 @@ def test_a_text_is_never_taken_for_markup(run: Any, text: str, tmp_path: Path) -
 WORDS = ["[PAD]", "[UNK]", "a", "good", "bad", "film", "[red]", "<b>", "was", "seen"]
 
 
-def save(folder: Path, model: nn.Module | None = None, **special: str | None) -> Path:
+def save(folder: Path, model: Any = None, **special: str | None) -> Path:
     """A tiny checkpoint with one word for each entry of its vocabulary."""
     words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -647,7 +648,9 @@ def test_a_folder_without_a_tokenizer_is_refused(run: Any, checkpoint: Path) -> 
 
 def test_the_module_is_a_program(run: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "captum_ssm.cli", "explain", GOOD, "--html", str(tmp_path / "page.html")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # this package, whichever is installed
+    options: dict[str, Any] = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=120, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert GOOD in done.stdout and "Why 'positive'?" in done.stdout and not done.stderr
     assert (tmp_path / "page.html").is_file()

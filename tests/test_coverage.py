@@ -6,20 +6,26 @@ with the reason why it has none.
 
 import ast
 import functools
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import build
-from families import FAMILIES, VOCABULARY
 
 from captum_ssm import register, supported, unregister
 from captum_ssm.layers.mixers import find_adapter
+from scripts import support_table
+from tests import (
+    test_adapters_delta,
+    test_adapters_gated,
+    test_adapters_softmax,
+    test_adapters_ssd,
+    test_fidelity,
+)
+from tests.conftest import build
+from tests.families import FAMILIES, VOCABULARY
 
 MODELS = Path(transformers.__file__).parent / "models"
 SIGNS = re.compile(
@@ -56,34 +62,8 @@ EXCEPTIONS: dict[str, str] = {
 }
 """Classes with such names in their code that need no adapter, and why."""
 
-LAYERS: dict[str, tuple[str, ...]] = {
-    "mamba": ("MambaMixer",),
-    "falcon_mamba": ("FalconMambaMixer",),
-    "jamba": ("JambaMambaMixer", "JambaAttention"),
-    "zamba": ("ZambaMambaMixer", "ZambaAttention"),
-    "mamba2": ("Mamba2Mixer",),
-    "bamba": ("BambaMixer", "BambaAttention"),
-    "granitemoehybrid": ("GraniteMoeHybridMambaLayer", "GraniteMoeHybridAttention"),
-    "falcon_h1": ("FalconH1Mixer", "FalconH1Attention"),
-    "nemotron_h": ("NemotronHMamba2Mixer", "NemotronHAttention"),
-    "zamba2": ("Zamba2MambaMixer", "Zamba2Attention"),
-    "recurrent_gemma": ("RecurrentGemmaRecurrentBlock", "RecurrentGemmaAttention"),
-    "rwkv": ("RwkvSelfAttention", "RwkvFeedForward"),
-    "xlstm": ("xLSTMLayer",),
-    "qwen3_next": ("Qwen3NextGatedDeltaNet", "Qwen3NextAttention"),
-    "qwen3_5": ("Qwen3_5GatedDeltaNet", "Qwen3_5Attention"),
-    "qwen3_5_moe": ("Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeAttention"),
-    "qwen4_exp": ("Qwen4ExpTextGatedDeltaNet", "Qwen4ExpTextAttention"),
-    "olmo_hybrid": ("OlmoHybridGatedDeltaNet", "OlmoHybridAttention"),
-    "kimi_linear": ("KimiLinearDeltaAttention", "KimiLinearAttention"),
-    "bailing_hybrid": ("BailingHybridDeltaAttention", "BailingHybridAttention"),
-    "glm5_next": ("Glm5NextTextLinearAttention", "Glm5NextTextAttention"),
-    "minimax": ("MiniMaxLightningAttention", "MiniMaxAttention"),
-    "lfm2": ("Lfm2ShortConv", "Lfm2Attention"),
-    "lfm2_moe": ("Lfm2MoeShortConv", "Lfm2MoeAttention"),
-    "lfm3": ("Lfm3ShortConv", "Lfm3Attention"),
-}
-"""The layers that mix tokens of each family, read off its modeling file by hand."""
+RECORDS = {family: record for family, record in FAMILIES.items() if " " not in family}
+"""The families, without the variants that some have."""
 
 NATIVE = {
     "mamba_ssm": ("Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "MHA"),
@@ -157,14 +137,14 @@ def test_every_exception_is_still_needed() -> None:
     assert not EXCEPTIONS.keys() & {support.layer for support in supported()}
 
 
-SEARCHED = [s for s in supported() if s.family in LAYERS and s.kernel != "softmax attention"]
+SEARCHED = [s for s in supported() if s.family in RECORDS and s.kernel != "softmax attention"]
 
 
 @pytest.mark.parametrize("support", SEARCHED, ids=lambda s: s.layer)
 def test_a_layer_without_its_adapter_is_found(support: tuple[str, str, str]) -> None:
     """The search would find each of the layers that are covered now."""
     layer, kernel, family = support
-    adapter = find_adapter(type(layer, (), {})())  # type: ignore[arg-type]
+    adapter = find_adapter(type(layer, (), {})())
     assert adapter is not None
     unregister(layer)
     try:
@@ -174,21 +154,51 @@ def test_a_layer_without_its_adapter_is_found(support: tuple[str, str, str]) -> 
     assert uncovered() == []
 
 
-@pytest.mark.parametrize("family", LAYERS)
-def test_the_layers_of_a_family_are_those_that_are_supported(family: str) -> None:
+def family_names() -> list[str]:
+    """Return the families that are supported, or have a record: both must have both."""
+    return sorted({s.family for s in supported()} - NATIVE.keys() | RECORDS.keys())
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_the_layers_of_a_family_are_those_of_its_record(family: str) -> None:
     """Each is a class of the modeling file of that name, and there is no other softmax attention in the text model."""
-    assert sorted(s.layer for s in supported() if s.family == family) == sorted(LAYERS[family])
+    assert family in RECORDS, f"{family} is supported and has no record in tests/families/table.py"
+    record = RECORDS[family]
+    assert sorted(s.layer for s in supported() if s.family == family) == sorted(record.layers)
     layers = {layer.name: layer for layer in classes(family)}
-    for name in LAYERS[family]:
+    for name in record.layers:
         assert layers[name].is_layer
     softmax = {name for name, layer in layers.items() if layer.is_layer and layer.looks(SOFTMAX)}
     others = {name for name in softmax if name.endswith("Attention") and "Vision" not in name}
-    assert others <= set(LAYERS[family])
+    assert others <= set(record.layers)
 
 
-def test_no_family_is_supported_by_accident() -> None:
-    assert {s.family for s in supported()} == LAYERS.keys() | NATIVE.keys()
-    assert all(s.kernel for s in supported())
+KERNELS = (test_fidelity, test_adapters_ssd, test_adapters_gated, test_adapters_delta, test_adapters_softmax)
+"""Where layers are compared with the oracles of their kernels."""
+EVERY_LAYER = [(family, name) for family, record in FAMILIES.items() for name in record.layers]
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY_LAYER)
+def test_every_layer_is_compared_with_its_oracle(family: str, name: str) -> None:
+    layer = FAMILIES[family].layers[name]
+    assert layer.oracle_module.startswith("tests.oracles"), "a layer has no oracle"
+    drawn = [module for module in KERNELS if any(each is layer for each in module.LAYERS.values())]
+    assert len(drawn) == 1, f"no test, or several, draws the layers whose oracle is in {layer.oracle_module}"
+
+
+def test_a_layer_has_one_record() -> None:
+    layers = [layer for record in FAMILIES.values() for layer in record.layers.values()]
+    assert len({id(layer) for layer in layers}) == len(layers) == len(EVERY_LAYER)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - RECORDS.keys()))
+def test_a_variant_has_layers_of_its_family(family: str) -> None:
+    assert FAMILIES[family].layers.keys() <= RECORDS[family.partition(" ")[0]].layers.keys()
+
+
+def test_every_supported_layer_has_a_kernel_and_a_family() -> None:
+    assert NATIVE.keys() <= {s.family for s in supported()}
+    assert all(s.kernel and s.family for s in supported())
 
 
 @pytest.mark.parametrize("package", NATIVE)
@@ -198,38 +208,24 @@ def test_the_layers_of_a_package_are_those_that_are_supported_and_listed(package
     assert all(f"`{name}`" in readme for name in NATIVE[package])
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert {name.partition(" ")[0] for name in FAMILIES} == LAYERS.keys()
-
-
 # --- The table of the README --------------------------------------------------------------------------------------
-
-
-def script() -> Any:
-    """Return the script that writes the table, as a module."""
-    path = Path(__file__).parent.parent / "scripts" / "support_table.py"
-    spec = importlib.util.spec_from_file_location("support_table", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache
 def rows() -> dict[str, list[str]]:
     """Return the cells of the README's table by model type."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = text.partition(script().START)[2].partition(script().END)[0]
+    table = text.partition(support_table.START)[2].partition(support_table.END)[0]
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
-    assert tuple(lines[0]) == script().HEADER and all(len(line) == len(lines[0]) for line in lines)
+    assert tuple(lines[0]) == support_table.HEADER and all(len(line) == len(lines[0]) for line in lines)
     return {line[0].strip("`"): line[1:] for line in lines[2:]}
 
 
 def test_the_table_has_the_families_that_are_supported() -> None:
-    assert rows().keys() == LAYERS.keys()
+    assert rows().keys() == RECORDS.keys()
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", RECORDS)
 def test_a_row_of_the_table_is_true(family: str) -> None:
     layers, kernels, error, padding, types = rows()[family]
     support = [s for s in supported() if s.family == family]
@@ -237,7 +233,7 @@ def test_a_row_of_the_table_is_true(family: str) -> None:
     assert set(kernels.split(", ")) == {s.kernel for s in support}
     assert 1e-8 < float(error) <= 1e-5
     ids = torch.randint(1, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(3))
-    assert padding == ("exact" if script().explains_left_padding(build(family), ids) else "refused")
+    assert padding == ("exact" if support_table.explains_left_padding(build(family), ids) else "refused")
     every = ["float32", "float64", "bfloat16", "float16"]
     listed = every if types == "all" else types.split(", ")
-    assert set(listed) == {t for t in every if t == "float32" or script().runs_in(family, getattr(torch, t), ids)}
+    assert set(listed) == {t for t in every if t == "float32" or support_table.runs_in(family, getattr(torch, t), ids)}

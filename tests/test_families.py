@@ -9,13 +9,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import pytest
 import torch
 import transformers as hf
-from conftest import build
-from families import FAMILIES, VOCABULARY, perturbed
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -27,9 +25,13 @@ from captum_ssm import (
     UnsupportedModelError,
 )
 from captum_ssm.layers.fidelity import decompose, relative_error
+from captum_ssm.matrices.fusion import Fusion
 from captum_ssm.network.recording import record_mixers
+from tests import oracles_softmax
+from tests.conftest import build
+from tests.families import FAMILIES, VOCABULARY, Block, layers_of, perturbed
 
-FUSIONS = ("absolute", "mean", "positive", "norm", "root")
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 METHODS: dict[str, Callable[..., Any]] = {
     "channel": ImplicitAttentionAttribution,
     "token": functools.partial(ImplicitAttentionAttribution, rectify="token"),
@@ -37,7 +39,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     **{f"rollout {name}": functools.partial(ImplicitAttentionRollout, fusion=name) for name in FUSIONS},
     "raw": functools.partial(RawImplicitAttention, layers=2, fusion="absolute"),
 }
-BLIND = ("recurrent_gemma", "rwkv", "xlstm")
+BLIND = [family for family, record in FAMILIES.items() if not record.reads_mask]
 """Families whose models ignore the attention mask in their recurrences."""
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -58,7 +60,7 @@ alignment of memory too.
 
 
 @functools.cache
-def model_of(family: str) -> nn.Module:
+def model_of(family: str) -> Any:
     """Return the family's model, shared by the tests: that a call leaves it as it was is a test of its own."""
     return build(family)
 
@@ -74,132 +76,9 @@ def assert_close(actual: Tensor, expected: Tensor, method: str = "", tolerance: 
 # --- The structure of the models, from their configurations -------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """One block of a model: how its mixers, by dotted name, join the residual stream."""
-
-    shape: str
-    """``residual``: one after the other; ``parallel``: side by side; ``branch``: the first adds to the second's input
-    alone; ``streams``: residual in several streams."""
-    mixers: list[str]
-    classes: list[str]
-    keep: float = 1.0
-    write: tuple[float, ...] = (1.0,)
-
-
-TYPES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
-    "jamba": ("model.layers", {"mamba": ("mamba", "JambaMambaMixer"), "attention": ("self_attn", "JambaAttention")}),
-    "bamba": ("model.layers", {"mamba": ("mamba", "BambaMixer"), "attention": ("self_attn", "BambaAttention")}),
-    "granitemoehybrid": ("model.layers", {
-        "mamba": ("mamba", "GraniteMoeHybridMambaLayer"), "attention": ("self_attn", "GraniteMoeHybridAttention")}),
-    "nemotron_h": ("model.layers", {
-        "mamba": ("mixer", "NemotronHMamba2Mixer"), "attention": ("mixer", "NemotronHAttention")}),
-    "recurrent_gemma": ("model.layers", {
-        "recurrent": ("temporal_block", "RecurrentGemmaRecurrentBlock"),
-        "attention": ("temporal_block", "RecurrentGemmaAttention")}),
-    "qwen3_next": ("model.layers", {
-        "linear_attention": ("linear_attn", "Qwen3NextGatedDeltaNet"),
-        "full_attention": ("self_attn", "Qwen3NextAttention")}),
-    "qwen3_5": ("model.layers", {
-        "linear_attention": ("linear_attn", "Qwen3_5GatedDeltaNet"),
-        "full_attention": ("self_attn", "Qwen3_5Attention")}),
-    "qwen3_5_moe": ("model.layers", {
-        "linear_attention": ("linear_attn", "Qwen3_5MoeGatedDeltaNet"),
-        "full_attention": ("self_attn", "Qwen3_5MoeAttention")}),
-    "qwen4_exp": ("model.layers", {
-        "linear_attention": ("linear_attn", "Qwen4ExpTextGatedDeltaNet"),
-        "indexed_attention": ("self_attn", "Qwen4ExpTextAttention")}),
-    "olmo_hybrid": ("model.layers", {
-        "linear_attention": ("linear_attn", "OlmoHybridGatedDeltaNet"),
-        "full_attention": ("self_attn", "OlmoHybridAttention")}),
-    "kimi_linear": ("model.layers", {
-        "linear_attention": ("self_attn", "KimiLinearDeltaAttention"),
-        "full_attention": ("self_attn", "KimiLinearAttention")}),
-    "bailing_hybrid": ("model.layers", {
-        "linear_attention": ("self_attn", "BailingHybridDeltaAttention"),
-        "full_attention": ("self_attn", "BailingHybridAttention")}),
-    "glm5_next": ("model.language_model.layers", {
-        "linear_attention": ("self_attn", "Glm5NextTextLinearAttention"),
-        "indexed_attention": ("self_attn", "Glm5NextTextAttention")}),
-    "minimax": ("model.layers", {
-        "linear_attention": ("self_attn", "MiniMaxLightningAttention"),
-        "full_attention": ("self_attn", "MiniMaxAttention")}),
-    "lfm2": ("model.layers", {"conv": ("conv", "Lfm2ShortConv"), "full_attention": ("self_attn", "Lfm2Attention")}),
-    "lfm2_moe": ("model.layers", {
-        "conv": ("conv", "Lfm2MoeShortConv"), "full_attention": ("self_attn", "Lfm2MoeAttention")}),
-    "lfm3": ("model.layers", {
-        "conv": ("conv", "Lfm3ShortConv"), "full_attention": ("self_attn", "Lfm3Attention"),
-        "sliding_attention": ("self_attn", "Lfm3Attention")}),
-}  # fmt: skip
-"""Where the layers are, and attribute and class of the mixer of each type of layer."""
-
-
-def layer_types(family: str, config: Any) -> list[str]:
-    """Return the type of each layer, as the family's configuration spells it."""
-    L = config.num_hidden_layers
-    if family == "jamba":
-        period, offset = config.attn_layer_period, config.attn_layer_offset
-        return ["attention" if i % period == offset else "mamba" for i in range(L)]
-    if family == "bamba":
-        return ["attention" if i in config.attn_layer_indices else "mamba" for i in range(L)]
-    if family == "recurrent_gemma":
-        return [("recurrent", "recurrent", "attention")[i % 3] for i in range(L)]
-    if family == "nemotron_h":
-        given = ["mamba", "moe", "attention", "mamba"]  # as families.py writes it; transformers rewrites the names
-        assert len(given) == L
-        return given
-    if family == "granitemoehybrid":
-        given = ["mamba", "attention"] * 2  # likewise
-        assert len(given) == L
-        return given
-    return list(config.layer_types)
-
-
-def blocks(family: str, model: nn.Module) -> list[Block]:
+def blocks(family: str, model: Any) -> list[Block]:
     """Return the model's blocks in order, as its modeling file writes them down."""
-    family = family.partition(" ")[0]
-    config: Any = model.config
-    config = getattr(config, "text_config", config)
-    L = range(config.num_hidden_layers)
-    if family in ("mamba", "falcon_mamba", "mamba2"):
-        name = {"mamba": "MambaMixer", "falcon_mamba": "FalconMambaMixer", "mamba2": "Mamba2Mixer"}[family]
-        return [Block("residual", [f"backbone.layers.{i}.mixer"], [name]) for i in L]
-    if family == "rwkv":
-        names = ("attention", "feed_forward")
-        mixers = [[f"rwkv.blocks.{i}.{name}" for name in names] for i in L]
-        return [Block("residual", names, ["RwkvSelfAttention", "RwkvFeedForward"]) for names in mixers]
-    if family == "xlstm":
-        return [Block("residual", [f"backbone.blocks.{i}.mlstm_layer"], ["xLSTMLayer"]) for i in L]
-    if family == "falcon_h1":
-        write = (config.ssm_out_multiplier, config.attention_out_multiplier)
-        classes = ["FalconH1Mixer", "FalconH1Attention"]
-        mixers = [[f"model.layers.{i}.{name}" for name in ("mamba", "self_attn")] for i in L]
-        return [Block("parallel", names, classes, write=write) for names in mixers]
-    if family in ("zamba", "zamba2"):
-        shared = {"zamba": "shared_transf", "zamba2": "shared_transformer"}[family]
-        attention, mamba = f"{family.title()}Attention", f"{family.title()}MambaMixer"
-        return [
-            Block("branch", [f"model.layers.{i}.{shared}.self_attn", f"model.layers.{i}.mamba_decoder.mamba"],
-                  [attention, mamba])
-            if kind == "hybrid" else Block("residual", [f"model.layers.{i}.mamba"], [mamba])
-            for i, kind in enumerate(["mamba", "hybrid", "mamba", "hybrid"])
-        ]  # fmt: skip
-    home, classes_of = TYPES[family]
-    found = []
-    for i, kind in enumerate(layer_types(family, config)):
-        if kind == "moe":  # NemotronH's blocks of one mixer each: this one acts on each token by itself
-            continue
-        attribute, name = classes_of[kind]
-        block = Block("residual", [f"{home}.{i}.{attribute}"], [name])
-        if family == "minimax":
-            which = {"linear_attention": "linear", "full_attention": "full"}[kind]
-            keep, write = (getattr(config, f"{which}_attn_{factor}_factor") for factor in ("alpha", "beta"))
-            block = block._replace(keep=keep, write=(write,))
-        if family == "granitemoehybrid":
-            block = block._replace(write=(config.residual_multiplier,))
-        if family in ("qwen4_exp", "glm5_next"):
-            block = block._replace(shape="streams")
-        found.append(block)
-    return found
+    return FAMILIES[family].blocks(getattr(model.config, "text_config", model.config))
 
 
 def mixers_of(family: str, model: nn.Module) -> dict[str, str]:
@@ -340,7 +219,7 @@ def test_ids_are_explained_as_their_embeddings(family: str, method: str) -> None
 @pytest.mark.parametrize("method", ["signed", "rollout absolute"])
 def test_embeddings_that_the_model_itself_reads_otherwise_are_explained_as_it_reads_them(method: str) -> None:
     """Falcon-H1 multiplies the embeddings of ids, and not those that it is given."""
-    model = FAMILIES["falcon_h1"](embedding_multiplier=2.0)
+    model = FAMILIES["falcon_h1"].build(embedding_multiplier=2.0)
     x = model.get_input_embeddings()(IDS).detach()
     with torch.no_grad():
         plain = model(input_ids=IDS, use_cache=False).logits
@@ -362,7 +241,7 @@ class Walk:
         names = [name for block in self.blocks for name in block.mixers]
         self.x: list[Tensor] = []
         y: list[Tensor] = []
-        connections = {"qwen4_exp": ("attn_hyper_connection", 2), "glm5_next": ("attn_hc", 0)}
+        connection = FAMILIES[family].connection
         self.written: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -371,8 +250,8 @@ class Walk:
 
         with ExitStack() as hooks:
             hooks.enter_context(hooked(self.model, names, keep))
-            if family in connections:
-                attribute, place = connections[family]
+            if connection is not None:
+                attribute, place = connection
                 modules = [f"{name.rpartition('.')[0]}.{attribute}" for name in names]
                 note = lambda m, a, k, output: self.written.append(output[place].mean(-1).detach())  # noqa: E731
                 hooks.enter_context(hooked(self.model, modules, note))
@@ -380,7 +259,7 @@ class Walk:
         self.gradients = torch.autograd.grad(score, y)
         self.names = names
 
-    def matrices(self, fusion: str) -> list[Tensor]:
+    def matrices(self, fusion: Fusion) -> list[Tensor]:
         """Return each layer's fused matrix (B, L, L), times what it is written with."""
         matrices = [LayerImplicitAttention(self.model, name).attribute(IDS, fusion=fusion) for name in self.names]
         if self.written:
@@ -419,7 +298,7 @@ class Walk:
         for block in self.blocks:
             taken = [remaining.pop(0) for _ in block.mixers]
             if block.shape == "parallel":
-                stream = normed(1.0, sum(C for C, _ in taken), stream, stream)
+                stream = normed(1.0, torch.stack([C for C, _ in taken]).sum(0), stream, stream)
             elif block.shape == "branch":
                 (attention, x), (mamba, _) = taken
                 share = embedded_share(self.model.get_submodule(block.mixers[0]), x, branches)
@@ -460,7 +339,7 @@ walk_of = functools.cache(Walk)
 
 @every_family
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_rollout_is_the_product_of_the_blocks_matrices(family: str, fusion: str) -> None:
+def test_the_rollout_is_the_product_of_the_blocks_matrices(family: str, fusion: Fusion) -> None:
     walk = walk_of(family)
     assert_close(explained(family, f"rollout {fusion}"), walk.rolled_out(walk.matrices(fusion)))
 
@@ -551,7 +430,7 @@ LEAKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", LEAKS)
 def test_left_padding_is_refused_where_a_bias_makes_it_leak_through_the_convolution(family: str) -> None:
-    model = FAMILIES[family](**LEAKS[family])
+    model = FAMILIES[family].build(**LEAKS[family])
     ids, mask = padded("left")
     with torch.no_grad():  # the reason is the model's
         alone = model(input_ids=IDS[1:, :4], use_cache=False).logits[:, -1]
@@ -566,7 +445,7 @@ HOLES = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 1, 1]])
 @pytest.mark.parametrize("family", [*BLIND, *(f"{f} with bias" for f in LEAKS)])
 def test_a_gap_that_the_model_reads_is_refused(family: str) -> None:
     name = family.removesuffix(" with bias")
-    model = model_of(family) if name == family else FAMILIES[name](**LEAKS[name])
+    model = model_of(family) if name == family else FAMILIES[name].build(**LEAKS[name])
     gap = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
     for method in METHODS.values():
         with pytest.raises(InvalidInputError, match="reads tokens that the mask leaves out"):
@@ -601,11 +480,11 @@ def test_the_matrices_of_padded_layers_are_those_of_the_sentences_alone(family: 
 # --- Types --------------------------------------------------------------------------------------------------------
 
 
-def of_type(family: str, dtype: torch.dtype) -> nn.Module:
+def of_type(family: str, dtype: torch.dtype) -> Any:
     """Return the family's model in another type, and with experts that run in any."""
     model = build(family)
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
     return model.to(dtype)
@@ -614,11 +493,12 @@ def of_type(family: str, dtype: torch.dtype) -> nn.Module:
 @every_family
 def test_a_float64_model_has_the_scores_of_the_same_in_float32(family: str) -> None:
     """Up to what rounding in float32 becomes where positive and negative scores cancel."""
-    method = ImplicitAttentionAttribution(of_type(family, torch.float64), rectify=None)
+    model = of_type(family, torch.float64)
+    method = ImplicitAttentionAttribution(model, rectify=None)
     scores = method.attribute(IDS, target=TARGET)
     assert max(method.fidelity.values()) <= 1e-5
     assert_close(scores, explained(family, "signed"), "signed")
-    x = method.model.get_input_embeddings()(IDS).detach()
+    x = model.get_input_embeddings()(IDS).detach()
     assert x.dtype == method.attribute(x, target=TARGET).dtype == torch.float64
 
 
@@ -683,7 +563,7 @@ VISION: dict[str, Any] = {
 }  # fmt: skip
 
 
-def with_head(name: str, family: str, sees: bool, **options: Any) -> nn.Module:
+def with_head(name: str, family: str, sees: bool, **options: Any) -> Any:
     """Return a tiny model of another class around the family's text model."""
     config = copy.deepcopy(model_of(family).config)
     if sees:
@@ -700,7 +580,7 @@ def with_head(name: str, family: str, sees: bool, **options: Any) -> nn.Module:
 
 
 @functools.cache
-def classifier(name: str) -> nn.Module:
+def classifier(name: str) -> Any:
     return with_head(name, *CLASSIFIERS[name])
 
 
@@ -751,7 +631,8 @@ def test_a_model_that_sees_is_explained_on_text_alone(name: str) -> None:
                 assert_close(scores[row][mask[row] == 1], expected, "signed")
 
 
-SOFTMAX = [family for family in FAMILIES if family not in ("mamba", "falcon_mamba", "mamba2", "rwkv", "xlstm")]
+HYBRIDS = {family for family, _, _ in layers_of(oracles_softmax)}
+SOFTMAX = [family for family in FAMILIES if family.partition(" ")[0] in HYBRIDS]
 
 
 @pytest.mark.parametrize("family", SOFTMAX)
@@ -783,6 +664,6 @@ def test_a_saved_model_has_the_same_scores(family: str, tmp_path: Path) -> None:
 def test_a_layer_between_the_mixers_that_no_adapter_knows_is_refused() -> None:
     """The lexical convolution that Qwen4 may have besides its attention."""
     options = {"ple_layer_ids": [1], "ngram_vocab_size_base": 29, "split_ngram_parts": 1}
-    model = FAMILIES["qwen4_exp"](**options, make_ngram_vocab_size_divisible_by=1)
+    model = FAMILIES["qwen4_exp"].build(**options, make_ngram_vocab_size_divisible_by=1)
     with pytest.raises(UnsupportedModelError, match=r"PLELayer.*mixes tokens"):
         ImplicitAttentionAttribution(model).attribute(IDS, target=TARGET)

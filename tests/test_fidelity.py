@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import oracles
 import pytest
 import torch
-from families import VOCABULARY, tiny_falcon_mamba, tiny_mamba
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -27,6 +25,8 @@ from captum_ssm.layers.fidelity import Decomposition, decompose, relative_error
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Projection, Scan
+from tests import oracles
+from tests.families import FAMILIES, VOCABULARY, layers_of
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
@@ -44,7 +44,7 @@ def record(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[La
     return calls
 
 
-def errors(model: nn.Module, ids: Tensor, mask: Tensor | None = None, tolerance: float = 1e-5) -> list[float]:
+def errors(model: nn.Module, ids: Tensor, mask: Tensor | None = None, tolerance: float | None = 1e-5) -> list[float]:
     """The relative error of every layer, by decompose and once more by hand."""
     found = []
     for call in record(model, ids, mask):
@@ -139,7 +139,7 @@ def test_every_factor_is_needed(family: nn.Module, ids: Tensor) -> None:
             assert relative_error(left_out, call.y) > 1e-3, term
 
 
-def test_the_layers_come_in_the_order_of_the_forward_pass(family: nn.Module, ids: Tensor) -> None:
+def test_the_layers_come_in_the_order_of_the_forward_pass(family: Any, ids: Tensor) -> None:
     calls = record(family, ids)
     mixers = [call.mixer for call in calls]
     assert [call.name for call in calls] == [name for name, module in family.named_modules() if module in mixers]
@@ -163,38 +163,27 @@ def test_fidelity_is_reported_for_every_layer(family: nn.Module, ids: Tensor) ->
 
 # --- Options of the configurations --------------------------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "biased projections": {"use_bias": True},
-    "no bias in the convolution": {"use_conv_bias": False},
-    "biased projections alone": {"use_bias": True, "use_conv_bias": False},
-    "gelu": {"hidden_act": "gelu"},
-    "relu": {"hidden_act": "relu"},
-    "two taps": {"conv_kernel": 2},
-    "more taps than tokens": {"conv_kernel": 9},
-    "one state": {"state_size": 1},
-    "rank one": {"time_step_rank": 1},
-    "one channel for each width": {"expand": 1},
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-every_s6 = pytest.mark.parametrize("build", [tiny_mamba, tiny_falcon_mamba])
+LAYERS = {family: layer for family, _, layer in layers_of(oracles)}
+every_s6 = pytest.mark.parametrize("name", LAYERS)
+every_option = pytest.mark.parametrize(("name", "options"), [
+    pytest.param(name, options, id=f"{name}-{key}")
+    for name, layer in LAYERS.items() for key, options in {"as it is": {}, **layer.options}.items()
+])  # fmt: skip
 
 
-@every_s6
 @every_option
-def test_s6_is_reproduced_with_every_option(build: Any, options: dict[str, Any], ids: Tensor) -> None:
-    model = build(**options)
+def test_s6_is_reproduced_with_every_option(name: str, options: dict[str, Any], ids: Tensor) -> None:
+    model = FAMILIES[name].build(**options)
     assert max(errors(model, ids)) <= 1e-5
     assert max(errors(model, ids, LEFT)) <= 1e-5
 
 
-@every_s6
 @every_option
-def test_the_alpha_of_s6_is_the_published_one(build: Any, options: dict[str, Any], ids: Tensor) -> None:
-    model = build(**options).double()
+def test_the_alpha_of_s6_is_the_published_one(name: str, options: dict[str, Any], ids: Tensor) -> None:
+    model = FAMILIES[name].build(**options).double()
     for mask in (None, LEFT):
         for call in record(model, ids, mask):
-            expected = oracles.s6(call.mixer, call.x, mask)
+            expected = LAYERS[name].oracle(call.mixer, call.x, mask)
             assert relative_error(expected["y"], call.y) <= 1e-5  # the oracle is the layer
             chain = decompose(call).chain
             scan = chain.factors["scan"]
@@ -210,28 +199,32 @@ def test_the_alpha_of_s6_is_the_published_one(build: Any, options: dict[str, Any
 @every_s6
 @pytest.mark.parametrize("options", [{}, {"use_bias": True}, {"hidden_act": "gelu"}])
 def test_the_unified_attention_of_s6_is_the_product_of_its_published_factors(
-    build: Any, options: dict[str, Any], ids: Tensor
+    name: str, options: dict[str, Any], ids: Tensor
 ) -> None:
-    model = build(**options).double()
+    model = FAMILIES[name].build(**options).double()
     method = LayerImplicitAttention(model, 1)
     (call,) = [c for c in record(model, ids) if c.name == method.layer_name]
     expected = oracles.unified_s6(call.mixer, call.x)
     assert relative_error(method.attribute(ids, fusion=None), expected) <= 1e-12
-    assert list(decompose(call).chain.factors) == ["out", "gate", "scan", "act", "conv", "in"]
+    assert tuple(decompose(call).chain.factors) == LAYERS[name].factors
 
 
 @every_s6
-def test_the_scan_attention_of_s6_is_alpha_alone(build: Any, ids: Tensor) -> None:
-    model = build().double()
-    for without, of in (((), None), (("gate", "conv", "act", "skip"), "unified")):
+def test_the_scan_attention_of_s6_is_alpha_alone(name: str, ids: Tensor) -> None:
+    model = FAMILIES[name].build().double()
+    cases: list[tuple[tuple[str, ...], Any]] = [((), None), (("gate", "conv", "act", "skip"), "unified")]
+    for without, of in cases:
         method = LayerImplicitAttention(model, 0, attention=of or "scan", without=without)
         (call,) = [c for c in record(model, ids) if c.name == method.layer_name]
-        assert relative_error(method.attribute(ids, fusion=None), oracles.s6(call.mixer, call.x)["alpha"]) <= 1e-12
+        assert (
+            relative_error(method.attribute(ids, fusion=None), LAYERS[name].oracle(call.mixer, call.x)["alpha"])
+            <= 1e-12
+        )
 
 
 def test_falcon_mambas_norms_are_needed(ids: Tensor) -> None:
     """The same weights as a Mamba give another attention: the norms of delta, B and C are no detail."""
-    falcon, plain = tiny_falcon_mamba().double(), tiny_mamba().double()
+    falcon, plain = FAMILIES["falcon_mamba"].build().double(), FAMILIES["mamba"].build().double()
     plain.load_state_dict(falcon.state_dict(), strict=False)
     scans = [decompose(record(model, ids)[0]).chain.split("scan")[1] for model in (falcon, plain)]
     one, other = (channel_matrices(scan, torch.empty(2, 7, 16, dtype=torch.float64)) for scan in scans)
@@ -239,7 +232,7 @@ def test_falcon_mambas_norms_are_needed(ids: Tensor) -> None:
 
 
 def test_an_activation_without_gate_form_is_refused_by_name(ids: Tensor) -> None:
-    model = tiny_mamba(hidden_act="tanh")
+    model = FAMILIES["mamba"].build(hidden_act="tanh")
     with pytest.raises(UnsupportedModelError, match=r"activation 'tanh' has no gate form; known: .*silu.*register"):
         ImplicitAttentionAttribution(model).attribute(ids, target=1)
 
@@ -257,7 +250,7 @@ PATCHED = "backbone.layers.0.mixer"
 
 def patch_forward(mixer: nn.Module) -> None:
     forward = mixer.forward
-    mixer.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)  # type: ignore[method-assign]
+    mixer.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
 
 
 def hook_output(mixer: nn.Module) -> None:
@@ -277,7 +270,7 @@ def hook_inside(mixer: nn.Module) -> None:
     mixer.get_submodule("x_proj").register_forward_hook(lambda module, args, output: 2 * output)
 
 
-def replace_inside(mixer: nn.Module) -> None:
+def replace_inside(mixer: Any) -> None:
     mixer.out_proj = nn.Sequential(mixer.get_submodule("out_proj"), nn.Tanh())
     mixer.out_proj.eval().register_parameter("weight", mixer.out_proj[0].weight)
 
@@ -326,7 +319,7 @@ def test_what_a_layer_gives_at_padding_is_not_compared(mamba: nn.Module, ids: Te
 @pytest.mark.parametrize("mask", [LEFT, LEFT.flip(0), HOLES, HOLES.flip(0), LEFT.roll(1, 1), RIGHT])
 def test_padding_on_the_left_that_changes_a_layer_is_refused_by_name(mask: Tensor, ids: Tensor) -> None:
     """The bias of the projection enters the convolution at padding too, so what follows it is another output."""
-    call = record(tiny_mamba(use_bias=True), ids, mask)[0]
+    call = record(FAMILIES["mamba"].build(use_bias=True), ids, mask)[0]
     decompose(call, 1e-5)  # the decomposition itself is exact
     leaks = bool((mask[:, 0] == 0).any())
     if leaks:
@@ -371,7 +364,7 @@ def test_padding_that_is_masked_out_may_be_anywhere() -> None:
 
 
 def test_padding_on_the_right_changes_no_layer(ids: Tensor) -> None:
-    for call in record(tiny_mamba(use_bias=True), ids, RIGHT):
+    for call in record(FAMILIES["mamba"].build(use_bias=True), ids, RIGHT):
         assert decompose(call, 1e-5, RIGHT).error <= 1e-5
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerIntegratedGradients, LLMAttributionResult, Saliency, TextTokenInput
-from conftest import build
-from families import COMMON, S6, VOCABULARY, perturbed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -17,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaModel, PreTrainedTokenizerFast
 
+import captum_ssm._progress
 import captum_ssm.attr.base
 import captum_ssm.attr.generation
+import captum_ssm.matrices.layer_stack
 from captum_ssm import (
     ImplicitAttentionAttribution,
     ImplicitAttentionRollout,
@@ -30,6 +30,8 @@ from captum_ssm import (
     models,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
+from tests.conftest import build
+from tests.families import COMMON, S6, VOCABULARY, perturbed
 
 FAMILIES = [
     "mamba", "falcon_mamba", "zamba", "mamba2", "falcon_h1", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm",
@@ -155,7 +157,7 @@ def test_the_size_of_a_part_changes_nothing(
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
         "scores_of_calls",
-        lambda self, *args, **options: parts.append(len(args[-1])) or own(self, *args, **options),
+        lambda self, *args: (parts.append(len(args[-1])), own(self, *args))[1],  # type: ignore[func-returns-value]
     )
     for key, method in METHODS.items():
         parts.clear()
@@ -212,10 +214,12 @@ def test_the_model_runs_once(method: Any, eight: Tensor) -> None:
 
 def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    own = captum_ssm.matrices.layer_stack.decompose
+    own = decompose
     monkeypatch.setattr(captum_ssm.attr.generation, "_PASS", 1)
     monkeypatch.setattr(
-        captum_ssm.matrices.layer_stack, "decompose", lambda call, *args: (done.append(call.name), own(call, *args))[1]
+        captum_ssm.matrices.layer_stack,
+        "decompose",
+        lambda call, *args: (done.append(call.name), own(call, *args))[1],  # type: ignore[func-returns-value]
     )
     explain(signed, build("mamba"), eight, 4)
     assert sorted(done) == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
@@ -317,7 +321,7 @@ def test_a_progress_bar_counts_tokens(eight: Tensor, monkeypatch: pytest.MonkeyP
 # --- What it leaves behind, and what it refuses -------------------------------------------------------------------
 
 
-def configuration(model: nn.Module) -> Any:
+def configuration(model: Any) -> Any:
     return model.config.to_dict(), model.generation_config.to_dict()
 
 

@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import captum.metrics
@@ -30,9 +28,6 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.operators import Chain, Projection, Scan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tutorials.vision_mamba import Block, Mamba, RMSNorm
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -107,7 +102,8 @@ class Wide(nn.Module):
         if self.class_position is not None:
             cut = self.class_position
             tokens = torch.cat([tokens[:, :cut], self.cls.expand(len(tokens), -1, -1), tokens[:, cut:]], dim=1)
-        hidden, residual = tokens + self.positions, None
+        hidden: Tensor = tokens + self.positions
+        residual: Any = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual)
         tokens = self.norm(hidden + residual)
@@ -121,7 +117,7 @@ def wide(**options: Any) -> Wide:
     model = Wide(**options).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.2 * torch.randn_like(weight)
+            weight.add_(0.2 * torch.randn_like(weight))
     return model
 
 
@@ -138,7 +134,8 @@ def of_every_token(method: Any, model: Wide, images: Tensor, **options: Any) -> 
             self.inner = model
 
         def forward(self, tokens: Tensor) -> Tensor:
-            hidden, residual = tokens, None
+            hidden: Tensor = tokens
+            residual: Any = None
             for layer in model.layers:
                 hidden, residual = layer(hidden, residual)
             tokens = model.norm(hidden + residual)
@@ -326,7 +323,7 @@ def test_a_patch_outside_the_grid_is_refused(method: Any, query: tuple[int, ...]
 
 
 @every_method
-def test_only_images_have_patches(method: Any, mamba: nn.Module, ids: Tensor) -> None:
+def test_only_images_have_patches(method: Any, mamba: Any, ids: Tensor) -> None:
     embeddings = mamba.get_input_embeddings()(ids).detach()
     for inputs in (ids, embeddings):
         with pytest.raises(InvalidInputError, match=r"Only images .* have a grid of patches.*Leave out `patches`"):

@@ -14,6 +14,8 @@ PACKAGE = Path(captum_ssm.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 MODEL_LIBRARIES = {"transformers", "mamba_ssm", "fla", "causal_conv1d"}
 OPERATORS = sorted(path for path in SOURCES if path.startswith("operators/"))
+ADAPTERS = sorted(path for path in SOURCES if path.startswith("layers/adapters/"))
+LOADS_MODELS, PRINTS = "cli/text_model.py", "cli/output.py"
 LOOSE = {"errors", "_captum", "_progress"}
 """Modules outside the rooms that every room but the operators may import."""
 ROOMS: dict[str, set[str]] = {
@@ -28,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
 }
 """Rooms of the package, and those that each may import: an arrow points down, never up."""
-INSIDE = sorted(path for path in SOURCES if "/" in path and path.split("/")[0] in ROOMS)
+ROOMY = sorted(path for path in SOURCES if path.split("/")[0] in ROOMS)
 
 
 def imports(source: str, path: str) -> Iterator[str]:
@@ -75,14 +77,15 @@ def later():
     found = set(imports(source, "attr/base.py"))
     assert found == {"a.b", "c", "d.e", "captum_ssm.attr.g", "captum_ssm.h.i", "j.k", "m", "n.o", "p"}
     assert within({"rich.text.Text", "richer", "rich"}, "rich") == {"rich.text.Text", "rich"}
-    assert len(OPERATORS) >= 5 and "cli.py" in SOURCES and "attr/base.py" in SOURCES
-    assert {path.split("/")[0] for path in SOURCES if "/" in path} == {*ROOMS}
+    assert len(OPERATORS) >= 5 <= len(ADAPTERS) and "attr/base.py" in SOURCES
+    assert {"cli/__init__.py", LOADS_MODELS, PRINTS} <= set(SOURCES)
+    assert {path.split("/")[0] for path in SOURCES if "/" in path} == {*ROOMS, "cli"}
 
 
 @every_source
 def test_only_the_command_line_imports_a_model_library(path: str) -> None:
     found = within(imported(path), *MODEL_LIBRARIES)
-    if path == "cli.py":
+    if path == LOADS_MODELS:
         assert within(found, "transformers") == found
     else:
         assert not found
@@ -90,13 +93,14 @@ def test_only_the_command_line_imports_a_model_library(path: str) -> None:
 
 @every_source
 def test_the_command_line_and_pictures_alone_import_rich(path: str) -> None:
-    if path != "cli.py" and not path.startswith("visualization/"):
+    if path != PRINTS and not path.startswith("visualization/"):
         assert not within(imported(path), "rich")
 
 
 @every_source
 def test_nothing_imports_the_command_line(path: str) -> None:
-    assert not within(imported(path), "captum_ssm.cli")
+    if not path.startswith("cli/"):
+        assert not within(imported(path), "captum_ssm.cli")
 
 
 @every_source
@@ -111,7 +115,7 @@ def test_errors_import_nothing_of_the_package() -> None:
     assert not within(imported("errors.py"), "captum_ssm")
 
 
-@pytest.mark.parametrize("path", INSIDE)
+@pytest.mark.parametrize("path", ROOMY)
 def test_rooms_import_those_below_alone(path: str) -> None:
     room = path.split("/")[0]
     loose = set() if room == "operators" else LOOSE
@@ -119,23 +123,31 @@ def test_rooms_import_those_below_alone(path: str) -> None:
     assert names == within(names, *(f"captum_ssm.{name}" for name in {room, *ROOMS[room], *loose}))
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("layers/adapters/")])
-def test_adapters_import_operators_and_the_pieces_of_layers_alone(path: str) -> None:
-    above = [f"captum_ssm.layers.{name}" for name in ("call", "fidelity")]
+@pytest.mark.parametrize("path", ADAPTERS)
+def test_adapters_know_nothing_of_calls_and_checks(path: str) -> None:
     names = within(imported(path), "captum_ssm")
-    assert names and not within(names, *above)
+    assert names and not within(names, "captum_ssm.layers.call", "captum_ssm.layers.fidelity")
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(SOURCES) if path.startswith("layers/adapters/")])
-def test_an_adapter_shares_with_others_what_reads_parameters_alone(path: str) -> None:
+@pytest.mark.parametrize("path", ADAPTERS)
+def test_no_adapter_imports_another(path: str) -> None:
     if path != "layers/adapters/__init__.py":
-        names = within(imported(path), "captum_ssm.layers.adapters")
-        assert names == within(names, "captum_ssm.layers.adapters.reading", "captum_ssm.layers.adapters.fla_reading")
+        assert not within(imported(path), "captum_ssm.layers.adapters")
+
+
+def test_the_package_of_adapters_imports_them_all() -> None:
+    names = {f"captum_ssm.{path[:-3].replace('/', '.')}" for path in ADAPTERS}
+    assert imported("layers/adapters/__init__.py") == names - {"captum_ssm.layers.adapters.__init__"}
+
+
+@pytest.mark.parametrize("path", [path for path in ROOMY if path.startswith("layers/") and path not in ADAPTERS])
+def test_nothing_that_adapters_share_imports_an_adapter(path: str) -> None:
+    assert not within(imported(path), "captum_ssm.layers.adapters")
 
 
 def test_the_rooms_name_their_modules_and_not_the_package() -> None:
     """``from captum_ssm import X`` would need the package's public names before they are there."""
-    for path in INSIDE:
+    for path in ROOMY:
         public = {f"captum_ssm.{name}" for name in captum_ssm.__all__}
         assert not imported(path) & public, path
 
@@ -211,3 +223,12 @@ def test_the_command_line_says_what_to_install(missing: set[str]) -> None:
     assert done.returncode == 2, done.stderr
     assert "pip install 'captum-ssm[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_edits_the_path_of_imports() -> None:
+    """Tests, benchmarks, scripts and tutorials import one another as the packages that they are."""
+    root, path = Path(__file__).parents[1], "sys" + ".path"
+    folders = ("captum_ssm", "tests", "benchmarks", "scripts", "tutorials")
+    files = [file for folder in folders for kind in ("*.py", "*.ipynb") for file in (root / folder).rglob(kind)]
+    assert {file.parent.name for file in files} >= {*folders, "native"} and any(f.suffix == ".ipynb" for f in files)
+    assert [file for file in files if path in file.read_text(encoding="utf-8")] == []

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
-from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
 from captum_ssm.network.reference_kernels import is_kernel_failure
+from tests.conftest import build
+from tests.families import VOCABULARY
 
 TRITON = "0 active drivers ([]). There should only be one."
 POINTER = "Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"
@@ -50,7 +50,7 @@ IDS = [[5, 7, 11, 3, 2, 9], [4, 4, 1, 8, 19, 6]]
 SCRIPT = """
 import inspect, json, sys
 import fla
-from conftest import build
+from tests.conftest import build
 import torch
 from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
 
@@ -98,8 +98,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             f"def {name}(*args, **kwargs):\n    raise RuntimeError({says!r})\n" for name, says in functions.items()
         ]
         (home / path).write_text("\n".join(bodies))
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(tests), str(tests.parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(Path(__file__).parents[1])])}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(FAMILIES), json.dumps(IDS)],
         env=environment, cwd=home, capture_output=True, text=True, check=False,

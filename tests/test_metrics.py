@@ -12,8 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, LayerIntegratedGradients, Saliency
-from families import VOCABULARY
-from oracles_metrics import (
+from torch import Tensor, nn
+
+from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, ImplicitAttentionRollout, metrics
+from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.metrics import Curve, Segmentation
+from captum_ssm.metrics.ranking import Ranking
+from captum_ssm.network.forward import run_model as model_scores
+from captum_ssm.visualization import curves_figure
+from tests.families import VOCABULARY
+from tests.oracles_metrics import (
     area,
     auc,
     average_precision,
@@ -26,14 +34,6 @@ from oracles_metrics import (
     taken_away,
     without_patches,
 )
-from torch import Tensor, nn
-
-from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, ImplicitAttentionRollout, metrics
-from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.metrics import Curve, Segmentation
-from captum_ssm.metrics.ranking import Ranking
-from captum_ssm.network.forward import run_model as model_scores
-from captum_ssm.visualization import curves_figure
 
 TENTHS = [Fraction(k, 10) for k in range(11)]
 BATCH, LENGTH, WIDTH, CLASSES = 3, 7, 4, 3
@@ -207,7 +207,8 @@ def test_images_lose_patches(side: int, channels: int | None, size: int | None) 
 def test_a_fraction_of_tokens_is_counted_exactly(count: int) -> None:
     """Also where the fractions are rounded to 32 bits, to a little more or less than they should be."""
     inputs = torch.ones(1, count, dtype=torch.float64)
-    for given in ({}, {"fractions": torch.linspace(0, 1, 11)}):
+    several: list[dict[str, Any]] = [{}, {"fractions": torch.linspace(0, 1, 11)}]
+    for given in several:
         curve = metrics.morf(lambda x: x.sum(1), inputs, inputs, baselines=0, evidence="logit", **given)
         same(curve, 0, [count - math.ceil(fraction * count) for fraction in TENTHS])
     two = lambda x: torch.stack((x.sum(1) - 0.5, torch.zeros(len(x))), dim=1)  # noqa: E731
@@ -280,7 +281,8 @@ def test_a_target_may_name_position_and_class(mamba: nn.Module, ids: Tensor) -> 
     arguments: dict[str, Any] = {"removal": "delete", "keep": F.one_hot(torch.tensor([6, 6]), 7).bool()}
     whole = metrics.morf(mamba, ids, attributions, target=3, **arguments)
     every = lambda ids: mamba(ids, use_cache=False).logits  # noqa: E731
-    for target in ((-1, 3), [(-1, 3), (-1, 3)]):
+    targets: list[Any] = [(-1, 3), [(-1, 3), (-1, 3)]]
+    for target in targets:
         curve = metrics.morf(every, ids, attributions, target=target, **arguments)
         assert torch.allclose(whole.values, curve.values, atol=1e-6)
 
@@ -411,7 +413,7 @@ def test_padding_is_neither_perturbed_nor_counted(form: str, removal: Any, side:
         assert torch.allclose(found.values[example], alone.values[0], atol=1e-6)
 
 
-def test_nothing_is_changed(mamba: nn.Module, ids: Tensor, unchanged: Any) -> None:
+def test_nothing_is_changed(mamba: Any, ids: Tensor, unchanged: Any) -> None:
     attributions = torch.randn(ids.shape)
     embeddings = mamba.get_input_embeddings()(ids).detach().requires_grad_()
     images = torch.rand(2, 3, 4, 4)
@@ -433,7 +435,7 @@ def test_nothing_is_changed(mamba: nn.Module, ids: Tensor, unchanged: Any) -> No
     assert not curve.values.requires_grad
 
 
-def test_any_attribution_of_captum_is_taken(mamba: nn.Module, ids: Tensor) -> None:
+def test_any_attribution_of_captum_is_taken(mamba: Any, ids: Tensor) -> None:
     """Of token ids, of embeddings, as tuples, and of the embedding layer for token ids."""
     embeddings = mamba.get_input_embeddings()(ids).detach().requires_grad_()
     read = lambda inputs: model_scores(mamba, inputs)  # noqa: E731
@@ -561,7 +563,7 @@ def test_a_picture_shows_means_and_errors() -> None:
         assert np.allclose(line.get_xdata(), fractions) and np.allclose(line.get_ydata(), curve.mean)
     assert len(axes.lines) == 3 and len(axes.collections) == 2
     for band, curve in zip(axes.collections, curves.values()):
-        heights = band.get_paths()[0].vertices[:, 1]
+        heights = np.asarray(band.get_paths()[0].vertices)[:, 1]
         assert heights.max() == pytest.approx(float((curve.mean + curve.standard_error).max()))
         assert heights.min() == pytest.approx(float((curve.mean - curve.standard_error).min()))
     (legend,) = figure.legends
@@ -788,7 +790,7 @@ def test_position_scores_are_the_mean_of_the_others() -> None:
     for k in range(5):
         for place in range(4):
             others = [scores[j, place] for j in range(5) if j != k and mask[j, place]]
-            expected = sum(others) / len(others) if others else torch.zeros(3).double()
+            expected = torch.stack(others).mean(0) if others else torch.zeros(3).double()
             assert torch.allclose(found[k, place], expected)
     plain = metrics.position_attributions(scores)
     assert torch.allclose(plain, metrics.position_attributions(scores, torch.ones(5, 4)))
@@ -855,7 +857,8 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], names: str, model:
 
 
 def test_captums_errors_for_targets_are_kept(model: Recurrent, tokens: Tensor) -> None:
-    for target in (7, [0, 1], "one"):
+    targets: list[Any] = [7, [0, 1], "one"]
+    for target in targets:
         with pytest.raises(AssertionError):
             metrics.morf(model, tokens, torch.rand(BATCH, LENGTH), baselines=0, target=target)
 

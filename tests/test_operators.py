@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from captum_ssm.operators import (
     Sum,
 )
 from captum_ssm.operators import scan as scans
+from tests import oracles
 
 SEEDS = range(20)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -109,7 +109,7 @@ def random_delta(
     c = coefficient(draw, (B, L, H, N), (3,), dtype)
     recall, erase = (0.7 * coefficient(draw, (B, L, H, N), (3,), dtype) for _ in range(2))
     values = {"a": decay.expand(B, L, H, N), "b": b, "c": c, "recall": recall, "erase": erase}
-    given: dict[str, Tensor | Product] = {**values, "a": a}
+    given: dict[str, Any] = {**values, "a": a}
     if draw.random() < 0.5:
         beta = coefficient(draw, (B, L, H, 1), (), dtype).sigmoid()
         given["erase"], values["erase"] = Product((beta, erase)), beta * erase
@@ -442,7 +442,7 @@ def test_no_method_changes_its_input_or_the_coefficients(build: Build, seed: int
         if isinstance(value, Product):
             return list(value.factors)
         return (
-            [t for field in fields(value) for t in tensors(getattr(value, field.name))]
+            [t for field in fields(value) for t in tensors(getattr(value, field.name))]  # type: ignore[arg-type]
             if value is not None and (isinstance(value, Operator))
             else []
         )
@@ -740,7 +740,7 @@ def test_the_delta_scan_is_the_written_out_recurrence(seed: int, dtype: torch.dt
     assert_close(channel_matrices(scan, x), alpha.expand(shape[0], -1, -1, -1))
 
 
-def delta_rule(L: int, N: int, P: int, kind: str, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def delta_rule(L: int, N: int, P: int, kind: str, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
     """The coefficients of a delta rule of two heads, as the models have them, and an input."""
     torch.manual_seed(seed)
     k, c, b = F.normalize(torch.randn(3, 1, L, 2, N, dtype=torch.float64), dim=-1)
@@ -797,7 +797,8 @@ def test_a_delta_scan_that_erases_nothing_is_a_scan(seed: int, nothing: str) -> 
     """Also where only one of what is looked up and what is erased is 0."""
     delta, values, shape = random_delta(seed, torch.float64)
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    delta = dataclasses.replace(delta, **{nothing: zero})
+    without: dict[str, Any] = {nothing: zero}
+    delta = dataclasses.replace(delta, **without)
     rest = {name: values[name] for name in ("skip", "bonus", "head_size")}
     a = values["a"].expand(-1, -1, delta.heads, -1)  # the heads of what is left out
     scan = Scan(a, values["b"], values["c"], **rest)
@@ -829,7 +830,7 @@ def test_what_a_delta_scan_erases_counts(seed: int) -> None:
 def test_weights_of_a_delta_scan_may_be_shared_by_all_states(P: int, shared: str) -> None:
     torch.manual_seed(0)
     names = ("a", "b", "c", "recall", "erase")
-    values = {
+    values: dict[str, Any] = {
         name: torch.rand(1, 5, 2, 1 if name in shared.split(" and ") else 4, dtype=torch.float64) / 2 for name in names
     }
     x = torch.randn(1, 5, 2 * P, dtype=torch.float64)
@@ -911,7 +912,7 @@ def test_every_option_of_a_token_mixer_is_named() -> None:
         with pytest.raises(TypeError, match="positional"):
             make(torch.ones(2))
     with pytest.raises(TypeError, match="positional"):
-        Attention(torch.rand(1, 1, 2, 2), 2)  # type: ignore[misc]
+        Attention(torch.rand(1, 1, 2, 2), 2)  # type: ignore[call-arg]
     assert isinstance(Scan(a, a, a), Recurrence) and not isinstance(Attention(torch.rand(1, 1, 2, 2)), Recurrence)
 
 
@@ -1079,7 +1080,8 @@ def test_without_leaves_out_exactly_what_it_names(seed: int) -> None:
     for term in ("skip", "bonus"):
         if getattr(scan, term) is None:
             continue
-        kept = dataclasses.replace(scan, **{term: None})
+        nothing: dict[str, Any] = {term: None}
+        kept = dataclasses.replace(scan, **nothing)
         assert_close(chain.without(term).apply(x, True), Chain({**factors, "scan": kept}).apply(x, True))
         assert term not in chain.without(term).terms
         assert_close(scan.without(term).apply(torch.ones(*shape[:2], scan.sizes[1] or 0, dtype=torch.float64)),

@@ -1,7 +1,6 @@
 """The README's Python runs as it stands."""
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from captum_ssm import supported, unregister
+from tutorials.vision_mamba import load_digits_model, two_digit_canvases
 
 README = Path(__file__).parents[1] / "README.md"
-sys.path.insert(0, str(README.parent))
-from tutorials.vision_mamba import load_digits_model, two_digit_canvases  # noqa: E402
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 FIRST, CALLABLE, CONTRAST, RELEVANCE, METRICS, IMAGES, GENERATION, ADAPTER = BLOCKS

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles_relevance import difference_of_recurrence, product, read, shapley
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
@@ -21,6 +20,7 @@ from captum_ssm.relevance.functions import FUNCTIONS
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
+from tests.oracles_relevance import difference_of_recurrence, product, read, shapley
 
 B, L = 2, 7
 
@@ -84,9 +84,9 @@ def factors_of(case: Case) -> list[list[tuple[Tensor, Tensor]]]:
         shapes = [(B, L, case.heads, 1), (1, 1, case.heads, N)] if name in case.parts else [(*whole, case.heads, N)]
         pairs = [random(*shape) for shape in shapes]
         if name == "a":  # no growth
-            pairs = [tuple((t.detach().sigmoid()) for t in pair) for pair in pairs]
+            pairs = [(v.detach().sigmoid(), r.sigmoid()) for v, r in pairs]
             if case.exponential:
-                pairs[0] = tuple(-t for t in pairs[0])
+                pairs[0] = -pairs[0][0], -pairs[0][1]
             pairs = [(v.requires_grad_(), r) for v, r in pairs]
         found.append(pairs)
     return found
@@ -213,7 +213,7 @@ def test_a_product_of_two_is_shared_by_the_shapley_value(function: Any) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("gate", ["activated", "inverse"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_value_and_what_reads_it_share_what_they_change_together(share: float, gate: str, first: bool) -> None:
+def test_a_value_and_what_reads_it_share_what_they_change_together(share: float, gate: Any, first: bool) -> None:
     """For a gate as the oracle has it; for one over b by its law, with the shares weighed by the denominators."""
     (v, w), (g, h) = random(5), random(5)
     if gate == "inverse":
@@ -240,7 +240,8 @@ def test_a_value_and_what_reads_it_share_what_they_change_together(share: float,
 def test_what_only_changes_its_form_stays_the_inverse_that_it_is(change: Any) -> None:
     """Also where the form is that of something traced."""
     rule = Difference()
-    scale = torch.rsqrt(Traced.of(*(t.detach().abs() for t in random(3, 1)), rule))
+    x, reference = random(3, 1)
+    scale: Any = torch.rsqrt(Traced.of(x.detach().abs(), reference.abs(), rule))
     assert scale.origin == "inverse"
     assert change(scale, Traced.of(*random(3, 4), rule)).origin == "inverse"
 
@@ -271,8 +272,8 @@ def test_a_recurrence_of_traced_coefficients_goes_to_the_rule(name: str) -> None
     expected, other = difference_of_recurrence(factors, x, case.lag, case.exponential, state_share=0.8)
     wanted = torch.autograd.grad((expected.flatten(2) * dy).sum(), leaves)
     for rule in (Difference(0.8), Frozen()):
-        pairs = [[(Traced.of(*pair, rule), pair[1]) for pair in pairs] for pairs in factors]
-        y = scan_of(case, pairs, None).apply(Traced.of(*x, rule).flatten(2))
+        pairs: Any = [[(Traced.of(*pair, rule), pair[1]) for pair in pairs] for pairs in factors]
+        y: Any = scan_of(case, pairs, None).apply(Traced.of(*x, rule).flatten(2))
         gradients = torch.autograd.grad((y.value * dy).sum(), leaves, allow_unused=True)
         assert_exact(y.value, expected.flatten(2))
         if isinstance(rule, Difference):
@@ -427,7 +428,10 @@ TWO: dict[str, Any] = {
     "attention with a mask": lambda x, y: F.scaled_dot_product_attention(x, y, y, attn_mask=torch.eye(3).bool()),
     "attention with a bias": lambda x, y: F.scaled_dot_product_attention(x, y, y, attn_mask=MATRIX[:3, :3]),
     "attention of groups": lambda x, y: F.scaled_dot_product_attention(
-        torch.stack([x, y, x, x], 1), *(t.unsqueeze(1).expand(2, 2, 3, 4) for t in (y, x)), enable_gqa=True
+        torch.stack([x, y, x, x], 1),
+        y.unsqueeze(1).expand(2, 2, 3, 4),
+        x.unsqueeze(1).expand(2, 2, 3, 4),
+        enable_gqa=True,
     ),
     "norm": lambda x, y: F.layer_norm(x, (4,), y[0, 0], y[0, 1]),
     "linear with a bias": lambda x, y: F.linear(x, y[0], VECTOR[:3]),
@@ -624,16 +628,19 @@ def test_a_held_gate_gets_its_share_of_the_product(swapped: bool, rule: Any, sha
     """The gate is what came out of an activation; of two values, or two gates, each gets half."""
     (x, _), (y, _) = random(*SHAPE), random(*SHAPE)
     frozen, nothing = Frozen(rule), torch.zeros_like(x)
-    u, v = (Traced.of(t, nothing, frozen) for t in (x, y))
+    u: Any = Traced.of(x, nothing, frozen)
+    v: Any = Traced.of(y, nothing, frozen)
 
-    def relevances(one: Tensor, other: Tensor) -> list[Tensor]:
+    def relevances(one: Any, other: Any) -> list[Tensor]:
         out = other * one if swapped else one * other
         return [g * t for g, t in zip(torch.autograd.grad(out.value.sum(), [x, y]), (x, y))]
 
-    for gate in (F.silu(u), F.gelu(u).transpose(0, 1).transpose(1, 0)):
+    gates: list[Any] = [F.silu(u), F.gelu(u).transpose(0, 1).transpose(1, 0)]
+    for gate in gates:
         for found, wanted in zip(relevances(gate, v), (share, 1 - share)):
             assert (found - wanted * gate.value * y).abs().max() <= 1e-12
-    for one, other in ((u, v), (F.silu(u), F.gelu(v)), (2 * u, v[:, :1])):
+    pairs: list[tuple[Any, Any]] = [(u, v), (F.silu(u), F.gelu(v)), (2 * u, v[:, :1])]
+    for one, other in pairs:
         product = one.value * other.value
         for found in relevances(one, other):
             assert (found.sum() - 0.5 * product.sum()).abs() <= 1e-11
@@ -653,7 +660,7 @@ def test_held_gates_are_constants() -> None:
         for rule in (Frozen(), Frozen("value")):
             gate = function(Traced.of(x.requires_grad_(), torch.zeros_like(x), rule))
             assert not isinstance(gate, Traced) and not gate.requires_grad
-            out = gate * Traced.of(y.requires_grad_(), torch.zeros_like(y), rule)
+            out: Any = gate * Traced.of(y.requires_grad_(), torch.zeros_like(y), rule)
             (gradient,) = torch.autograd.grad(out.value.sum(), y)
             assert_equal(gradient, function(x).detach())
 
@@ -780,7 +787,7 @@ def test_what_an_operator_makes_of_the_same_is_made_once() -> None:
 )
 def test_what_is_written_into_is_not_shared(write: Callable[[Tensor], object]) -> None:
     rule = Difference()
-    x = Traced.of(torch.randn(2, 4, 3), torch.zeros(2, 4, 3), rule)
+    x: Any = Traced.of(torch.randn(2, 4, 3), torch.zeros(2, 4, 3), rule)
     with rule.sharing():
         expected = (x + 1).value.clone()
         write(x + 1)

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEVERAL, build
-from families import COMMON, VOCABULARY
 from torch import Tensor, nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -16,6 +14,8 @@ from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, Unsuppor
 from captum_ssm.network.examination import examine
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.network.recording import record_mixers
+from tests.conftest import SEVERAL, build
+from tests.families import COMMON, VOCABULARY
 
 
 @pytest.fixture(params=SEVERAL)
@@ -131,7 +131,7 @@ def later(x: Tensor, by: int) -> Tensor:
     return F.pad(x, (0, 0, by, 0))[:, : x.shape[1]]
 
 
-def check(model: nn.Module, ids: Tensor) -> int:
+def check(model: Any, ids: Tensor) -> int:
     """Examine a model; return how often it was run for that, besides the run that is explained."""
     before = model.calls
     examined(model, lambda: model(ids), ids.shape[1])
@@ -209,6 +209,8 @@ def test_a_layer_called_by_keyword_on_what_needs_no_gradient_is_seen(ids: Tensor
     """As right behind frozen embeddings, where nothing that enters it leads to a parameter."""
 
     class Named(Model):
+        first: nn.Module
+
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(self.first(x=self.embed(ids)))
 
@@ -352,7 +354,7 @@ def test_a_replaced_module_is_checked(at: str, ids: Tensor) -> None:
 
 
 def test_an_added_module_is_checked(ids: Tensor) -> None:
-    model = Model()
+    model: Any = Model()
     check(model, ids)
     model.blocks[1].extra.append(Recurrent().eval())
     with pytest.raises(UnsupportedModelError, match=r"'blocks\.1\.extra\.2\.rnn' \(LSTM\)"):
@@ -362,7 +364,7 @@ def test_an_added_module_is_checked(ids: Tensor) -> None:
 def test_a_module_at_the_address_of_a_freed_one_is_checked(ids: Tensor) -> None:
     missed = 0
     for _ in range(20):
-        model = Model(Function(lambda x: x))
+        model: Any = Model(Function(lambda x: x))
         check(model, ids)
         model.blocks[1].extra[1] = None  # frees the function, whose place the next may take
         model.blocks[1].extra[1] = Function(roll).eval()

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILY_NAMES, build
-from families import perturbed
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -25,6 +23,8 @@ from captum_ssm import (
 from captum_ssm.layers.mixers import Support, find_adapter, find_mixers, supported_families
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection
 from captum_ssm.testing import AdapterReport, check_adapter
+from tests.conftest import FAMILY_NAMES, build
+from tests.families import perturbed
 
 Adapter = Callable[[Any, Tensor, Mapping[str, Any]], Chain]
 
@@ -160,7 +160,7 @@ class Future(Operator):
 
 @dataclasses.dataclass(frozen=True)
 class WrongChannels(Diagonal):
-    def channels(self, index: Any) -> Diagonal:
+    def channels(self, index: Any) -> Diagonal:  # type: ignore[override]
         return Diagonal(self.s.flip(-1)[..., index])
 
 
@@ -182,7 +182,7 @@ def forgotten_argument(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chai
 
 
 def detached(layer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
-    chain = factors(layer, x.detach())
+    chain: dict[str, Any] = factors(layer, x.detach())
     kept = {k: {n: t.detach() for n, t in vars(v).items() if t is not None} for k, v in chain.items()}
     return Chain({k: dataclasses.replace(v, **kept[k]) for k, v in chain.items()})
 
@@ -324,7 +324,8 @@ class PlainFuture(Operator):
     """An operator of one's own that is no dataclass."""
 
     mixes_tokens = True
-    apply, adjoint, channels = Future.apply, Future.adjoint, Future.channels
+    apply, adjoint = Future.apply, Future.adjoint
+    channels = Future.channels  # type: ignore[assignment]
 
 
 def test_an_operator_of_ones_own_need_be_no_dataclass(x: Tensor) -> None:
@@ -364,7 +365,7 @@ def test_a_layer_without_an_adapter_is_refused(layer: nn.Module, x: Tensor) -> N
         check_adapter(layer, x)
 
 
-def test_a_layer_whose_output_is_not_finite_is_refused(layer: nn.Module, x: Tensor) -> None:
+def test_a_layer_whose_output_is_not_finite_is_refused(layer: Any, x: Tensor) -> None:
     with torch.no_grad():
         layer.bias.fill_(float("inf"))
     with registered(right), pytest.raises(ModelStateError, match="NaN or infinite"):
@@ -375,7 +376,7 @@ def test_a_layer_whose_output_is_not_finite_is_refused(layer: nn.Module, x: Tens
 
 
 def test_a_name_is_registered_once_and_its_owner_named() -> None:
-    with pytest.raises(ValueError, match=r"captum_ssm\.adapters\.s6\.mamba") as caught:
+    with pytest.raises(ValueError, match=r"captum_ssm\.layers\.adapters\.s6\.mamba") as caught:
         register("MambaMixer")(right)
     assert "'MambaMixer' is already registered" in str(caught.value) and "unregister('MambaMixer')" in str(caught.value)
     with registered(right), pytest.raises(ValueError, match=re.escape(f"{right.__module__}.right")):

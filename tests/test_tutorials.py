@@ -26,6 +26,7 @@ class ThisPython(AsyncKernelManager):
     """Runs the kernel in the interpreter of the tests, whichever kernels are registered."""
 
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        assert self.kernel_spec is not None
         self.kernel_spec.argv = KERNEL
         return super().format_kernel_cmd(extra_arguments)
 

@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tutorials.vision_mamba import (  # noqa: E402
+from tutorials.vision_mamba import (
     CANVAS,
     DIGITS,
     Block,
@@ -33,13 +30,15 @@ from tutorials.vision_mamba import (  # noqa: E402
     two_digit_canvases,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
+
 PARTS = ("train", "validation", "test")
 
 
 def direction(value: Tensor, gate: Tensor, mixer: Mamba, suffix: str) -> Tensor:
     """One direction's (L, D) for one example, written out: a loop over tokens, channels and states."""
     weights = {name: getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D")}
-    A_log = mixer.A_b_log if suffix else mixer.A_log
+    A_log: Tensor = getattr(mixer, "A_b_log" if suffix else "A_log")
     L, D = value.shape
     N, R, K = mixer.d_state, mixer.dt_rank, mixer.d_conv
     y = torch.zeros_like(value)
@@ -65,7 +64,7 @@ def random_mixer(**sizes: Any) -> Mamba:
     mixer = Mamba(**sizes).double()
     with torch.no_grad():
         for weight in mixer.parameters():
-            weight += 0.3 * torch.randn_like(weight)
+            weight.add_(0.3 * torch.randn_like(weight))
     return mixer
 
 
@@ -162,6 +161,7 @@ def test_the_class_token_stands_in_the_middle(image_size: int, stride: int | Non
     images = torch.randn(1, 2, image_size, image_size, dtype=torch.float64)
     tokens = model.embed(images) - model.pos_embed
     patches = F.unfold(images, 4, stride=stride or 4).mT @ model.patch_embed.proj.weight.flatten(1).T
+    assert model.patch_embed.proj.bias is not None
     patches = patches + model.patch_embed.proj.bias
     assert model.class_position == position == patches.shape[1] // 2
     torch.testing.assert_close(tokens[:, position], model.cls_token[:, 0])
@@ -175,6 +175,7 @@ def test_the_model_is_a_residual_stream_read_at_the_class_token_or_averaged(clas
     images = torch.randn(2, 2, 16, 16, dtype=torch.float64)
     stream = model.embed(images)
     for layer in model.layers:
+        assert isinstance(layer, Block)
         stream = stream + layer.mixer(layer.norm(stream))
     stream = model.norm_f(stream)
     read = {"middle": stream[:, 8], "first": stream[:, 0], None: stream.mean(1)}[class_token]

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.figure import Figure
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -403,14 +406,14 @@ def test_nothing_of_a_figure_lies_outside_of_it() -> None:
         for label in axes.texts:
             x, y = label.get_position()
             assert left <= x < right and top <= y < bottom
-        for patch in axes.patches:
+        for patch in rectangles(axes):
             assert patch.get_x() >= left and patch.get_x() + patch.get_width() <= right + 1e-9
 
 
 def test_a_coloured_box_stands_behind_its_characters() -> None:
     passage = Passage((Piece("good", 1.0), Piece(" and "), Piece("bad", -1.0)))
     axes = text_figure(passage).axes[0]
-    boxes = [(box.get_x(), box.get_width(), box.get_y(), box.get_height()) for box in axes.patches[:2]]
+    boxes = [(box.get_x(), box.get_width(), box.get_y(), box.get_height()) for box in rectangles(axes)[:2]]
     characters = [label for label in axes.texts if label.get_text() in "godba"]
     for (x, width, y, height), word in zip(boxes, ("good", "bad"), strict=True):
         inside = [
@@ -450,7 +453,19 @@ def heat_maps(figure: Figure) -> list[Axes]:
 
 def drawn(axes: Axes) -> np.ma.MaskedArray:
     (image,) = axes.images
-    return image.get_array()
+    array: Any = image.get_array()
+    return array
+
+
+def rectangles(axes: Axes) -> list[Rectangle]:
+    assert all(isinstance(patch, Rectangle) for patch in axes.patches)
+    return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
+def bar_of(axes: Axes) -> Colorbar:
+    bar = axes.images[0].colorbar
+    assert bar is not None
+    return bar
 
 
 def names(axes: Axes) -> tuple[list[str], list[str]]:
@@ -464,13 +479,14 @@ def title_of(figure: Figure) -> str:
     return figure.texts[0].get_text()
 
 
-def words(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+def words(figure: FigureBase) -> str:
+    texts: list[Any] = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return "\n".join(text.get_text() for text in texts)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 12, 24])
 @pytest.mark.parametrize("scale", ["layer", "common"])
-def test_every_layer_has_one_heat_map_in_order(count: int, scale: str) -> None:
+def test_every_layer_has_one_heat_map_in_order(count: int, scale: Any) -> None:
     matrices = lower(count, 4, 4, seed=count)
     figure = layers_figure(matrices, list("abcd"), scale=scale)
     panels = heat_maps(figure)
@@ -478,7 +494,7 @@ def test_every_layer_has_one_heat_map_in_order(count: int, scale: str) -> None:
     for axes, matrix in zip(panels, matrices, strict=True):
         assert torch.equal(torch.tensor(drawn(axes).filled(0)), matrix)
     assert len(figure.axes) - count == (count if scale == "layer" else 1)  # colour bars, and nothing left over
-    boxes = [axes.get_subplotspec() for axes in panels]
+    boxes: list[Any] = [axes.get_subplotspec() for axes in panels]
     assert [box.num1 for box in boxes] == list(range(count))  # in reading order
 
 
@@ -502,7 +518,7 @@ def test_entries_that_cannot_exist_are_blank_and_no_others(signed: bool) -> None
     ("before itself", 4, -1), ("before itself", 2, 1), ("before itself", 1, 2),
     ("all", 4, 9), ("all", 2, 9), ("all", 9, 9),
 ])  # fmt: skip
-def test_queries_are_the_last_of_the_keys(reads: str, rows: int, diagonal: int) -> None:
+def test_queries_are_the_last_of_the_keys(reads: Any, rows: int, diagonal: int) -> None:
     queries, keys = [f"q{i}" for i in range(rows)], [f"k{j}" for j in range(4)]
     exists = torch.ones(rows, 4, dtype=torch.bool).tril(diagonal)
     for left_out in (0.0, float("nan")):  # either says that there is no entry
@@ -550,10 +566,10 @@ def test_a_quantile_ends_the_colours_and_an_arrow_says_so(sign: int) -> None:
         figure = token_heatmap(sign * matrix, ["x"] * 10, reads="all", quantile=quantile)
         (axes,) = heat_maps(figure)
         assert axes.images[0].get_clim()[1] == matrix.quantile(quantile)
-        assert axes.images[0].colorbar.extend == arrow
+        assert bar_of(axes).extend == arrow
     both = torch.cat([matrix, -matrix])
     (axes,) = heat_maps(token_heatmap(both, ["x"] * 20, ["y"] * 10, reads="all", quantile=0.5))
-    assert axes.images[0].colorbar.extend == "both"
+    assert bar_of(axes).extend == "both"
     (axes,) = heat_maps(token_heatmap(torch.eye(20), ["x"] * 20, quantile=0.5))  # the quantile is 0
     assert axes.images[0].get_clim() == (0, 1)
 
@@ -643,7 +659,8 @@ def test_tokens_are_never_taken_for_mathematics_or_markup(form: str, signed: boo
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(path)
         assert path.stat().st_size > 1000
-        for text in figure.findobj(lambda artist: hasattr(artist, "get_parse_math")):
+        texts: list[Any] = figure.findobj(lambda artist: hasattr(artist, "get_parse_math"))
+        for text in texts:
             if any(token in text.get_text() for token in TOKENS if len(token) > 1):
                 assert not text.get_parse_math(), text
         if form == "svg":
@@ -667,7 +684,7 @@ def test_numbers_of_any_type_are_read(convert: Callable[[Tensor], Tensor]) -> No
     steps = rollout_steps(given[None])
     assert steps == pytest.approx(rollout_steps(expected[None]))
     flow_figure(torch.tensor(steps), list("abcd"), query=torch.tensor(2))
-    flow_figure(steps, list("abcd"), query=np.int64(2))
+    flow_figure(steps, list("abcd"), query=np.int64(2))  # type: ignore[arg-type]
 
 
 def test_what_is_given_stays_as_it_is() -> None:
@@ -695,15 +712,15 @@ one = lower(3, 3)
     (lambda: layers_figure(torch.ones(2, 0, 0), []), r"\(0, 0\)"),
     (lambda: layers_figure([one], list("ab")), "2 tokens but 3 rows and columns"),
     (lambda: layers_figure([one], "abc"), "convert_ids_to_tokens"),
-    (lambda: layers_figure([one], [1, 2, 3]), "convert_ids_to_tokens"),
+    (lambda: layers_figure([one], [1, 2, 3]), "convert_ids_to_tokens"),  # type: ignore[list-item]
     (lambda: layers_figure([one], ABC, ["a", "b"]), "2 titles but 1 layers"),
     (lambda: layers_figure([one, NAN], ABC), "layer 1: the matrix has NaN"),
     (lambda: layers_figure([one.clone().fill_diagonal_(float("inf"))], ABC), "NaN or infinite"),
     (lambda: layers_figure([one, one.T], ABC), "layer 1: row 0, column 1 is .*transposed.*reads='all'"),
-    (lambda: layers_figure([one], ABC, scale="row"), "'layer' or 'common', not 'row'"),
+    (lambda: layers_figure([one], ABC, scale="row"), "'layer' or 'common', not 'row'"),  # type: ignore[arg-type]
     (lambda: layers_figure([one], ABC, quantile=0), "quantile"),
     (lambda: layers_figure([one], ABC, quantile=95), "quantile"),
-    (lambda: layers_figure([one], ABC, reads="past"), "'before itself'"),
+    (lambda: layers_figure([one], ABC, reads="past"), "'before itself'"),  # type: ignore[arg-type]
     (lambda: token_heatmap(lower(1, 3, 3), ABC), "layers_figure"),
     (lambda: token_heatmap(torch.ones(0, 3), [], ABC), r"\(0, 3\)"),
     (lambda: token_heatmap(lower(2, 3), ABC), "3 tokens but 2 rows"),
@@ -751,12 +768,15 @@ def flow_of(figure: Figure) -> Shown:
     for (j, below), (i, above) in lines.get_segments():
         assert above == below + 1
         places.append((int(below), int(i), int(j)))
-    reds = {place for place, (red, _, blue, _) in zip(places, lines.get_colors(), strict=True) if red > blue}
-    offsets = dots.get_offsets().tolist()
+    reds = {
+        place for place, (red, _, blue, _) in zip(places, np.asarray(lines.get_colors()), strict=True) if red > blue
+    }
+    offsets = np.asarray(dots.get_offsets()).tolist()
     nodes = {(int(row), int(token)): size for (token, row), size in zip(offsets, dots.get_sizes(), strict=True)}
     assert len(nodes) == len(offsets) and len(set(places)) == len(places)
-    widths = dict(zip(places, lines.get_linewidths(), strict=True))
-    return Shown(widths, reds, nodes, [bar.get_height() for bar in under.patches])
+    thickness: Any = lines.get_linewidth()
+    widths = dict(zip(places, thickness, strict=True))
+    return Shown(widths, reds, nodes, [bar.get_height() for bar in rectangles(under)])
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -789,11 +809,13 @@ def test_a_line_carries_what_a_token_hands_on(signed: bool, query: int | list[fl
                 below[j] += flows[layer, i, j]
         relevance = below
         nodes |= {(layer, j): r for j, r in enumerate(relevance)}
-    flows, nodes = ({at: value for at, value in all_.items() if value} for all_ in (flows, nodes))
+    flows = {at: value for at, value in flows.items() if value}
+    nodes = {at: value for at, value in nodes.items() if value}
     assert seen.bars == pytest.approx(relevance)
     assert seen.widths.keys() == flows.keys() and seen.nodes.keys() == nodes.keys()
     assert seen.reds == {at for at, value in flows.items() if value < 0}
-    for shown, expected in ((seen.widths, {at: abs(v) ** 0.5 for at, v in flows.items()}), (seen.nodes, nodes)):
+    pairs: list[tuple[Any, Any]] = [(seen.widths, {at: abs(v) ** 0.5 for at, v in flows.items()}), (seen.nodes, nodes)]
+    for shown, expected in pairs:
         most = max(expected, key=lambda at: abs(expected[at]))
         assert shown == pytest.approx({at: abs(expected[at] / expected[most]) * shown[most] for at in expected})
 

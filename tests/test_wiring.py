@@ -4,10 +4,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import oracles
 import pytest
 import torch
-from families import VOCABULARY
 from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionRollout, LayerImplicitAttention, Wire, register, register_wire, unregister
@@ -22,6 +20,8 @@ from captum_ssm.network.examination import examine
 from captum_ssm.network.graph import EMBEDDINGS, Junction, ResidualGraph
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import CausalConv, Chain, Projection
+from tests import oracles
+from tests.families import VOCABULARY
 
 E = EMBEDDINGS
 
@@ -303,7 +303,8 @@ def test_of_any_wiring_each_junction_comes_before_all_that_it_reads(seed: int) -
     draw = random.Random(seed)
     reads = [frozenset(draw.sample(range(-1, k), draw.randint(1, k + 1))) for k in range(draw.choice([2, 4, 6]))]
     output = stream(*draw.sample(range(-1, len(reads)), draw.randint(1, len(reads))))
-    streams, passed = {output, *reads, stream(E)}, set()
+    streams = {output, *reads, stream(E)}
+    passed: set[Any] = set()
     for junction in ResidualGraph(reads, output).junctions():
         assert junction.stream in streams - passed - {stream(E)}
         passed.add(junction.stream)
@@ -532,7 +533,7 @@ def test_every_call_of_a_shared_module_is_checked_and_explained(ids: Tensor) -> 
 
 def test_a_layer_of_a_shared_module_is_the_call_of_its_name(ids: Tensor) -> None:
     """Lengths depend on the input, so the two calls of one module differ."""
-    model = Model(lambda m, x: m.norm(m.again[0](5 * m.norm(m.mix[0](x)))))
+    model: Any = Model(lambda m, x: m.norm(m.again[0](5 * m.norm(m.mix[0](x)))))
     model.again = nn.ModuleList([model.mix[0]]).eval()
     first, second = (LayerImplicitAttention(model, name).attribute(ids, fusion="norm") for name in ("mix.0", "again.0"))
     x = record(model, ids)[1].x
@@ -634,7 +635,7 @@ def test_a_wire_is_asked_with_the_block_the_mixer_and_what_enters_the_block(ids:
         asked.append((block, mixer, state))
         return Wire(write=block.write)
 
-    model = Wired()
+    model: Any = Wired()
     entered: list[Tensor] = []
     blocks = [model.layers[0], model.layers[1].block, model.layers[2]]
     handles = [
@@ -650,7 +651,8 @@ def test_a_wire_is_asked_with_the_block_the_mixer_and_what_enters_the_block(ids:
         assert call.state is not None and torch.equal(call.state, x)
         assert find_wire(model, call.name, call.mixer, call.state) == Wire(write=block.write)
         assert asked[-1][0] is block and asked[-1][1] is call.mixer and asked[-1][2] is call.state
-    assert calls[1].detach().state is not None and not calls[1].detach().state.requires_grad
+    state = calls[1].detach().state
+    assert state is not None and not state.requires_grad
 
 
 def test_a_block_without_a_wire_is_a_plain_residual_one(ids: Tensor) -> None:
@@ -679,7 +681,7 @@ def test_a_rollout_uses_what_a_wire_declares(which: str, ids: Tensor, unchanged:
         scores = ImplicitAttentionRollout(model, fusion="absolute").attribute(ids, target=1)
     matrices, keep, embedded = [], {}, {}
     for number, call in enumerate(record(model, ids)):
-        block = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))
+        block: Any = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))
         matrix = LayerImplicitAttention(model, number).attribute(ids).double()
         matrices.append(matrix * block.write if "write" in which else matrix)
         keep[number] = embedded[number] = torch.zeros(2, 7, dtype=torch.float64)
@@ -687,7 +689,7 @@ def test_a_rollout_uses_what_a_wire_declares(which: str, ids: Tensor, unchanged:
         if "keep" in which:
             keep[number] = block.gate(call.state).sigmoid().squeeze(-1).detach().double()
         if "embeddings" in which:
-            W, x = call.mixer.into.weight.detach().double(), call.x.double()
+            W, x = call.mixer.get_parameter("into.weight").detach().double(), call.x.double()
             own, shared = (x[..., :8] @ W[:, :8].T).norm(dim=-1), (x[..., 8:] @ W[:, 8:].T).norm(dim=-1)
             embedded[number] = shared / (own + shared)
     query = torch.zeros(2, 7, dtype=torch.float64)
@@ -705,7 +707,7 @@ def test_a_factor_of_the_output_may_differ_by_token(ids: Tensor) -> None:
     scores = ImplicitAttentionRollout(model, fusion="absolute").attribute(ids, target=1)
     matrices = []
     for number, call in enumerate(record(model, ids)):
-        block = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))
+        block: Any = model.get_submodule(PATHS[number].removesuffix(".inner.mix"))
         write = block.gate(call.state).sigmoid().detach().double()
         matrices.append(write * LayerImplicitAttention(model, number).attribute(ids).double())
     query = torch.zeros(2, 7, dtype=torch.float64)

@@ -35,6 +35,8 @@ STEP = 2
 """Digits stand at multiples of this many pixels."""
 
 ClassToken = Literal["middle", "first"] | None
+Part = Literal["train", "validation", "test"]
+"""The digits are split into these; no digit is in two."""
 
 
 class Mamba(nn.Module):
@@ -117,7 +119,8 @@ class Mamba(nn.Module):
     def _read(self, value: Tensor, suffix: str) -> tuple[Tensor, ...]:
         """Return what one direction's scan needs, see :func:`selective_scan`."""
         conv1d, x_proj, dt_proj, skip = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj", "D"))
-        A = -(self.A_b_log if suffix else self.A_log).exp()
+        A_log: Tensor = getattr(self, "A_b_log" if suffix else "A_log")
+        A = -A_log.exp()
         u = F.silu(conv1d(value.mT)[..., : value.shape[1]]).mT
         low_rank, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return u, F.softplus(dt_proj(low_rank)), A, B, C, skip
@@ -255,10 +258,11 @@ class VisionMamba(nn.Module):
             self.cls_token = nn.Parameter(torch.empty(1, 1, width))
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.pos_embed = nn.Parameter(torch.empty(1, patches + (class_token is not None), width))
-        self.layers = nn.ModuleList(
+        blocks = [
             Block(Mamba(width, state_size, if_divide_out=if_divide_out, init_layer_scale=init_layer_scale))
             for _ in range(depth)
-        )
+        ]
+        self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -266,8 +270,8 @@ class VisionMamba(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
-            for layer in self.layers:
-                layer.mixer.out_proj.weight /= math.sqrt(depth)  # every layer adds to the same residual
+            for block in blocks:
+                block.mixer.out_proj.weight /= math.sqrt(depth)  # every layer adds to the same residual
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, classes) of ``images`` (B, channels, image_size, image_size)."""
@@ -431,7 +435,7 @@ class Digits(NamedTuple):
 
 
 @cache
-def digit_images(part: Literal["train", "validation", "test"]) -> Digits:
+def digit_images(part: Part) -> Digits:
     """Return the digits of scikit-learn's ``load_digits`` in one part of a fixed split.
 
     Of every seven images in the order of the data set five are for training, one for validation and one for the test:
@@ -462,7 +466,7 @@ class Canvases(NamedTuple):
     """(n, 2, 16, 16), True on the ink of the digit that decides and of the other one."""
 
 
-def one_digit_canvases(part: Literal["train", "validation", "test"] = "test", seed: int = 0) -> Canvases:
+def one_digit_canvases(part: Part = "test", seed: int = 0) -> Canvases:
     """Return every digit of a part once, each at a random place of its own canvas."""
     digits = digit_images(part)
     n = len(digits.labels)
@@ -473,7 +477,7 @@ def one_digit_canvases(part: Literal["train", "validation", "test"] = "test", se
     return Canvases(images.unsqueeze(1), digits.labels, pairs, masks)
 
 
-def two_digit_canvases(n: int, seed: int = 0, part: Literal["train", "validation", "test"] = "test") -> Canvases:
+def two_digit_canvases(n: int, seed: int = 0, part: Part = "test") -> Canvases:
     """Draw canvases with two digits side by side, one of 0 to 4, which decides, and one of 5 to 9, which does not.
 
     Which of them stands on the left, and how high each stands, is random.

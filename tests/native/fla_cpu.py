@@ -38,7 +38,12 @@ from fla.ops.rwkv7.fused_k_update import k_update_ref
 from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
 from torch import Tensor
 
-ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid, None: lambda x: x}
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "swish": F.silu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    None: lambda x: x,
+}
 
 
 def swap(*tensors: Tensor) -> list[Tensor]:
@@ -70,7 +75,9 @@ def gla_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return naive_recurrent_gla(q, k, v, g)[0]
 
 
-def gla(q: Any, k: Any, v: Any, g: Any = None, gk: Any = None, initial_state: Any = None, cu_seqlens: Any = None, **_):
+def gla(
+    q: Any, k: Any, v: Any, g: Any = None, gk: Any = None, initial_state: Any = None, cu_seqlens: Any = None, **_: Any
+) -> Any:
     state(initial_state)
     return gla_reference(q, k, v, gk if g is None else g, cu_seqlens=cu_seqlens), None
 
@@ -80,7 +87,7 @@ def retention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return naive_retention(*swap(q, k, v)).transpose(1, 2)
 
 
-def retention(q: Any, k: Any, v: Any, initial_state: Any = None, cu_seqlens: Any = None, **_: Any):
+def retention(q: Any, k: Any, v: Any, initial_state: Any = None, cu_seqlens: Any = None, **_: Any) -> Any:
     state(initial_state)
     return retention_reference(q, k, v, cu_seqlens=cu_seqlens), None
 
@@ -93,7 +100,7 @@ def delta_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
 def delta(
     q: Any, k: Any, v: Any, beta: Any, initial_state: Any = None, cu_seqlens: Any = None,
     use_qk_l2norm_in_kernel: bool = False, **_: Any,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     state(initial_state)
     q, k = (l2_norm(t) if use_qk_l2norm_in_kernel else t for t in (q, k))
     return delta_reference(q, k, v, beta, cu_seqlens=cu_seqlens), None
@@ -107,7 +114,7 @@ def gated_delta_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
 def gated_delta(
     q: Any, k: Any, v: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, initial_state: Any = None,
     cu_seqlens: Any = None, allow_neg_eigval: bool = False, **options: Any,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     state(initial_state)
     assert all(options[f"use_{what}_in_kernel"] for what in ("qk_l2norm", "gate", "beta_sigmoid"))
     g = -A_log.exp() * F.softplus(g + dt_bias)
@@ -125,7 +132,7 @@ def kda_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> T
 def kda(
     q: Any, k: Any, v: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, initial_state: Any = None,
     cu_seqlens: Any = None, allow_neg_eigval: bool = False, lower_bound: float | None = None, **options: Any,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     state(initial_state)
     assert all(options[f"use_{what}_in_kernel"] for what in ("qk_l2norm", "gate", "beta_sigmoid"))
     bound = {} if lower_bound is None else {"lower_bound": lower_bound}
@@ -136,7 +143,7 @@ def kda(
 
 def rwkv6(
     r: Any, k: Any, v: Any, w: Any, u: Any, scale: float, initial_state: Any = None, cu_seqlens: Any = None, **_: Any
-):
+) -> Any:
     state(initial_state)
     assert cu_seqlens is None
     return naive_recurrent_rwkv6(*swap(r, k, v, w), u, scale)[0].transpose(1, 2), None
@@ -145,7 +152,7 @@ def rwkv6(
 def rwkv7(
     r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, scale: float, initial_state: Any = None, cu_seqlens: Any = None,
     **_: Any,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     state(initial_state)
     assert cu_seqlens is None
     scaled = r * r.shape[-1] ** 0.5 * scale  # the reference divides by this root
@@ -153,7 +160,7 @@ def rwkv7(
     return y.transpose(1, 2).to(v), None
 
 
-def mul_rwkv7(r: Any, w: Any, k: Any, v: Any, kk: Any, a: Any, **options: Any):
+def mul_rwkv7(r: Any, w: Any, k: Any, v: Any, kk: Any, a: Any, **options: Any) -> Any:
     return rwkv7(r, w, k, v, -kk, kk * a, **options)
 
 
@@ -172,7 +179,9 @@ def norm(x: Tensor, weight: Any, bias: Any, eps: float, centre: bool, groups: in
     return y if bias is None else y + bias
 
 
-def norm_forward(self: Any, x: Tensor, residual: Any = None, prenorm: bool = False, residual_in_fp32: bool = False):
+def norm_forward(
+    self: Any, x: Tensor, residual: Any = None, prenorm: bool = False, residual_in_fp32: bool = False
+) -> Any:
     x = x if residual is None else x + residual
     centre = not isinstance(self, modules.RMSNorm) and not getattr(self, "is_rms_norm", False)
     y = norm(x, self.weight, self.bias, self.eps, centre, getattr(self, "num_groups", None) or 1)
@@ -194,23 +203,27 @@ def conv(x: Tensor, *, weight: Tensor, bias: Any, activation: str | None) -> Ten
     return ACTIVATIONS[activation](y[..., :L].transpose(1, 2))
 
 
-def causal_conv1d(x: Any, weight: Any = None, bias: Any = None, activation: Any = None, cu_seqlens: Any = None, **_):
+def causal_conv1d(
+    x: Any, weight: Any = None, bias: Any = None, activation: Any = None, cu_seqlens: Any = None, **_: Any
+) -> Any:
     return conv(x, weight=weight, bias=bias, activation=activation, cu_seqlens=cu_seqlens), None
 
 
-def conv_forward(self: Any, x: Tensor, cache: Any = None, cu_seqlens: Any = None, **_: Any):
+def conv_forward(self: Any, x: Tensor, cache: Any = None, cu_seqlens: Any = None, **_: Any) -> Any:
     state(cache)
     return causal_conv1d(x, self.weight.squeeze(1), self.bias, self.activation, cu_seqlens)
 
 
-def token_shift(x: Tensor, cu_seqlens: Any = None, cache: Any = None, output_cache: bool = False):
+def token_shift(x: Tensor, cu_seqlens: Any = None, cache: Any = None, output_cache: bool = False) -> Any:
     state(cache)
     assert cu_seqlens is None
     delta = F.pad(x, (0, 0, 1, -1)) - x
     return (delta, x[:, -1:]) if output_cache else delta
 
 
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, cu_seqlens: Any = None, **_: Any):
+def rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, cu_seqlens: Any = None, **_: Any
+) -> Any:
     return packed(lambda t: rotary_embedding_ref(t, cos[: t.shape[1]], sin[: t.shape[1]], interleaved))(
         x, cu_seqlens=cu_seqlens
     )
@@ -259,7 +272,7 @@ FUNCTIONS = {
 }
 """By the name under which layers import them."""
 
-FORWARDS = {
+FORWARDS: dict[Any, Callable[..., Any]] = {
     modules.RMSNorm: norm_forward,
     modules.LayerNorm: norm_forward,
     modules.GroupNorm: norm_forward,
@@ -293,7 +306,7 @@ def enable() -> None:
     """Change the package, once."""
     for cls, cpu in FORWARDS.items():
         if not hasattr(cls.forward, "by_device"):
-            cls.forward = by_device(cls.forward, cpu)  # type: ignore[method-assign]
+            cls.forward = by_device(cls.forward, cpu)
     tables = {
         name: FUNCTIONS for name in sys.modules if name.startswith(("fla.layers", "fla.models", "fla.modules.rotary"))
     }
@@ -303,7 +316,7 @@ def enable() -> None:
             if callable(native) and not inspect.ismodule(native) and not hasattr(native, "by_device"):
                 setattr(sys.modules[name], function, by_device(native, table[function]))
 
-    attn = sys.modules["fla.layers.attn"]
+    attn: Any = sys.modules["fla.layers.attn"]
     if attn.flash_attn_func is None:  # the package it comes from is not installed
         attn.flash_attn_func, attn.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
 

@@ -106,7 +106,7 @@ def chunk_scan(
 def split_conv_scan(
     zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Any, dt_bias: Tensor, A: Tensor, D: Tensor,
     dt_limit: tuple[float, float] = UNLIMITED, activation: str = "silu", rmsnorm_weight: Any = None,
-    rmsnorm_eps: float = 1e-6, outproj_weight: Any = None, outproj_bias: Any = None, headdim: int | None = None,
+    rmsnorm_eps: float = 1e-6, outproj_weight: Any = None, outproj_bias: Any = None, headdim: Any = None,
     ngroups: int = 1, norm_before_gate: bool = True,
 ) -> Tensor:  # fmt: skip
     """The fused layer, of its parts' references.

@@ -4,7 +4,7 @@ Nothing here is taken from captum_ssm. All take a layer with float64 parameters,
 (B, H, L, L), or its output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -112,7 +112,9 @@ def delta_net(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Yang et al. 2024 (arXiv 2406.06484), equation 4."""
     H, act = mixer.num_heads, mixer.qk_activation
     q, k = (heads(convolved(mixer, name, x), H) for name in "qk")
-    acts = {"silu": F.silu, "relu": F.relu, "elu": lambda t: F.elu(t) + 1, "identity": lambda t: t}
+    acts: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu, "relu": F.relu, "elu": lambda t: F.elu(t) + 1, "identity": lambda t: t,
+    }  # fmt: skip
     if act != "silu" or not mixer.use_short_conv:
         q, k = acts[act](q), acts[act](k)
     q, k = (unit(t) if mixer.qk_norm == "l2" else t / t.abs().sum(-1, keepdim=True) for t in (q, k))

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("fla")
 
-import fla_cpu
-import oracles_fla as oracles
 from fla.layers import (
     Attention,
     DeltaNet,
@@ -32,8 +30,11 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.matrices.core_matrix import channel_matrices
-from captum_ssm.operators import Chain
+from captum_ssm.operators import Attention as SoftmaxAttention
+from captum_ssm.operators import Chain, Diagonal, HeadOperator
 from captum_ssm.testing import check_adapter
+from tests.native import fla_cpu
+from tests.native import oracles_fla as oracles
 
 E, L = 16, 9
 
@@ -153,7 +154,7 @@ def build(name: str, **more: Any) -> nn.Module:
         mixer = cls(hidden_size=E, **{"layer_idx": 1, **options, **more})
     with torch.no_grad():
         for parameter in mixer.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
+            parameter.add_(0.3 * torch.randn(parameter.shape))
     return mixer.eval()
 
 
@@ -197,8 +198,9 @@ def test_the_attention_is_the_papers_sum(name: str) -> None:
     kwargs = arguments(mixer)
     with torch.no_grad():
         scan = decomposed(mixer, x, kwargs).factors["scan"]
+        assert isinstance(scan, HeadOperator)
         expected = ORACLES[type(mixer)](mixer, x, kwargs)
-        found = channel_matrices(scan, x.new_ones(*x.shape[:2], scan.sizes[1]))[:, :: scan.head_size]
+        found = channel_matrices(scan, x.new_ones(*x.shape[:2], scan.heads * scan.head_size))[:, :: scan.head_size]
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
@@ -275,7 +277,9 @@ def test_another_librarys_class_of_the_same_name_is_refused(name: str) -> None:
 def test_the_weights_are_the_softmax_of_turned_queries_and_keys(name: str) -> None:
     mixer, x = build(name).double(), inputs().double()
     with torch.no_grad():
-        found = decomposed(mixer, x, arguments(mixer, MASKS["left"])).factors["attention"].weights
+        attention = decomposed(mixer, x, arguments(mixer, MASKS["left"])).factors["attention"]
+        assert isinstance(attention, SoftmaxAttention)
+        found = attention.weights
         expected = oracles.softmax(mixer, x, torch.tensor(MASKS["left"]))
     assert (found - expected).abs().max() <= 1e-12
 
@@ -291,7 +295,9 @@ def test_the_first_values_are_a_bias_of_rwkv7() -> None:
         values = Chain({name: chain.factors[name] for name in ("mix", "value", "shift")})
         same = Chain({name: none.factors[name] for name in ("mix", "value", "shift")})
         assert torch.equal(values.apply(x), same.apply(x, bias=True))
-        m = 1 - chain.factors["mix"].s
+        mix = chain.factors["mix"]
+        assert isinstance(mix, Diagonal)
+        m = 1 - mix.s
         assert ((values.apply(x, bias=True) - values.apply(x)) - m * kwargs["v_first"]).abs().max() <= 1e-5
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 pytest.importorskip("fla")
 
 import fla.models
-import fla_cpu  # noqa: F401  lets the models run without a GPU
 from fla.models.cache_utils import Cache
 
 from captum_ssm import (
@@ -23,6 +22,7 @@ from captum_ssm import (
     ModelStateError,
 )
 from captum_ssm.layers.mixers import find_mixers
+from tests.native import fla_cpu  # noqa: F401  lets the models run without a GPU
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 13, "intermediate_size": 24}
 
@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
         model: nn.Module = getattr(fla.models, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape)
+            parameter.add_(0.2 * torch.randn(parameter.shape))
     return model.eval()
 
 

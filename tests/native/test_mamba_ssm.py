@@ -6,12 +6,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-import mamba_ssm_cpu
-import oracles_mamba_ssm as oracles
 import pytest
 import torch
 import transformers as hf
-from families import VOCABULARY, perturbed
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -39,6 +36,9 @@ from captum_ssm.network.interface import input_embeddings, is_language_model
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.relevance.functions import EXTERNAL_CODE
 from captum_ssm.testing import check_adapter
+from tests.families import VOCABULARY, perturbed
+from tests.native import mamba_ssm_cpu
+from tests.native import oracles_mamba_ssm as oracles
 
 mamba_ssm_cpu.enable()
 
@@ -144,7 +144,7 @@ class Rotary(nn.Module):
         return turn(q), torch.stack([turn(kv[:, :, 0]), kv[:, :, 1]], 2)
 
 
-def layer(name: str, device: str = "cpu") -> nn.Module:
+def layer(name: str, device: str = "cpu") -> Any:
     cls, options, _, _ = LAYERS[name]
     torch.manual_seed(0)
     with patch.object(mha, "RotaryEmbedding", Rotary):
@@ -227,19 +227,26 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "attribution": lambda model, inputs: ImplicitAttentionAttribution(model).attribute(inputs, TARGET),
     "relevance": lambda model, inputs: ImplicitAttentionRelevance(model).attribute(inputs, TARGET),
     "difference": lambda model, inputs: ImplicitAttentionRelevance(model).attribute(
-        inputs, TARGET, baselines=input_embeddings(model)(torch.tensor(3)).detach()
+        inputs, TARGET, baselines=token_vector(model)
     ),
     "layer": lambda model, inputs: LayerImplicitAttention(model, mixers(model)[0]).attribute(inputs),
     "checkpoints": lambda model, inputs: ImplicitAttentionRelevance(model, checkpoints=True).attribute(inputs, TARGET),
 }
 
 
-def mixers(model: nn.Module) -> list[nn.Module]:
+def mixers(model: Any) -> list[nn.Module]:
     return [module.mixer for module in model.backbone.layers]
 
 
-def embedded(model: nn.Module, ids: Tensor) -> Tensor:
+def embedded(model: Any, ids: Tensor) -> Tensor:
     return model.backbone.embedding(ids).detach()
+
+
+def token_vector(model: nn.Module) -> Tensor:
+    """The embedding of a token that serves as the reference, of a model of either package."""
+    embeddings = input_embeddings(model)
+    assert embeddings is not None
+    return embeddings(torch.tensor(3)).detach()
 
 
 def per_token(scores: Tensor, tokens: bool) -> Tensor:

@@ -4,22 +4,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import explain_transformers
-import mamba_ssm_cpu
 import pytest
 import torch
 from torch import Tensor
 
 from captum_ssm import ModelStateError
+from tests.native import explain_transformers, mamba_ssm_cpu
 
 mamba_ssm_cpu.enable()
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
     """What comes out of a process that has none of the packages."""
     file = tmp_path_factory.mktemp("alone") / "explained.pt"
-    subprocess.run([sys.executable, str(Path(explain_transformers.__file__)), str(file)], check=True)
+    subprocess.run([sys.executable, "-m", explain_transformers.__name__, str(file)], check=True, cwd=ROOT)
     return torch.load(file)
 
 

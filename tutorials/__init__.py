@@ -1,0 +1,1 @@
+"""The notebooks, and the Vision Mamba that they and the tests share."""
