@@ -161,6 +161,9 @@ def relevance_against_captum(name: str, model: PreTrainedModel, L: int, runs: in
         L: Tokens.
         runs: Number of measurements, after one to warm up; with 0 a single one, cold.
         steps: Of the integrated gradients; 0 leaves them out.
+
+    Returns:
+        One row of the table for each comparison.
     """
     embeddings, forward = last_logits(model, L)
     gradient, integrated, leaf = InputXGradient(forward), IntegratedGradients(forward), embeddings.clone()
@@ -264,9 +267,9 @@ def peak_memory() -> float:
 
 
 def rectified_memory(L: int, width: int) -> str:
-    """Peak memory of the channel-rectified matrix of one layer, beyond what the model's own run needed.
+    """Return in words the memory of the channel-rectified matrix of one layer, beyond the peak of the model's own run.
 
-    Runs in a process of its own: the peak of a process never falls.
+    Runs in a separate process: the peak of a process never falls.
     """
     model = mamba(1, width)
     with torch.no_grad(), record_mixers(model) as calls:
@@ -293,7 +296,7 @@ def growth(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def relevance_memory(what: str, L: int) -> str:
-    """Peak memory of one explanation by the shipped model, beyond that of the loaded model.
+    """Return in words the peak memory of one explanation by the shipped model, beyond that of the loaded model.
 
     Args:
         what: ``"own"``, the model's own forward and backward; ``"forward"``, its forward alone, with what it holds for

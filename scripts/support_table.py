@@ -53,8 +53,11 @@ def measure(family: str) -> Measured:
 def explains_left_padding(model: nn.Module, ids: Tensor) -> bool:
     """Whether padding before the tokens is explained; then their scores must be those without it.
 
+    Returns:
+        Whether; False if the model refuses padding.
+
     Raises:
-        AssertionError: If they are not.
+        AssertionError: If the scores differ.
     """
     method = ImplicitAttentionAttribution(model, rectify=None)
     padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], dim=1)

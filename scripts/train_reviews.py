@@ -109,6 +109,9 @@ def rotten_tomatoes_splits(validation: int = 500, test: int = 1000) -> dict[str,
     sentences, the next ``validation / 2`` the validation sentences, the rest is for training. The
     split therefore depends neither on the order of the file nor on a random generator, and both
     held-out parts have as many positive (1) as negative (0) sentences.
+
+    Returns:
+        Sentences with their labels, by the name of the part.
     """
     reviews = load_reviews()
     reviews = reviews[reviews.source == "rotten_tomatoes"].copy()
@@ -174,6 +177,9 @@ def train_tokenizer(sentences: list[str], reviews: list[str], size: int, pieces:
     Here it is trained to ``pieces`` entries, of which the continuations (``##ing``) and the
     single characters are kept; the most frequent whole words fill the rest. A word of a Rotten
     Tomatoes sentence counts ten times, as these sentences are a fortieth of the text.
+
+    Returns:
+        The tokenizer.
     """
     tokenizer = untrained_tokenizer()
     counts = count_words(tokenizer, reviews)
@@ -349,7 +355,10 @@ def collate(examples: list[Example]) -> Batch:
     """Append the read-out token to the texts and pad them on the right.
 
     After its last token a complete text should end (``<eos>``); the read-out token has no target
-    here, and nor has what comes before a cut.
+    here, and nor has the text before a cut.
+
+    Returns:
+        Inputs, targets (both (B, L)) and the positions of the read-out tokens (B,).
     """
     width = max(len(example.ids) for example in examples) + 1
     inputs = torch.full((len(examples), width), PAD_ID)
@@ -369,6 +378,9 @@ def drop_words(batch: Batch, rate: float, heavy_share: float) -> Tensor:
     """Replace words of the inputs by ``<unk>``: ``rate`` of them, in some texts up to all of them.
 
     Explanations are judged by replacing words, so such texts must be familiar to the model.
+
+    Returns:
+        The inputs (B, L) with words replaced.
     """
     rows = len(batch.inputs)
     heavy_rates = 1.2 * torch.rand(rows)  # one text in six of these loses all its words

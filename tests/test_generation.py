@@ -30,6 +30,7 @@ from captum_ssm import (
     models,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
+from captum_ssm.layers.fidelity import decompose
 from tests.conftest import build
 from tests.families import COMMON, S6, VOCABULARY, perturbed
 

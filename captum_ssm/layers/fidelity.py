@@ -143,6 +143,9 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
 
     The layer's own code must give the recorded output if it is run again in its type, and the output ``y`` of the
     decomposition if it is run in the type of ``y``.
+
+    Returns:
+        Whether both hold.
     """
     if call.y.dtype == y.dtype:
         return False

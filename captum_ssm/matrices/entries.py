@@ -41,8 +41,8 @@ def entry_blocks(core: Operator, v: Tensor) -> Iterator[EntryBlock]:
             token j to token i.
         v: Input-side weights (B, L, input channels).
 
-    Yields:
-        Blocks whose entries add up to the matrices; entries outside all blocks are 0.
+    Returns:
+        An iterator over blocks whose entries add up to the matrices; entries outside all blocks are 0.
     """
     return _by_rows(core, v) or _by_columns(core, v)
 

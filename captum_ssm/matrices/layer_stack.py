@@ -56,6 +56,9 @@ class LayerStack(Sequence[SplitLayer]):
     def __getitem__(self, number: int | slice) -> SplitLayer | Sequence[SplitLayer]:
         """Decompose, check and split the call of this number.
 
+        Returns:
+            The split layer, or a list of several.
+
         Raises:
             FidelityError: If the decomposition misses the layer's own output.
             InvalidInputError: If nothing of the layer would be left, or padding changes its output.

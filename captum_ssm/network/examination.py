@@ -211,6 +211,9 @@ def _mixes_tokens(run: _ModuleRun, length: int) -> bool:
 
     Any two tokens differ in some bit of their numbers. So for each bit, the outputs of the tokens that have it must
     not depend on the inputs of those that have it not, and the other way round.
+
+    Returns:
+        Whether it does.
     """
     number = torch.arange(length, device=run.y.device)
     with torch.enable_grad():

@@ -32,7 +32,8 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
     Raises:
         InvalidInputError: If the mask does not fit the inputs, leaves a sequence empty, or the model takes none.
         ModelStateError: If an installed kernel cannot take the model's tensors.
-        RuntimeError, ValueError: From the model itself.
+        RuntimeError: From the model itself.
+        ValueError: From the model itself.
     """
     try:
         return _run_model(forward_func, inputs, *args)
@@ -66,12 +67,15 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> 
 
 
 def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Run a language model without a cache and return its logits, (B, L, V) or (B, classes).
+    """Run a language model without a cache and return its logits.
 
     Args:
         model: A model of transformers or mamba_ssm.
         inputs: Token ids (B, L) or embeddings (B, L, E).
         mask: Attention mask (B, L), 0 at padding, or None.
+
+    Returns:
+        The logits (B, L, V), or (B, classes) of a classifier.
     """
     if is_mamba_ssm_model(model):
         with _token_ids(model, inputs) as ids:

@@ -124,6 +124,9 @@ def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor
         operator: The operator.
         x: Its input (B, L, channels).
         skips: Gets the direct paths.
+
+    Returns:
+        The output (B, L, channels).
     """
     if isinstance(operator, Chain):
         factors = reversed(list(operator.factors.values()))

@@ -219,6 +219,9 @@ class Run:
             value: F(x), (B,).
             reference: F(x'), or with frozen gates the model's constant term, (B,).
 
+        Returns:
+            The explanation, its delta that of the run itself.
+
         Raises:
             FidelityError: If they differ by more than rounding.
         """
@@ -242,6 +245,9 @@ class Run:
         Args:
             explanation: The explanation.
             reference: F(x') of the run, where the reference follows the input's decisions, (B,).
+
+        Returns:
+            The explanation, its delta that to the model.
         """
         tokens, terms = explanation.relevance.flatten(1), explanation.terms
         difference = self._plain_score(self.inputs, None).to(tokens).reshape(len(tokens))

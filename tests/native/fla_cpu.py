@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fla")
 
-import fla.layers
+import fla.layers  # noqa: F401
 import fla.models  # noqa: F401  every module that holds one of the names below must be there to be changed
 import fla.modules as modules
 import torch
