@@ -41,8 +41,19 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def select_targets(output: Tensor, target: Any) -> Tensor:
-    """Return what ``target`` selects from the output, by Captum's rules."""
-    return cast(Tensor, _select_targets(output, target))
+    """Return the entries of the output that the target selects, by Captum's rules.
+
+    Args:
+        output: Output of a model, (B, ...).
+        target: The target, in any form that Captum takes.
+
+    Raises:
+        AssertionError: If the target does not fit the output.
+    """
+    try:
+        return cast(Tensor, _select_targets(output, target))
+    except (IndexError, RuntimeError) as error:
+        raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
 
 
 def log_usage(method: Method) -> Method:

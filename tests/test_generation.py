@@ -158,7 +158,7 @@ def test_the_size_of_a_part_changes_nothing(
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
         "scores_of_calls",
-        lambda self, *args: (parts.append(len(args[-1])), own(self, *args))[1],  # type: ignore[func-returns-value]
+        lambda self, *args, **options: (parts.append(len(args[-1])), own(self, *args, **options))[1],  # type: ignore[func-returns-value]
     )
     for key, method in METHODS.items():
         parts.clear()

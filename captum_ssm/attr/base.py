@@ -1,25 +1,18 @@
-"""The parts that all attribution methods share: the constructor, the call, and the way from model to scores."""
+"""The shared parts of all methods of implicit attention: the constructor, the call, and the way from model to scores."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_ssm._captum import (
-    GradientAttribution,
-    compute_gradients,
-    format_additional_forward_args,
-    format_output,
-    is_tuple,
-    log_usage,
-    select_targets,
-)
+from captum_ssm._captum import format_additional_forward_args, format_output, is_tuple, log_usage
 from captum_ssm._progress import progress_bar
+from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.call import LayerCall, at_least_float32
@@ -28,151 +21,18 @@ from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.matrices.layer_stack import LayerStack
 from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
 from captum_ssm.network.examination import examine
-from captum_ssm.network.forward import checked_mask, run_model
+from captum_ssm.network.forward import run_model
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.network.inputs import (
     Target,
     outside_inference_mode,
     query_weights,
-    refuse_bad_inputs,
     refuse_bad_state,
     refuse_padding,
-    refuse_wrong_counts,
-    select_examples,
     single_tensor,
     token_mask,
 )
-from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import record_mixers
-
-
-class ModelMethod(GradientAttribution):
-    """A method that explains a model's score: the model, the score, and the state that the model must be in.
-
-    Args:
-        forward_func: A transformers model, any other ``torch.nn.Module``, or any callable that returns an output that
-            Captum accepts: one score for each example, or a tensor that ``target`` selects from.
-        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
-        tolerance: Allowed relative error of the decomposition; None chooses by the model's type
-            (:data:`captum_ssm.layers.fidelity.TOLERANCE`).
-
-    Attributes:
-        fidelity: After a call, the relative error of every layer's decomposition by layer name.
-
-    Raises:
-        InvalidInputError: If ``forward_func`` is not a module and no ``model`` is given.
-        UnsupportedModelError: If the model has no supported layer.
-    """
-
-    one_score: ClassVar[bool] = True
-    """Whether the target has to select one score for each example."""
-
-    def __init__(
-        self, forward_func: Callable[..., Any], model: nn.Module | None = None, *, tolerance: float | None = None
-    ) -> None:
-        super().__init__(forward_func)
-        self._model = model
-        self.tolerance = tolerance
-        self.fidelity: dict[str, float] = {}
-        find_mixers(self.model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model whose layers are explained, read when it is needed."""
-        if self._model is not None:
-            return self._model
-        if isinstance(self.forward_func, nn.Module):
-            return self.forward_func
-        raise InvalidInputError(
-            "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
-            f"{type(self).__name__}(forward_func, model=model)."
-        )
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
-        """Not offered: forward functions that return futures have no gradient.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError(f"attribute_future is not offered by {type(self).__name__}; call attribute.")
-
-    def batches(
-        self,
-        tokens: Tensor,
-        args: tuple[Any, ...] | None,
-        targets: tuple[Target, ...],
-        query: int | Tensor | None,
-        size: int | None,
-    ) -> Iterator[tuple[Tensor, Callable[[Any], Any]]]:
-        """Cut the inputs into batches; each is checked when its turn comes.
-
-        Args:
-            tokens: The inputs of all examples.
-            args: The additional forward arguments.
-            targets: The target, and the contrast.
-            query: The explained positions, if the caller names them.
-            size: How many examples a batch has; None takes all at once.
-
-        Yields:
-            The inputs of a batch, and a function that selects the batch's part of a target or argument.
-
-        Raises:
-            AssertionError: If there are several targets, and not as many as examples.
-            InvalidInputError: If the size is not positive, or a count or an input does not fit.
-        """
-        count = len(tokens) if tokens.dim() else 0
-        step = max(count, 1) if size is None else size
-        if step < 1:
-            raise InvalidInputError(f"internal_batch_size must be at least 1, not {size}.")
-        if step < count:
-            refuse_wrong_counts(count, targets, query)
-            if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
-                checked_mask(tokens, args[0])
-        for start in range(0, max(count, 1), step):
-            batch = tokens if step >= count else tokens[start : start + step]
-            refuse_bad_inputs(self.model, batch)
-            yield batch, partial(select_examples, count=count, rows=slice(start, start + step))
-
-    def refuse_replaced_gradient(self) -> None:
-        """Raise if ``gradient_func`` was replaced, as Captum's tools for neurons do.
-
-        Raises:
-            InvalidInputError: With the way to explain a neuron.
-        """
-        if self.gradient_func is not compute_gradients:
-            raise InvalidInputError(
-                "gradient_func was replaced, but the methods of this package do not call it. To explain a neuron, pass "
-                "a callable that returns it as forward_func, with model=."
-            )
-
-    def explained_score(self, output: Tensor, target: Target, contrast: Target) -> Tensor:
-        """Return the explained score of each example, (B,): the target's, less the contrast's if there is one."""
-        score = self._select(output, target)
-        if contrast is not None:
-            assert target is not None or score.dim() < 2, "Target not provided when necessary: a contrast needs one."
-            score = score - self._select(output, contrast)
-        return score
-
-    def _select(self, output: Tensor, target: Target) -> Tensor:
-        """Return the score of each example, (B,), by Captum's rules for targets."""
-        assert isinstance(output, Tensor), (
-            f"forward_func must return a tensor, not {type(output).__name__}; return its logits, for example."
-        )
-        try:
-            score = select_targets(output, target)
-        except (IndexError, RuntimeError) as error:
-            raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
-        one_each = score.dim() == 0 or score[0].numel() == 1
-        assert one_each or (target is None and not self.one_score), (
-            f"Target not provided when necessary: the output has shape {tuple(output.shape)}, so a target must "
-            "select one score for each example."
-        )
-        if not bool(score.isfinite().all()):
-            raise ModelStateError(
-                "The explained score is NaN or infinite. Check the model's weights and the inputs for NaN or "
-                "infinity, or run the model in a wider floating-point type."
-            )
-        return score
 
 
 class ImplicitAttentionMethod(ModelMethod):

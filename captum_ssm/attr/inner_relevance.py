@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, NeuronAttribution, format_additional_forward_args, log_usage
-from captum_ssm.attr.base import ModelMethod
+from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError

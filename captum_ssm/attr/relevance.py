@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import format_additional_forward_args, format_output, is_tuple, log_usage
 from captum_ssm._progress import progress_bar
-from captum_ssm.attr.base import ModelMethod
+from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.network.inputs import Target, outside_inference_mode, refuse_bad_state, single_tensor

@@ -12,7 +12,7 @@ from captum_ssm import (
     ImplicitAttentionRollout,
     RawImplicitAttention,
 )
-from captum_ssm.attr.base import ModelMethod
+from captum_ssm.attr.model_method import ModelMethod
 
 METHODS: dict[str, Callable[..., ModelMethod]] = {
     "relevance": lambda score, model, o: ImplicitAttentionRelevance(score, model, gate_rule=o.gates),

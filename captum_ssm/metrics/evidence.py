@@ -172,10 +172,7 @@ def _target_evidence(evidence: Tensor, target: Target) -> Tensor:
             f"Target not provided when necessary: each example has {shape[1:]} outputs, so pass target=, such as the "
             "class that was explained."
         )
-    try:
-        selected = select_targets(evidence, target)
-    except (IndexError, RuntimeError) as error:
-        raise AssertionError(f"Target {target!r} does not fit an output of shape {shape}.") from error
+    selected = select_targets(evidence, target)
     if selected.numel() != rows:
         raise InvalidInputError(
             f"The target selects shape {tuple(selected.shape)} from an output of shape {shape}, but it must select one "
