@@ -157,7 +157,7 @@ def test_memories_long_and_short_neither_overflow_nor_lose_digits(name: str, log
     assert relative_error(single.chain.apply(single.x), expected) <= 1e-5
     scan = single.chain.factors["scan"]
     assert isinstance(scan, DeltaScan | Scan)
-    decays = scan.products[0].tokens(0, L)
+    decays = scan.products.a.tokens(0, L)
     assert decays.min() >= 0 and decays.max() <= 1
     if log_rate == 8 and name not in ("bailing_hybrid", "glm5_next"):  # these bound their decays
         assert decays.min() == 0

@@ -219,7 +219,7 @@ def test_long_sequences_with_strong_decays_stay_exact(name: str) -> None:
     assert layer.error <= 2e-6
     scan = layer.chain.factors["scan"]
     assert isinstance(scan, Scan)
-    decays = scan.products[0].tokens(0, 200)
+    decays = scan.products.a.tokens(0, 200)
     assert decays.min() < 1e-30 and 0.99 < decays.max() <= 1
 
 

@@ -28,7 +28,9 @@ from captum_ssm.operators import (
     Scan,
     Sum,
 )
-from captum_ssm.operators import scan as scans
+from captum_ssm.operators import chunk as chunks
+from captum_ssm.operators.decays import chunk_decays, decayed_products
+from captum_ssm.operators.prefix import prefix, states_from, suffix
 from tests import oracles
 
 SEEDS = range(20)
@@ -590,7 +592,7 @@ def test_the_scan_is_the_recurrence_beyond_one_chunk(L: int, P: int, lag: int) -
 def test_a_long_sequence_of_many_states_is_cut_by_the_cache_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     scan, values, shape = random_scan(3, torch.float64, L=50, P=1, chunk=None)
     x = torch.randn(shape, dtype=torch.float64)
-    monkeypatch.setattr(scans, "_STATES", 1)
+    monkeypatch.setattr(chunks, "_STATES", 1)
     assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
 
 
@@ -617,8 +619,8 @@ def test_both_ways_through_a_chunk_agree_also_in_the_state_they_hand_on(seed: in
     a = torch.randn(B, T, H, draw.choice([1, N]), dtype=torch.float64)
     b, c = torch.randn(2, B, T, H, N, dtype=torch.float64)
     x, h = torch.randn(B, T, H, P, dtype=torch.float64), torch.randn(B, H, N, P, dtype=torch.float64)
-    states = scans._by_states(a, b, c, x, h, lag)
-    matrix = scans._by_matrix(a, b, c, x, h, lag)
+    states = chunks.chunk_by_states(a, b, c, x, h, lag)
+    matrix = chunks.chunk_by_matrix(a, b, c, x, h, lag)
     for one, other in zip(states, matrix, strict=True):
         assert_close(one, other)
     for t in range(T):
@@ -628,12 +630,39 @@ def test_both_ways_through_a_chunk_agree_also_in_the_state_they_hand_on(seed: in
     assert_close(states[1], h)
 
 
+@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_the_decays_of_a_chunk_are_products_from_token_to_token(T: int, N: int) -> None:
+    torch.manual_seed(T)
+    a = torch.randn(2, T, 3, N, dtype=torch.float64)
+    decays = chunk_decays(a)
+    before = decays.before_token()
+    for t in range(T):
+        assert_close(decays.since_start[:, :, t], a[:, : t + 1].prod(1))
+        assert_close(before.since_start[:, :, t], a[:, :t].prod(1))
+        for s in range(T):
+            assert_close(decays.between[:, :, t, s], a[:, s + 1 : t + 1].prod(1) * (s <= t))
+            assert_close(before.between[:, :, t, s], a[:, s + 1 : t].prod(1) * (s < t))
+    assert_close(decays.until_end(), decays.between[:, :, T - 1])
+    assert_close(decays.of_chunk().squeeze(-1), a.prod(1))
+
+
+@pytest.mark.parametrize("decays", [1, 3])
+def test_decayed_products_are_the_written_out_sum(decays: int) -> None:
+    rows, columns = torch.randn(2, 4, 5, 3, dtype=torch.float64), torch.randn(2, 4, 6, 3, dtype=torch.float64)
+    between = torch.randn(2, 4, 5, 6, decays, dtype=torch.float64)
+    found = decayed_products(rows, between, columns)
+    for t in range(5):
+        for s in range(6):
+            assert_close(found[..., t, s], (rows[:, :, t] * between[:, :, t, s] * columns[:, :, s]).sum(-1))
+
+
 @pytest.mark.parametrize("T", [*range(1, 18), 32, 33, 34, 70, 131])
 def test_the_prefix_is_the_recurrence(T: int) -> None:
     torch.manual_seed(T)
     a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
     h = torch.zeros(2, 3, dtype=torch.float64)
-    for t, state in enumerate(scans.prefix(a, v).unbind(1)):
+    for t, state in enumerate(prefix(a, v).unbind(1)):
         h = a[:, t] * h + v[:, t]
         assert_close(state, h)
 
@@ -643,7 +672,7 @@ def test_the_suffix_is_the_recurrence_from_the_end(T: int) -> None:
     torch.manual_seed(T)
     a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
     g = torch.zeros(2, 3, dtype=torch.float64)
-    states = scans.suffix(a, v)
+    states = suffix(a, v)
     for t in reversed(range(T)):
         g = (a[:, t + 1] * g if t + 1 < T else 0) + v[:, t]
         assert_close(states[:, t], g)
@@ -654,7 +683,7 @@ def test_the_states_follow_the_one_that_they_start_from(T: int) -> None:
     torch.manual_seed(T)
     a, v = torch.randn(2, 2, T, 3, dtype=torch.float64)
     h = torch.randn(2, 3, dtype=torch.float64)
-    first, *states = scans.states_from(h, a, v).unbind(1)
+    first, *states = states_from(h, a, v).unbind(1)
     assert torch.equal(first, h)
     for t, state in enumerate(states):
         h = a[:, t] * h + v[:, t]
@@ -712,6 +741,24 @@ def test_a_product_is_the_coefficient_written_out(seed: int) -> None:
         assert_close(product.tokens(2, 5), full[:, 2:5])
     assert Product((two,)).tokens(1, 4).shape == (1, 3, 3, 4)
     assert torch.equal(product.map(lambda f: f.flip(1), axis=1).tokens(0, 6), full.flip(1))
+
+
+def test_coefficients_go_by_name() -> None:
+    """Also those of a recurrence with others than the two of this package have."""
+    a, b, c, recall, erase = torch.rand(5, 1, 4, 2, 3).unbind()
+    given = {"a": a, "b": b, "c": c, "recall": recall, "erase": erase}
+
+    @dataclasses.dataclass(frozen=True)
+    class Other(Scan):
+        d: Tensor = dataclasses.field(default=a, kw_only=True)
+        coefficients = (*Scan.coefficients, "d")
+
+    for scan in (Scan(a, b, c), DeltaScan(a, b, c, recall, erase), Other(a, b, c, d=b)):
+        assert scan.products._fields == scan.coefficients
+        assert (scan.heads, scan.states) == (2, 3)
+        for name in scan.coefficients:
+            (factor,) = getattr(scan.products, name).factors
+            assert factor is given.get(name, b)
 
 
 def test_a_scan_refuses_what_is_not_one() -> None:

@@ -19,6 +19,7 @@ from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.functions import FUNCTIONS
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
 from captum_ssm.relevance.rule import Rule
+from captum_ssm.relevance.stacked import Stacked
 from captum_ssm.relevance.traced import Traced
 from tests.oracles_relevance import difference_of_recurrence, product, read, shapley
 
@@ -169,6 +170,18 @@ def test_the_exponential_is_smooth_where_value_and_reference_meet() -> None:
         found.append(torch.autograd.grad(y.sum(), flat(some, 0)))
     for wide, narrow in zip(*found, strict=True):
         assert (narrow.double() - wide).abs().max() <= 1e-5 * wide.abs().max()
+
+
+def test_a_stacked_pair_comes_apart_again_and_a_constant_is_not_copied() -> None:
+    value, reference = torch.randn(2, 3, 4, 1, 2).unbind()
+    pair = Stacked.of(value, reference, 3)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(pair.pair, (value, reference), strict=True))
+    assert torch.equal(pair.mean(0.0), reference) and torch.equal(pair.mean(1.0), value)
+    assert torch.allclose(pair.mean(0.75), 0.75 * value + 0.25 * reference)
+    one, other = torch.randn(2, 1, 4, 1, 2).unbind()
+    assert Stacked.of(one, other, 3).tensor.shape[0] == 6 and Stacked.of(one, value, 3).tensor.shape[0] == 6
+    constant = Stacked.of(one, one, 3)
+    assert constant.tensor is one and constant.mean(0.3) is one and all(t is one for t in constant.pair)
 
 
 # --- The Shapley value --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The shared parts of all methods of implicit attention: the constructor, the call, and the way from model to scores."""
+"""The shared parts of the methods of implicit attention: the constructor, the call, the way from model to scores."""
 
 from __future__ import annotations
 

@@ -1,31 +1,29 @@
-"""What an operator on token sequences is."""
+"""The interface of an operator on token sequences, and the operator on the reversed sequence."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 Index = slice | Tensor
-"""Which channels: a slice, or a 1-D tensor of channel numbers."""
-
-Self = TypeVar("Self", bound="Operator")
+"""A selection of channels: a slice, or a 1-D tensor of channel numbers."""
 
 
 class Operator(ABC):
     """An affine map of token sequences, ``x -> A x + bias``.
 
-    Subclasses say which axes they mix. A factor that mixes neither, or tokens only, is *channelwise*: it
-    is one (L, L) matrix for each channel. A factor that mixes channels only is *tokenwise*.
+    Subclasses declare which axes they mix. An operator that does not mix channels is *channelwise*: it is one (L, L)
+    matrix for each channel. An operator that mixes channels but no tokens is *tokenwise*.
     """
 
     mixes_tokens: ClassVar[bool] = False
     mixes_channels: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    """Whether no output depends on a later input, and :meth:`after` is there to make use of it."""
+    """Whether no output depends on a later input. Such an operator implements :meth:`after`."""
     anticausal: ClassVar[bool] = False
     """Whether no output depends on an earlier input."""
     optional: ClassVar[tuple[str, ...]] = ()
@@ -52,8 +50,14 @@ class Operator(ABC):
         """Names of the optional terms that this operator has."""
         return tuple(name for name in self.optional if getattr(self, name) is not None)
 
-    def without(self: Self, *terms: str) -> Self:
-        """Return the operator with these optional terms left out.
+    def without(self, *terms: str) -> Self:
+        """Return the operator without some of its optional terms.
+
+        Args:
+            *terms: Names out of :attr:`terms`.
+
+        Returns:
+            A copy; the operator itself if no term is named.
 
         Raises:
             ValueError: If the operator has no such term.
@@ -63,16 +67,25 @@ class Operator(ABC):
                 raise ValueError(f"{type(self).__name__} has no term {term!r}; it has {list(self.terms)}.")
         return replace(self, **dict.fromkeys(terms)) if terms else self  # type: ignore[type-var]
 
-    def channels(self: Self, index: Index) -> Self:
-        """Return the operator on these channels alone; taking channels before or after is the same.
+    def channels(self, index: Index) -> Self:
+        """Return the operator on a selection of channels, ``x[..., index] -> apply(x)[..., index]``.
+
+        Args:
+            index: The channels.
 
         Raises:
             ValueError: If the operator mixes channels.
         """
         raise ValueError(f"{type(self).__name__} mixes channels, so none can be taken alone.")
 
-    def after(self: Self, start: int) -> Self:
+    def after(self, start: int) -> Self:
         """Return the operator on the tokens from ``start`` on, for inputs that are 0 before.
+
+        Args:
+            start: The first token.
+
+        Returns:
+            The operator ``x[..., start:, :] -> apply(x)[..., start:, :]``.
 
         Raises:
             NotImplementedError: If the operator reads the future, so that outputs before ``start`` exist.
@@ -84,28 +97,25 @@ class Operator(ABC):
         return Flip(self)
 
     def diagonal(self, like: Tensor) -> Tensor:
-        """Return what each token contributes to itself for each unit of its own, ``A^d_ii``.
+        """Return the weight of each token in its own output, ``A^d_ii``, broadcastable to (B, L, D).
 
         Args:
             like: Any tensor (B, L, D) of the shape, type and device of the input.
 
-        Returns:
-            Broadcastable to (B, L, D).
-
         Raises:
             ValueError: If the operator mixes channels, or reads both earlier and later tokens.
         """
-        raise ValueError(f"The diagonal of {type(self).__name__} is not at hand.")
+        raise ValueError(f"The diagonal of {type(self).__name__} is not defined.")
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
-        """Return what each of these tokens contributes: column j of the operator, times ``v_j``.
+        """Return the contributions of single tokens: column j of the operator, times ``v_j``.
 
         Args:
             v: Values (B, L, input channels).
-            tokens: Which columns j, a slice with a start and a stop.
+            tokens: The columns j, a slice with a start and a stop.
 
         Returns:
-            (J, B, L, output channels), J tokens.
+            (J, B, L, output channels): entry ``[j, :, i]`` is the contribution of the j-th of the tokens to token i.
         """
         return self.apply(one_hot(v, tokens))
 
@@ -117,10 +127,10 @@ class Operator(ABC):
 
 @dataclass(frozen=True)
 class Flip(Operator):
-    """A factor on the sequence read from its last token to its first: ``y = flip(A flip(x))``.
+    """An operator on the sequence read from its last token to its first: ``y = flip(A flip(x))``.
 
-    Made by :meth:`Operator.flipped`, for factors that mix tokens. A causal one becomes one that reads the future alone.
-    Coefficients that differ by token are those of the flipped sequence: the first belongs to the last token.
+    :meth:`Operator.flipped` makes it of operators that mix tokens. The flip of a causal operator reads only the future.
+    Coefficients that differ by token belong to the flipped sequence: the first belongs to the last token.
 
     Args:
         operator: A.
@@ -130,22 +140,22 @@ class Flip(Operator):
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]
-        """Whether the operator does."""
+        """Whether A mixes tokens."""
         return self.operator.mixes_tokens
 
     @property
     def mixes_channels(self) -> bool:  # type: ignore[override]
-        """Whether the operator does."""
+        """Whether A mixes channels."""
         return self.operator.mixes_channels
 
     @property
     def anticausal(self) -> bool:  # type: ignore[override]
-        """Whether the operator is causal."""
+        """Whether A is causal."""
         return self.operator.causal
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """What can be left out of the operator."""
+        """Names of the optional terms of A."""
         return self.operator.terms
 
     @property
@@ -154,11 +164,11 @@ class Flip(Operator):
         return self.operator.sizes
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return ``flip(A flip(x))``. Cost: that of A."""
+        """Return ``flip(A flip(x))``. Cost: one pass of A."""
         return self.operator.apply(x.flip(-2), bias).flip(-2)
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return ``flip(A^T flip(u))``. Cost: that of A^T."""
+        """Return ``flip(A^T flip(u))``. Cost: one pass of A^T."""
         return self.operator.adjoint(u.flip(-2)).flip(-2)
 
     def flipped(self) -> Operator:
@@ -174,33 +184,44 @@ class Flip(Operator):
         return Flip(self.operator.without(*terms))
 
     def channels(self, index: Index) -> Flip:
-        """Return the flipped operator on these channels alone."""
+        """Return the flipped operator on a selection of channels."""
         return Flip(self.operator.channels(index))
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
-        """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`."""
+        """Return the contributions of single tokens, (J, B, L, output channels), see :meth:`Operator.columns`."""
         L = v.shape[1]
         mirrored = slice(L - tokens.stop, L - tokens.start)
         return self.operator.columns(v.flip(1), mirrored).flip(0, 2)
 
 
 def one_hot(v: Tensor, tokens: slice) -> Tensor:
-    """Return (J, B, L, channels): ``v`` at one of the tokens in each of J copies, and 0 elsewhere.
+    """Return one copy of ``v`` for each of the tokens, with 0 at all other tokens.
 
-    The copies lie innermost in memory, where a recurrence and the sum over channels want them.
+    Args:
+        v: (B, L, channels).
+        tokens: A slice with a start and a stop.
+
+    Returns:
+        (J, B, L, channels). The copies lie innermost in memory, where a recurrence and a sum over channels read them
+        fastest.
     """
-    keys = v[:, tokens]
-    number = torch.arange(keys.shape[1], device=v.device)
-    columns = v.new_zeros(*v.shape, len(number)).movedim(-1, 0)
-    columns[number, :, tokens.start + number] = keys.transpose(0, 1)
+    values = v[:, tokens]  # (B, J, channels)
+    number = torch.arange(values.shape[1], device=v.device)
+    columns = v.new_zeros(*v.shape, len(number)).movedim(-1, 0)  # (J, B, L, channels)
+    columns[number, :, tokens.start + number] = values.transpose(0, 1)
     return columns
 
 
-def since(tensor: Tensor, start: int) -> Tensor:
-    """Cut the token axis, the last but one, unless it is shared (size 1 or absent)."""
+def tokens_from(tensor: Tensor, start: int) -> Tensor:
+    """Cut off the tokens before ``start``, unless the token axis, the last but one, is absent or shared (size 1)."""
     return tensor if tensor.dim() < 2 or tensor.shape[-2] == 1 else tensor[..., start:, :]
 
 
-def take(tensor: Tensor, index: Index) -> Tensor:
-    """Index the last axis, unless it is shared (size 1)."""
+def flip_tokens(tensor: Tensor) -> Tensor:
+    """Reverse the token axis, the last but one, unless it is absent."""
+    return tensor if tensor.dim() < 2 else tensor.flip(-2)
+
+
+def take_channels(tensor: Tensor, index: Index) -> Tensor:
+    """Select channels, unless the channel axis, the last one, is absent or shared (size 1)."""
     return tensor if tensor.dim() == 0 or tensor.shape[-1] == 1 else tensor[..., index]

@@ -39,12 +39,12 @@ class Chain(Operator):
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]
-        """Whether any factor does."""
+        """Whether any factor mixes tokens."""
         return any(operator.mixes_tokens for operator in self.factors.values())
 
     @property
     def mixes_channels(self) -> bool:  # type: ignore[override]
-        """Whether any factor does."""
+        """Whether any factor mixes channels."""
         return any(operator.mixes_channels for operator in self.factors.values())
 
     @property
@@ -52,7 +52,7 @@ class Chain(Operator):
         """Names of the factors that mix tokens; the first is the recurrence or attention, and is applied last.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no factor mixes tokens.
         """
         names = tuple(name for name, operator in self.factors.items() if operator.mixes_tokens)
         if not names:
@@ -61,12 +61,12 @@ class Chain(Operator):
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
-        """Whether all factors are."""
+        """Whether all factors are causal."""
         return all(operator.causal for operator in self.factors.values())
 
     @property
     def anticausal(self) -> bool:  # type: ignore[override]
-        """Whether all factors are."""
+        """Whether all factors are anticausal."""
         return all(operator.anticausal for operator in self.factors.values())
 
     @property
@@ -78,30 +78,44 @@ class Chain(Operator):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Everything that :meth:`without` can leave out: channelwise factors and terms of any factor."""
+        """Names that :meth:`without` accepts: channelwise factors, and optional terms of any factor."""
         names = [name for name, operator in self.factors.items() if not operator.mixes_channels]
-        parts = [term for operator in self.factors.values() for term in operator.terms]
-        return tuple(dict.fromkeys([*names, *parts]))
+        inner = [term for operator in self.factors.values() for term in operator.terms]
+        return tuple(dict.fromkeys([*names, *inner]))
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return the product's output for ``x``; with ``bias`` all constant terms are carried through."""
+        """Return the product's output.
+
+        Args:
+            x: (..., B, L, input channels).
+            bias: Whether to add the factors' constant terms, each carried through the factors after it.
+
+        Returns:
+            (..., B, L, output channels).
+        """
         for operator in reversed(list(self.factors.values())):
             x = operator.apply(x, bias)
         return x
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return the transposed product's output: the transposed factors from left to right."""
+        """Return the transposed product's output for ``u``: the transposed factors are applied from left to right."""
         for operator in self.factors.values():
             u = operator.adjoint(u)
         return u
 
     def without(self, *terms: str) -> Chain:
-        """Return the chain with these factors, or these terms of any factor, left out.
+        """Return the chain without some channelwise factors, or without some terms of any factor.
 
         ``chain.without("conv", "skip", "bias")`` drops the convolution, the scan's skip and every bias.
 
+        Args:
+            *terms: Names out of :attr:`terms`.
+
+        Returns:
+            The product of the remaining factors.
+
         Raises:
-            ValueError: If nothing in the chain has that name, or it is a projection.
+            ValueError: If no factor and no term has one of the names, or it names a factor that mixes channels.
         """
         for term in terms:
             if term not in self.terms:
@@ -119,10 +133,14 @@ class Chain(Operator):
         return Chain({name: operator.flipped() for name, operator in self.factors.items()})
 
     def summands(self) -> dict[str, Chain]:
-        """Return the chains whose sum this one is, each without a :class:`Sum` among its factors, by name.
+        """Multiply out every :class:`Sum` among the factors, and return the resulting chains by name.
 
-        A chain without such a factor is its only summand, named ``""``. A summand's factor of the name of one outside
-        the sum gets the summand's name in front of its own. Each summand has the biases of what is outside the sum.
+        A chain without a :class:`Sum` is its only summand, named ``""``. Where a summand has a factor of the same name
+        as one outside the sum, the summand's name is put in front. Each summand has all biases of the factors outside
+        the sum, so the summands' constant terms do not add up to the chain's.
+
+        Returns:
+            Name of the summand to chain. Without their constant terms, the chains sum to this one.
         """
         for name, operator in self.factors.items():
             if isinstance(operator, Sum):
@@ -134,12 +152,18 @@ class Chain(Operator):
         return {"": self}
 
     def leaves(self) -> list[Operator]:
-        """Return the factors in the order of the equation, those of nested chains in the place of the chains."""
+        """Return the factors in the order of the equation, with nested chains replaced by their factors."""
         nested = (o.leaves() if isinstance(o, Chain) else [o] for o in self.factors.values())
         return [operator for operators in nested for operator in operators]
 
     def diagonal(self, like: Tensor) -> Tensor:
-        """Return the product of the factors' diagonals: that of a product of triangular matrices.
+        """Return the product of the factors' diagonals, which is the diagonal of a product of triangular matrices.
+
+        Args:
+            like: Any tensor (B, L, D) of the shape, type and device of the input.
+
+        Returns:
+            Broadcastable to (B, L, D).
 
         Raises:
             ValueError: If a factor mixes channels, or the factors read both earlier and later tokens.
@@ -149,28 +173,35 @@ class Chain(Operator):
         return reduce(mul, (operator.diagonal(like) for operator in self.factors.values()), like.new_ones(1))
 
     def _with(self, name: str, new: str, operator: Operator) -> Chain:
-        """Return the chain with an operator, or the factors of a chain, in the place of a factor."""
+        """Return the chain with one factor replaced by an operator of another name, or by the factors of a chain."""
         inner = operator.factors if isinstance(operator, Chain) else {new: operator}
         named = {n if n == name or n not in self.factors else f"{new}.{n}": factor for n, factor in inner.items()}
         factors = self.factors.items()
         return Chain(dict(item for n, factor in factors for item in (named.items() if n == name else [(n, factor)])))
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
-        """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`.
+        """Return the contributions of single tokens, see :meth:`Operator.columns`.
 
-        Up to the first factor that mixes tokens a column stays within its token, so it is that factor's column
-        of the values that reach it.
+        Until the first factor that mixes tokens, a token's contribution stays within the token. So the values are
+        carried up to that factor, and its columns through the factors after it.
+
+        Args:
+            v: Values (B, L, input channels).
+            tokens: The columns j, a slice with a start and a stop.
+
+        Returns:
+            (J, B, L, output channels).
         """
         remaining = list(self.factors.values())
         while remaining and not remaining[-1].mixes_tokens:
-            v = remaining.pop().apply(v)
-        columns = remaining.pop().columns(v, tokens) if remaining else one_hot(v, tokens)
+            v = remaining.pop().apply(v)  # (B, L, channels)
+        columns = remaining.pop().columns(v, tokens) if remaining else one_hot(v, tokens)  # (J, B, L, channels)
         for operator in reversed(remaining):
             columns = operator.apply(columns)
         return columns
 
     def channels(self, index: Index) -> Chain:
-        """Return the chain on these channels alone."""
+        """Return the chain on a selection of channels."""
         return Chain({name: operator.channels(index) for name, operator in self.factors.items()})
 
     def after(self, start: int) -> Chain:
@@ -178,22 +209,26 @@ class Chain(Operator):
         return Chain({name: operator.after(start) for name, operator in self.factors.items()})
 
     def channelwise(self) -> list[Chain]:
-        """Return the runs of neighbouring factors that mix tokens but no channels, in the order of the equation."""
-        runs: list[dict[str, Operator]] = [{}]
+        """Return the stretches of neighbouring channelwise factors that mix tokens, in the order of the equation."""
+        stretches: list[dict[str, Operator]] = [{}]
         for name, operator in self.factors.items():
             if operator.mixes_channels:
-                runs.append({})
+                stretches.append({})
             else:
-                runs[-1][name] = operator
-        return [Chain(run) for run in runs if any(operator.mixes_tokens for operator in run.values())]
+                stretches[-1][name] = operator
+        return [Chain(factors) for factors in stretches if any(operator.mixes_tokens for operator in factors.values())]
 
     def split(self, core: str | None = None) -> tuple[Chain, Chain, Chain]:
         """Cut the chain into output side, core and input side; their product is the chain.
 
         Args:
-            core: Name of the one factor to take as the core. None takes the factors that mix tokens with all
-                that is channelwise around them: the unified implicit attention. It mixes channels too if two
-                factors that mix tokens have a projection between them, as RWKV's token shift and recurrence.
+            core: Name of the one factor to take as the core. None takes the factors that mix tokens, all factors
+                between them, and the channelwise factors around them: the unified implicit attention. It mixes
+                channels too if a projection stands between two factors that mix tokens, such as between RWKV's token
+                shift and recurrence.
+
+        Returns:
+            Output side, core and input side.
 
         Raises:
             ValueError: If no factor mixes tokens, or none has the given name.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from captum_ssm.operators.base import Index, Operator, since, take
+from captum_ssm.operators.base import Index, Operator, flip_tokens, take_channels, tokens_from
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Diagonal(Operator):
 
     Args:
         s: Broadcastable to (B, L, D).
-        bias: Likewise, or None.
+        bias: Constant term, broadcastable to (B, L, D), or None.
     """
 
     s: Tensor
@@ -40,21 +40,24 @@ class Diagonal(Operator):
         return self.s * u
 
     def diagonal(self, like: Tensor) -> Tensor:
-        """Return ``s``."""
+        """Return ``s``, broadcastable to (B, L, D)."""
         return self.s
 
     def channels(self, index: Index) -> Diagonal:
-        """Return the diagonal of these channels; a scale shared by all channels stays shared."""
-        return Diagonal(take(self.s, index), None if self.bias is None else take(self.bias, index))
+        """Return the diagonal on a selection of channels; a scale shared by all channels stays shared."""
+        return self._map(lambda t: take_channels(t, index))
 
     def flipped(self) -> Diagonal:
         """Return the diagonal of the flipped sequence."""
-        s, bias = (t if t is None or t.dim() < 2 else t.flip(-2) for t in (self.s, self.bias))
-        return Diagonal(cast(Tensor, s), bias)
+        return self._map(flip_tokens)
 
     def after(self, start: int) -> Diagonal:
         """Return the diagonal on the tokens from ``start`` on."""
-        return Diagonal(since(self.s, start), None if self.bias is None else since(self.bias, start))
+        return self._map(lambda t: tokens_from(t, start))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Diagonal:
+        """Return the diagonal with a function of its scale and of its constant term."""
+        return Diagonal(function(self.s), None if self.bias is None else function(self.bias))
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -80,33 +83,33 @@ class CausalConv(Operator):
     optional = ("bias",)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return the convolution of ``x``. Cost: O(L·D·K)."""
+        """Return the convolution of ``x`` (..., B, L, D). Cost: O(L·D·K)."""
         y = causal_convolution(x, self.w)
         return y + self.bias if bias and self.bias is not None else y
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return the correlation of ``u`` with the taps, which reads the future. Cost: O(L·D·K)."""
-        x = self.w[:, -1] * u
+        """Return the correlation of ``u`` (..., B, L, D) with the taps: it reads the future. Cost: O(L·D·K)."""
+        x = self.w[:, -1] * u  # (..., B, L, D)
         for lag in range(1, min(self.w.shape[1], u.shape[-2])):
             x[..., :-lag, :] += self.w[:, -1 - lag] * u[..., lag:, :]
         return x
 
     def band(self, x: Tensor) -> Tensor:
         """Return each tap's part of the output, (K, B, L, D): entry ``[k, :, t]`` comes from token t - k."""
-        K = self.w.shape[1]
-        parts = [F.pad(x, (0, 0, k, 0))[..., : x.shape[-2], :] for k in range(K)]
-        return torch.stack([self.w[:, K - 1 - k] * part for k, part in enumerate(parts)])
+        K, L = self.w.shape[1], x.shape[-2]
+        delayed = [F.pad(x, (0, 0, k, 0))[..., :L, :] for k in range(K)]  # by k tokens, each (B, L, D)
+        return torch.stack([self.w[:, K - 1 - k] * x_k for k, x_k in enumerate(delayed)])
 
     def diagonal(self, like: Tensor) -> Tensor:
-        """Return the taps that weigh the current token."""
+        """Return the taps that weigh the current token, (D,)."""
         return self.w[:, -1]
 
     def channels(self, index: Index) -> CausalConv:
-        """Return the convolution of these channels."""
+        """Return the convolution of a selection of channels."""
         return CausalConv(self.w[index], None if self.bias is None else self.bias[index])
 
     def after(self, start: int) -> CausalConv:
-        """Return the convolution itself: its taps are the same everywhere."""
+        """Return the convolution itself: its taps are the same for every token."""
         return self
 
     @property
@@ -116,11 +119,19 @@ class CausalConv(Operator):
 
 
 def causal_convolution(x: Tensor, w: Tensor) -> Tensor:
-    """Convolve ``x`` (..., L, D) with taps (D, K): a function by itself, that a rule of relevance can take over."""
+    """Convolve ``x`` with the taps: a separate function, so that a rule of relevance can replace it.
+
+    Args:
+        x: (..., L, D).
+        w: (D, K); ``w[:, K-1]`` weighs the current token.
+
+    Returns:
+        (..., L, D). Cost: O(L·D·K).
+    """
     if has_torch_function((x, w)):
         return handle_torch_function(causal_convolution, (x, w), x, w)
     (_, K), L = w.shape, x.shape[-2]
-    padded = F.pad(x, (0, 0, K - 1, 0))
+    padded = F.pad(x, (0, 0, K - 1, 0))  # (..., L + K - 1, D)
     return reduce(add, (w[:, k] * padded[..., k : k + L, :] for k in reversed(range(K))))
 
 
@@ -176,12 +187,12 @@ class Centre(Operator):
     causal = anticausal = True
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return ``x`` less its mean over each group. Cost: O(L·D)."""
-        groups = x.unflatten(-1, (-1, self.size))
+        """Return ``x`` minus its mean over each group. Cost: O(L·D)."""
+        groups = x.unflatten(-1, (-1, self.size))  # (..., B, L, groups, size)
         return (groups - groups.mean(-1, keepdim=True)).flatten(-2)
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return the same of ``u``: a projection onto a subspace is its own transpose. Cost: O(L·D)."""
+        """Return ``u`` minus its mean over each group: the map is its own transpose. Cost: O(L·D)."""
         return self.apply(u)
 
     def flipped(self) -> Centre:

@@ -36,30 +36,30 @@ class Sum(Operator):
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]
-        """Whether any summand does."""
+        """Whether any summand mixes tokens."""
         return any(operator.mixes_tokens for operator in self.summands.values())
 
     @property
     def mixes_channels(self) -> bool:  # type: ignore[override]
-        """Whether any summand does."""
+        """Whether any summand mixes channels."""
         return any(operator.mixes_channels for operator in self.summands.values())
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
-        """Whether all summands are."""
+        """Whether all summands are causal."""
         return all(operator.causal for operator in self.summands.values())
 
     @property
     def anticausal(self) -> bool:  # type: ignore[override]
-        """Whether all summands are."""
+        """Whether all summands are anticausal."""
         return all(operator.anticausal for operator in self.summands.values())
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The summands, if there are several, and what can be left out of them."""
+        """Names of the summands, if there are several, and of the optional terms of each summand."""
         names = list(self.summands) if len(self.summands) > 1 else []
-        parts = [term for operator in self.summands.values() for term in operator.terms]
-        return tuple(dict.fromkeys([*names, *parts]))
+        inner = [term for operator in self.summands.values() for term in operator.terms]
+        return tuple(dict.fromkeys([*names, *inner]))
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -68,11 +68,11 @@ class Sum(Operator):
         return next((s for s in outs if s is not None), None), next((s for s in ins if s is not None), None)
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return the sum of the summands' outputs. Cost: theirs."""
+        """Return the sum of the summands' outputs. Cost: one pass of each summand."""
         return reduce(add, (operator.apply(x, bias) for operator in self.summands.values()))
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return the sum of the summands' transposed outputs. Cost: theirs."""
+        """Return the sum of the summands' transposed outputs. Cost: one pass of each summand."""
         return reduce(add, (operator.adjoint(u) for operator in self.summands.values()))
 
     def diagonal(self, like: Tensor) -> Tensor:
@@ -84,19 +84,25 @@ class Sum(Operator):
         return Sum({name: operator.flipped() for name, operator in self.summands.items()})
 
     def without(self, *terms: str) -> Sum:
-        """Return the sum without these summands, or without these terms of any summand.
+        """Return the sum without some summands, or without some terms of any summand.
+
+        Args:
+            *terms: Names out of :attr:`terms`.
+
+        Returns:
+            The sum of the remaining summands.
 
         Raises:
-            ValueError: If there is no such term, or nothing is left.
+            ValueError: If no summand and no term has one of the names, or no summand remains.
         """
         for term in terms:
             if term not in self.terms:
                 raise ValueError(f"Nothing named {term!r} can be left out here; choose from {list(self.terms)}.")
-        kept = {name: operator for name, operator in self.summands.items() if name not in terms}
-        return Sum({name: o.without(*(t for t in terms if t in o.terms)) for name, o in kept.items()})
+        remaining = {name: operator for name, operator in self.summands.items() if name not in terms}
+        return Sum({name: o.without(*(t for t in terms if t in o.terms)) for name, o in remaining.items()})
 
     def channels(self, index: Index) -> Sum:
-        """Return the sum on these channels alone."""
+        """Return the sum on a selection of channels."""
         return Sum({name: operator.channels(index) for name, operator in self.summands.items()})
 
     def after(self, start: int) -> Sum:
@@ -104,5 +110,5 @@ class Sum(Operator):
         return Sum({name: operator.after(start) for name, operator in self.summands.items()})
 
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
-        """Return what each of these tokens contributes, (J, B, L, output channels), see :class:`Operator`."""
+        """Return the contributions of single tokens, (J, B, L, output channels), see :meth:`Operator.columns`."""
         return reduce(add, (operator.columns(v, tokens) for operator in self.summands.values()))

@@ -1,0 +1,116 @@
+"""One chunk of a scan, in two ways: through all its states, or through its (T, T) matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_ssm.operators.coefficient import Product
+from captum_ssm.operators.decays import chunk_decays, decayed_products, heads_first
+from captum_ssm.operators.prefix import states_from, suffix
+
+_STATES = 2**17
+"""Number of states of a chunk that fit a processor's cache."""
+
+
+def size_by_states(states_of_a_token: int) -> int:
+    """Return T, the tokens of a chunk that goes through all its states: as many as fit the cache, at least 16."""
+    return max(_STATES // states_of_a_token, 16)
+
+
+def size_by_matrix(a: Product) -> int:
+    """Return T, the tokens of a chunk that goes through its (T, T) matrices: few if each state has its own decay."""
+    return 64 if a.shape[3] == 1 else 8
+
+
+def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+    """Run one chunk through all its states: best where few channels share a state's decay.
+
+    Args:
+        a: Decays (B or 1, T, H or 1, N or 1).
+        b: Weights of the input (B or 1, T, H or 1, N or 1).
+        c: Weights of the state in the output (B or 1, T, H or 1, N or 1).
+        x: (B, T, H, P).
+        h: (B, H, N, P), the state before the chunk.
+        lag: 1 if the state is read before the current token is written, else 0.
+
+    Returns:
+        Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T·H·N·P) time and memory.
+    """
+    y, h = _ChunkByStates.apply(a, b, c, x, h, lag)  # type: ignore[no-untyped-call]
+    return y, h
+
+
+def chunk_by_matrix(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+    """Run one chunk through its (T, T) attention: best where many channels or right-hand sides share it.
+
+    Args:
+        a: Decays (B or 1, T, H or 1, N or 1).
+        b: Weights of the input (B or 1, T, H or 1, N or 1).
+        c: Weights of the state in the output (B or 1, T, H or 1, N or 1).
+        x: (B, T, H, P).
+        h: (B, H, N, P), the state before the chunk.
+        lag: 1 if the state is read before the current token is written, else 0.
+
+    Returns:
+        Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T²·H·(N + P) + T·H·N·P).
+    """
+    N, P = h.shape[2:]
+    decays = chunk_decays(a)  # between (B, H, T, T, N), since_start (B, H, T, N)
+    b, c, x = (heads_first(t, size) for t, size in ((b, N), (c, N), (x, P)))  # (B, H, T, N), the same, (B, H, T, P)
+    after = decays.of_chunk() * h + (decays.until_end() * b).mT @ x  # (B, H, N, P)
+    if lag:
+        decays = decays.before_token()
+    y = decayed_products(c, decays.between, b) @ x + (c * decays.since_start) @ h  # (B, H, T, P)
+    return y.transpose(1, 2), after
+
+
+class _ChunkByStates(torch.autograd.Function):
+    """The chunk of :func:`chunk_by_states`, and its gradient: the same recurrence from the last token to the first.
+
+    With ``g`` the gradient at the states, ``g_t = a_{t+1} g_{t+1} + c_t dF/dy_t``, the gradients of the coefficients
+    are ``dF/da_t = g_t h_{t-1}``, ``dF/db_t = g_t x_t`` and ``dF/dc_t = dF/dy_t h_t``. The states are
+    recomputed instead of stored, and each gradient takes one pass over them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+        states = _states(a, b, x, h)  # (B, T + 1, H, N, P)
+        return (c.unsqueeze(-1) * (states[:, :-1] if lag else states[:, 1:])).sum(-2), states[:, -1].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.lag = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, c, x, h = ctx.saved_tensors
+        states = _states(a, b, x, h)  # (B, T + 1, H, N, P)
+        before, after = states[:, :-1], states[:, 1:]  # each token, (B, T, H, N, P)
+        reads = (c.unsqueeze(-1) * dy.unsqueeze(-2)).expand_as(after)  # gradient at the state that token t reads
+        last = dh.unsqueeze(1)  # (B, 1, H, N, P)
+        if ctx.lag:  # token t reads the state before it
+            writes = torch.cat([reads[:, 1:], last], dim=1)
+        else:
+            writes = torch.cat([reads[:, :-1], reads[:, -1:] + last], dim=1)
+        g = suffix(a.unsqueeze(-1), writes)  # (B, T, H, N, P)
+        first = a[:, 0].unsqueeze(-1) * g[:, 0] + (reads[:, 0] if ctx.lag else 0)  # (B, H, N, P)
+        gradients = (
+            (g * before).sum(-1),  # of a, (B, T, H, N)
+            (g * x.unsqueeze(-2)).sum(-1),  # of b, (B, T, H, N)
+            (dy.unsqueeze(-2) * (before if ctx.lag else after)).sum(-1),  # of c, (B, T, H, N)
+            (b.unsqueeze(-1) * g).sum(-2),  # of x, (B, T, H, P)
+            first,  # of h, (B, H, N, P)
+        )
+        return *(d.sum_to_size(t.shape) for d, t in zip(gradients, (a, b, c, x, h))), None
+
+
+def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    """Return the state before a chunk and the state after each of its tokens, (B, T + 1, H, N, P)."""
+    writes = (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])  # (B, T, H, N, P)
+    return states_from(h, a.unsqueeze(-1), writes)

@@ -1,0 +1,129 @@
+"""Coefficients of a recurrence: products of factors with shared axes, and records of them by name."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, reduce
+from operator import mul
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A coefficient as the product of broadcastable factors, evaluated a few tokens at a time.
+
+    Mamba's decay ``exp(delta * A)`` and input weight ``delta * B`` have L·D·N entries but only L·D + D·N and
+    L·(D + N) independent numbers; as factors they never take more memory than these.
+
+    Args:
+        factors: Each (B or 1, L or 1, H or 1, N or 1).
+        exponential: Whether the coefficient is the exponential of the product.
+
+    Raises:
+        ValueError: If a factor does not have four axes, or the factors do not broadcast to one shape.
+    """
+
+    factors: tuple[Tensor, ...]
+    exponential: bool = False
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            if factor.dim() != 4:
+                raise ValueError(
+                    f"A scan coefficient has shape (B, L, H, N) with 1 where it is shared, not {tuple(factor.shape)}."
+                )
+        shared_shape(*(factor.shape for factor in self.factors))
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """(B, L, H, N) with 1 where the coefficient is shared."""
+        return shared_shape(*(factor.shape for factor in self.factors))
+
+    def map(self, function: Callable[[Tensor], Tensor], axis: int) -> Product:
+        """Apply ``function`` to every factor that is not shared along ``axis``."""
+        return replace(self, factors=tuple(function(f) if f.shape[axis] > 1 else f for f in self.factors))
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Evaluate at tokens ``start`` to ``stop``, shape (B or 1, stop - start, H or 1, N or 1)."""
+        value = reduce(mul, (f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors))
+        value = value.exp() if self.exponential else value
+        return value.expand(-1, stop - start, -1, -1)
+
+
+Coefficient = Tensor | Product
+"""(B, L, H, N) with 1 where an axis is shared, or a :class:`Product` of such tensors."""
+
+
+class ScanCoefficients(NamedTuple, Generic[T]):
+    """One entry for each coefficient of a :class:`~captum_ssm.operators.Scan`."""
+
+    a: T
+    """Of the decay."""
+    b: T
+    """Of the weight of the input."""
+    c: T
+    """Of the weight of the state in the output."""
+
+
+class DeltaCoefficients(NamedTuple, Generic[T]):
+    """One entry for each coefficient of a :class:`~captum_ssm.operators.DeltaScan`."""
+
+    a: T
+    """Of the decay."""
+    b: T
+    """Of the weight of the input."""
+    c: T
+    """Of the weight of the state in the output."""
+    recall: T
+    """Of the key that is looked up in the state."""
+    erase: T
+    """Of the direction in which the recalled value is subtracted."""
+
+
+Coefficients = ScanCoefficients[T] | DeltaCoefficients[T]
+"""One entry for each coefficient of a recurrence, by name."""
+
+
+def each(function: Callable[[S], T], entries: Coefficients[S]) -> Coefficients[T]:
+    """Return the function of every entry, by the same names."""
+    of_same_names: type[Any] = type(entries)
+    return of_same_names(*map(function, entries))
+
+
+@lru_cache
+def record(names: tuple[str, ...]) -> type[Any]:
+    """Return the class of named tuples with one entry for each of these coefficients."""
+    known: dict[tuple[str, ...], type[Any]] = {r._fields: r for r in (ScanCoefficients, DeltaCoefficients)}
+    return known.get(names) or namedtuple("Coefficients", names)
+
+
+def as_product(coefficient: Coefficient) -> Product:
+    """Return the coefficient as a product; a tensor is its only factor."""
+    return coefficient if isinstance(coefficient, Product) else Product((coefficient,))
+
+
+@lru_cache
+def shared_shape(*shapes: torch.Size) -> torch.Size:
+    """Return the shape that all of these broadcast to, far faster than ``torch.broadcast_shapes``.
+
+    Args:
+        *shapes: Shapes with the same number of axes.
+
+    Returns:
+        The common shape.
+
+    Raises:
+        ValueError: If the shapes do not broadcast.
+    """
+    sizes = [{*axis} - {1} for axis in zip(*shapes)]
+    if any(len(different) > 1 for different in sizes):
+        raise ValueError(f"Coefficients of shapes {', '.join(str(tuple(s)) for s in shapes)} do not fit each other.")
+    return torch.Size(different.pop() if different else 1 for different in sizes)
