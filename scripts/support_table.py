@@ -95,7 +95,7 @@ def name(dtype: torch.dtype) -> str:
 def table() -> str:
     """Return the measured table in Markdown."""
     rows = [HEADER, ("---",) * len(HEADER)]
-    for family in dict.fromkeys(support.family for support in supported() if support.family):
+    for family in dict.fromkeys(support.family for support in supported() if support.family in FAMILIES):
         layers = [support for support in supported() if support.family == family]
         layers.sort(key=lambda support: support.kernel == "softmax attention")
         variants = [measure(variant) for variant in FAMILIES if variant.partition(" ")[0] == family]

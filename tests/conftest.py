@@ -107,3 +107,8 @@ def _unchanged(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
 def unchanged() -> Callable[..., AbstractContextManager[None]]:
     """A context in which neither the model nor the tensors nor the grad mode may change, also on an error."""
     return _unchanged
+
+
+def random(*shape: int) -> tuple[Tensor, Tensor]:
+    """A value that requires a gradient, and its reference."""
+    return torch.randn(shape, dtype=torch.float64).requires_grad_(), torch.randn(shape, dtype=torch.float64)

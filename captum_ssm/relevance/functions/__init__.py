@@ -3,7 +3,7 @@
 To add a function, add its row and nothing else:
 
 * a function of a known kind: a line in :mod:`~captum_ssm.relevance.functions.primitives`, for instance
-  ``Function("sinc", "elementwise")``; the columns of a row are explained at :class:`Function`;
+  ``Function("erf", "elementwise")``; the columns of a row are explained at :class:`Function`;
 * a function that can be written in others: its definition in :mod:`~captum_ssm.relevance.functions.composed`, below the
   line ``@composed("its_name")``, which is the row;
 * a fused kernel or a module that torch's functions cannot show: its definition in

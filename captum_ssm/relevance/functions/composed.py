@@ -175,8 +175,3 @@ def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
         raise NotImplementedError("amax over other than one axis")
     largest = x.gather(dim, x.argmax(dim, keepdim=True))
     return largest if keepdim else largest.squeeze(dim)
-
-
-@composed("iter")
-def _iterate(x: Tensor) -> Any:
-    return iter(x.unbind(0))
