@@ -7,10 +7,12 @@ The nouns that everything here is made of:
 * **operator**: a linear map of token sequences, given by its product and its transposed product;
 * **chain**: the product of named operators, its *factors*; given its gates, every mixer is one;
 * **adapter**: the function that turns a call of one class of mixers into its chain;
-* **core**: the factors of a chain that mix tokens, one (L, L) matrix for each channel: the implicit attention;
+* **core**: the factors of a chain that mix tokens, one (L, L) matrix for each channel: the implicit attention. A
+  *split* is a chain cut into output side, core and input side;
 * **token matrix**: one (L, L) matrix for each example, the channels of a core fused; a rollout multiplies them;
-* **residual graph**: the residual streams, that is, which calls read the outputs of which others;
-* **reference**: the input that relevance compares with; **multiplier**: relevance per unit of difference to it;
+* **residual graph**: the residual streams, that is, which calls read the outputs of which others. A *wire* is the pair
+  of factors by which a mixer's output joins its stream;
+* **reference**: the input that relevance compares with. A *multiplier* is relevance per unit of difference to it;
 * **rule**: the treatment of one function of torch by relevance.
 
 Modules. Everything not listed as public, and every name with a leading underscore, may change without notice.

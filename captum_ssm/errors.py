@@ -2,7 +2,7 @@
 
 
 class UnsupportedModelError(ValueError):
-    """A layer of the model mixes tokens and no adapter knows it, or no layer of the model has an adapter."""
+    """No layer of the model has an adapter, a layer without one mixes tokens, or a function has no rule of relevance."""
 
 
 class InvalidInputError(ValueError):

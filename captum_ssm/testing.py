@@ -1,4 +1,4 @@
-"""A check of the laws of adapters, for authors of layers that this package does not know."""
+"""The conformance suite: the laws of adapters, for authors of layers that this package does not know."""
 
 from __future__ import annotations
 

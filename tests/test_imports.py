@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def imports(source: str, path: str) -> Iterator[str]:
                 yield str(node.args[0].value)
 
 
+@cache
 def imported(path: str) -> set[str]:
     return set(imports(SOURCES[path], path))
 

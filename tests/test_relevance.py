@@ -75,7 +75,7 @@ def score(model: nn.Module, inputs: Tensor, target: int = TARGET, mask: Tensor |
 def assert_adds_up(
     method: Relevance, relevance: Tensor, value: Tensor, reference: Tensor | None, tolerance: float = 1e-3
 ) -> None:
-    """The relevance and the terms sum to ``value``, or to ``value - reference``, within what the issue allows."""
+    """The relevance and the terms sum to ``value``, or to ``value - reference``, within rounding."""
     assert relevance.isfinite().all() and relevance.ne(0).any()
     total = relevance.flatten(1).sum(1) + sum(method.terms.values())
     explained = value if reference is None else value - reference

@@ -160,7 +160,7 @@ class ImplicitAttentionMethod(ModelMethod):
         *,
         progress: bool = False,
     ) -> Tensor:
-        """Return one score for each token of one batch: record, decompose, make matrices, roll out.
+        """Return one score for each token of one batch: record, examine, and roll out the layers one by one.
 
         Args:
             inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Token matrices, the only code whose cost grows with L², and the rollout that multiplies them.
+"""Token matrices, the only code that makes (L, L) matrices of recurrences, and the rollout that multiplies them.
 
 * :mod:`~captum_ssm.matrices.split_layer`: a decomposed layer, split into output side, core and input side;
 * :mod:`~captum_ssm.matrices.layer_stack`: all layers of one run of a model, split one by one;

@@ -67,10 +67,10 @@ def kda(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
 
         y = W_out diag(sigmoid(z)) diag(norm) S diag(act) M_conv W_v diag(mask) x
         S: h_t = (I - beta_t k_t k_t^T) diag(a_t) h_{t-1} + beta_t k_t v_t,  y_t = <q_t, h_t> / sqrt(N)
-        a = exp(-exp(A_log) softplus(f)),  f = W_f x + dt_bias,  beta = sigmoid(W_b x)
+        a = exp(-exp(A_log) softplus(f + dt_bias)),  f = W_f x,  beta = sigmoid(W_b x)
 
     Queries and keys have length 1. In a gate with a lower bound, a negative number, the logarithm of the decay is
-    ``bound * sigmoid(exp(A_log) f)``.
+    ``bound * sigmoid(exp(A_log) (f + dt_bias))``.
 
     Args:
         mixer: ``KimiLinearDeltaAttention``, ``BailingHybridDeltaAttention`` or ``Glm5NextTextLinearAttention`` of
