@@ -2,7 +2,7 @@
 
 
 class UnsupportedModelError(ValueError):
-    """No layer of the model has an adapter, a layer without one mixes tokens, or a function has no rule of relevance."""
+    """No layer of the model has an adapter, one without an adapter mixes tokens, or a function has no rule."""
 
 
 class InvalidInputError(ValueError):
