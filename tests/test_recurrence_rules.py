@@ -144,6 +144,23 @@ def test_a_reference_equal_to_the_value_gives_the_gradient() -> None:
         assert_exact(found, wanted)
 
 
+@every_case
+def test_an_input_that_is_one_constant_may_have_changing_coefficients(case: Case) -> None:
+    """With one example, also where value and reference are the same tensor: the ones that a normaliser sums."""
+    factors = [[(v[:1].detach().requires_grad_(), r[:1]) for v, r in pairs] for pairs in factors_of(case)]
+    x = torch.randn(1, L, case.heads, case.channels, dtype=torch.float64)
+    leaves = list(flat(factors, 0))
+    y, reference = difference_of_scans(scan_of(case, factors, None), (x, leaves), (x, flat(factors, 1)), 0.75)
+    expected, other = difference_of_recurrence(factors, (x, x), case.lag, case.exponential, 0.75)
+    assert_exact(y, expected)
+    assert_exact(reference, other)
+    changing = [v for v in leaves if v.requires_grad and v.shape[1] > 1]
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad((y * dy).sum(), changing), torch.autograd.grad((expected * dy).sum(), changing)
+    for found, wanted in zip(*gradients, strict=True):
+        assert_exact(found, wanted)
+
+
 def test_the_exponential_is_smooth_where_value_and_reference_meet() -> None:
     """In float32 the multipliers of decays a rounding apart are those of float64."""
     case = CASES["S6"]
