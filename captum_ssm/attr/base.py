@@ -33,6 +33,7 @@ from captum_ssm.network.inputs import (
     token_mask,
 )
 from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.state import unchanged
 
 
 class ImplicitAttentionMethod(ModelMethod):
@@ -133,7 +134,7 @@ class ImplicitAttentionMethod(ModelMethod):
             UnsupportedModelError: If the model has no supported layer, or another that mixes tokens.
             FidelityError: If a layer's decomposition misses the layer's own output.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), unchanged(self.model, self.forward_func, inputs):
             tokens = single_tensor(inputs)
             args = format_additional_forward_args(additional_forward_args)
             shape = ScoreShape(self.model, self.forward_func, tokens, args, patches)
@@ -145,7 +146,7 @@ class ImplicitAttentionMethod(ModelMethod):
                         batch, select(target), select(contrast), select(args), select(query), progress=show_progress
                     )
                 )
-                worst = {name: max(error, worst.get(name, 0.0)) for name, error in self.fidelity.items()}
+                worst = {name: max(error, worst.get(name, 0.0)) for name, error in dict(self.fidelity).items()}
             self.fidelity = worst
             result = shape.from_tokens(torch.cat(scores))
         return format_output(is_tuple(inputs), (result.detach().contiguous(),))

@@ -15,6 +15,7 @@ from captum_ssm.matrices.split_layer import AttentionScope
 from captum_ssm.network.forward import without_cache
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, single_tensor
 from captum_ssm.network.interface import input_embeddings, is_language_model
+from captum_ssm.network.state import unchanged
 
 
 class LayerImplicitAttentionAttribution(LayerGradientXActivation):
@@ -100,7 +101,8 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
             raise InvalidInputError("The scores are those of the layer's output; there is no attribute_to_layer_input.")
         method = ImplicitAttentionAttribution(self.forward_func, self._model, **self._options)
         args = format_additional_forward_args(additional_forward_args)
-        with torch.inference_mode(False), without_cache(self._model):
+        state = unchanged(self._model, self.forward_func, inputs)
+        with torch.inference_mode(False), state, without_cache(self._model):
             tokens = single_tensor(inputs)
             if is_language_model(self.forward_func):
                 refuse_bad_inputs(self._model, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from captum_ssm.network.forward import language_logits
 from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs, refuse_bad_state, token_mask
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import output_through_chain, record_head, record_mixers
+from captum_ssm.network.state import unchanged
 
 _PASS = 2**22
 """How much one backward pass of several tokens may span, in tokens times channels: the size of a processor's cache."""
+
+_WARNINGS = Lock()
+"""Held while warnings are filtered: Python has one filter for all threads."""
 
 
 class LLMImplicitAttention:
@@ -141,7 +146,7 @@ class LLMImplicitAttention:
         refuse_bad_inputs(model, ids)
         if not 1 <= start < ids.shape[1]:
             raise InvalidInputError(f"The first explained token must be 1 to {ids.shape[1] - 1}, not {start}.")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), unchanged(model, model, ids):
             ids = outside_inference_mode(ids)
             inputs, answer = ids[:, :-1], ids[0, start:]
             positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
@@ -204,7 +209,7 @@ class LLMImplicitAttention:
             def backward(gradient: Tensor) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
 
-            with warnings.catch_warnings():
+            with _WARNINGS, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
                 gradients = torch.func.vmap(backward)(each)
             yield some, [at_least_float32(g) for g in gradients]
@@ -240,6 +245,6 @@ class LLMImplicitAttention:
         refuse_bad_inputs(self.model, prompt)
         options = {"max_new_tokens": 25, "do_sample": False} if gen_args is None else gen_args
         answer: Any = self.model.generate
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(self.model, answer, prompt):
             ids = answer(prompt, attention_mask=torch.ones_like(prompt), **options)
         return ids[:, prompt.shape[1] :]

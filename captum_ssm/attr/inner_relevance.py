@@ -15,6 +15,7 @@ from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.layers.call import first_output
 from captum_ssm.network.forward import run_model
+from captum_ssm.network.threads import hook
 from captum_ssm.relevance.run import Probe
 from captum_ssm.relevance.traced import traced
 
@@ -109,7 +110,7 @@ class _LayerProbe(_InnerProbe):
     def attach(self, hooks: ExitStack) -> None:
         """Watch the layer until the hooks are closed."""
         super().attach(hooks)
-        hooks.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        hook(self.module.register_forward_pre_hook, self._enter, hooks, with_kwargs=True)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.tensors.extend(traced((args, kwargs))[:1])
@@ -194,11 +195,9 @@ class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
             def leave(module: nn.Module, args: Any, output: Any) -> None:
                 outputs.append(first_output(output))
 
-            hook = self.layer.register_forward_hook(leave)
-            try:
+            with ExitStack() as hooks:
+                hook(self.layer.register_forward_hook, leave, hooks)
                 run_model(self.forward_func, inputs, *args)
-            finally:
-                hook.remove()
             if len(outputs) != 1:
                 raise InvalidInputError(
                     f"Layer '{self.layer_name}' ran {len(outputs)} times; a neuron is part of a layer that runs once."

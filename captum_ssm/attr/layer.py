@@ -21,6 +21,7 @@ from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_sc
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state, single_tensor, token_mask
 from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.state import unchanged
 
 
 class LayerImplicitAttention(LayerAttribution):
@@ -95,7 +96,7 @@ class LayerImplicitAttention(LayerAttribution):
         refuse_bad_state(self.model)
         refuse_bad_inputs(self.model, tokens)
         args = format_additional_forward_args(additional_forward_args) or ()
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(self.model, self.forward_func, tokens):
             with record_mixers(self.model) as calls:
                 run_model(self.forward_func, tokens, *args)
             call = self._call(calls)

@@ -16,6 +16,7 @@ from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.network.inputs import Target, outside_inference_mode, refuse_bad_state, single_tensor
 from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
+from captum_ssm.network.state import unchanged
 from captum_ssm.relevance.difference import VALUE_SHARE
 from captum_ssm.relevance.frozen import GateRule
 from captum_ssm.relevance.run import Explanation, Options, Probe, Run
@@ -192,7 +193,7 @@ class ImplicitAttentionRelevance(ModelMethod):
             UnsupportedModelError: If the model has no supported layer, or calls a function that has no rule.
             FidelityError: If a layer's decomposition misses the layer's own output, or the relevance does not add up.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), unchanged(self.model, self.forward_func, inputs):
             tokens = single_tensor(inputs)
             args = format_additional_forward_args(additional_forward_args)
             if sign not in (None, "positive", "negative"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from captum_ssm._captum import select_targets
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts
+from captum_ssm.network.state import unchanged
 
 Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
 """A function of the model's output, from whose result ``target`` selects.
@@ -53,7 +55,8 @@ def model_output(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[A
     Raises:
         InvalidInputError: If the output is not a tensor with one row for each row of inputs.
     """
-    output = run_model(forward_func, inputs, *args)
+    with unchanged(forward_func, forward_func, inputs) if isinstance(forward_func, nn.Module) else nullcontext():
+        output = run_model(forward_func, inputs, *args)
     if not isinstance(output, Tensor) or output.dim() == 0 or len(output) != len(inputs):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
         raise InvalidInputError(

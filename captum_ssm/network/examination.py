@@ -23,6 +23,7 @@ from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.mixers import find_mixers, supported_families
 from captum_ssm.network.graph import EMBEDDINGS, ResidualGraph, Stream
 from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.threads import hook
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,8 @@ def _record(
         for name, module in model.named_modules():
             if any(name == mixer or _is_inside(name, mixer) for mixer in mixers):
                 continue
-            before = module.register_forward_pre_hook(enter, with_kwargs=True)
-            hooks.callback(before.remove)
-            after = module.register_forward_hook(lambda m, args, output, name=name: leave(name, m, output))
-            hooks.callback(after.remove)
+            hook(module.register_forward_pre_hook, enter, hooks, with_kwargs=True)
+            hook(module.register_forward_hook, lambda m, args, output, name=name: leave(name, m, output), hooks)
         output = forward()
         graph = _trace(model, calls, sequences[0] if sequences else None, output)
     if sequences and sequences[-1].requires_grad and all(run.name for run in runs):

@@ -6,15 +6,17 @@ A language model is called without a cache, its logits are taken from its output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.layers.call import signature
 from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model
 from captum_ssm.network.reference_kernels import is_kernel_failure
+from captum_ssm.network.threads import hook
 
 
 def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
@@ -98,11 +100,9 @@ def _token_ids(model: Any, inputs: Tensor) -> Iterator[Tensor]:
     if embedding is None:
         yield inputs
         return
-    hook = embedding.register_forward_hook(lambda *_: inputs)
-    try:
+    with ExitStack() as hooks:
+        hook(embedding.register_forward_hook, lambda *_: inputs, hooks)
         yield torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
-    finally:
-        hook.remove()
 
 
 def _refuse_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -145,12 +145,15 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     Yields:
         None.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    for config in cached:
-        config.use_cache = False
-    try:
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(signature(type(module).forward).parameters)[1 : 1 + len(args)]
+        if "use_cache" in names or kwargs.get("use_cache") is not None:
+            return None
+        return args, {**kwargs, "use_cache": False}
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if "use_cache" in signature(type(module).forward).parameters and hasattr(module, "config"):
+                hook(module.register_forward_pre_hook, enter, hooks, with_kwargs=True)
         yield
-    finally:
-        for config in cached:
-            config.use_cache = True

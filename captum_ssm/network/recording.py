@@ -20,6 +20,7 @@ from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.wires import block_name
+from captum_ssm.network.threads import hook
 
 Replacement = Callable[[LayerCall], Tensor]
 """From a mixer's call to the tensor (B, L, E) that the model goes on with instead of the mixer's output."""
@@ -58,14 +59,14 @@ def record_mixers(
     recorder = _Recorder(model, hold, replacement, prepare, on_call)
     with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
         for mixer in recorder.names:
-            hooks.callback(mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)
-            hooks.callback(mixer.register_forward_hook(recorder.leave, with_kwargs=True).remove)
+            hook(mixer.register_forward_pre_hook, recorder.enter, hooks, with_kwargs=True)
+            hook(mixer.register_forward_hook, recorder.leave, hooks, with_kwargs=True)
         for name in recorder.blocks:
 
             def note(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 recorder.states[name], _ = call_arguments(block, args, kwargs)
 
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
+            hook(model.get_submodule(name).register_forward_pre_hook, note, hooks, with_kwargs=True)
         yield recorder.calls
 
 
@@ -144,11 +145,9 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
     """
     recorded: list[Tensor] = []
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
-    try:
+    with ExitStack() as hooks:
+        hook(head.register_forward_pre_hook, lambda module, args: recorded.append(args[0]), hooks)
         yield recorded
-    finally:
-        hook.remove()
 
 
 def output_through_chain(call: LayerCall) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.network.inputs import refuse_bad_inputs
 from captum_ssm.network.interface import is_language_model
+from captum_ssm.network.threads import hook
 
 Baseline = int | float | Tensor
 
@@ -153,5 +154,5 @@ def replaced_embeddings(
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(leave).remove)
+                hook(module.register_forward_hook, leave, hooks)
         yield vectors

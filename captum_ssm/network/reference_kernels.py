@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
-from unittest.mock import patch
 
 from torch import nn
+
+from captum_ssm.network.threads import original, substitute
 
 _DISPATCHERS = ("transformers.integrations", "kernels")
 """Modules whose wrappers choose between a kernel and a reference in torch."""
@@ -28,8 +29,8 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
     """Run the model on its reference implementation in torch while the context is open.
 
     The functions of the modules that define the model's layers are replaced, and restored when the context is left,
-    even after an error. The results equal those of the kernels up to rounding, and take longer. Not for use in several
-    threads at once.
+    even after an error. The results equal those of the kernels up to rounding, and take longer. Other threads
+    go on with the kernels.
 
     Args:
         model: A transformers model.
@@ -48,9 +49,8 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
     homes = {type(module).__module__ for module in model.modules()}
     with ExitStack() as replaced:
         for home in [sys.modules[name] for name in homes if name in sys.modules]:
-            dispatched = {name: value for name, value in vars(home).items() if _is_dispatched(value)}
-            for name, function in dispatched.items():
-                replaced.enter_context(patch.object(home, name, inspect.unwrap(function)))
+            for name in [name for name, value in vars(home).items() if _is_dispatched(original(value))]:
+                substitute(home, name, inspect.unwrap, replaced)
         yield
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.threads import current_thread, substitute, working_for
 from captum_ssm.relevance.traced import Traced, traced
 
 _TRACED = object()
@@ -28,6 +28,7 @@ class Checkpoints:
 
     def __init__(self) -> None:
         self.is_rerun = False
+        self._thread = current_thread()
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         """Checkpoint all blocks of the model until the stack is closed.
@@ -36,7 +37,7 @@ class Checkpoints:
             UnsupportedModelError: If the model has no list of blocks.
         """
         for block in blocks(model):
-            stack.enter_context(patch.object(block, "forward", self._checkpointed(block.forward)))
+            substitute(block, "forward", self._checkpointed, stack)
 
     def _checkpointed(self, block: Callable[..., Any]) -> Callable[..., Any]:
         """Return a block's forward that keeps its arguments alone, as plain tensors, which a checkpoint understands."""
@@ -67,8 +68,14 @@ class Checkpoints:
 
         return forward
 
-    def _rerun(self) -> AbstractContextManager[Any]:
-        return patch.object(self, "is_rerun", True)
+    @contextmanager
+    def _rerun(self) -> Iterator[None]:
+        self.is_rerun = True
+        try:
+            with working_for(self._thread):  # on a GPU a thread of autograd
+                yield
+        finally:
+            self.is_rerun = False
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from captum_ssm.errors import FidelityError
 from captum_ssm.layers.fidelity import TOLERANCE, relative_error
+from captum_ssm.network.threads import original, substitute
 from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.functions import EXTERNAL_CODE
 from captum_ssm.relevance.plain import PlainArguments
@@ -33,16 +33,15 @@ def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) 
     for name, module in model.named_modules():
         rule = EXTERNAL_CODE.of_class(module)
         if rule is not None:
-            ruled = _RuledCode(name, type(module).__name__, module.forward, partial(rule, module), plain)
-            stack.enter_context(patch.object(module, "forward", ruled))
+            ruled = partial(_RuledCode, name, type(module).__name__, rule=partial(rule, module), plain=plain)
+            substitute(module, "forward", ruled, stack)
     for path in {c.__module__ for module in model.modules() for c in type(module).__mro__} & sys.modules.keys():
         home = sys.modules[path]
         for registered, rule in EXTERNAL_CODE.items():
             where, _, name = registered.rpartition(".")
-            code = vars(home).get(name)
+            code = original(vars(home).get(name))
             if where in ("", path) and callable(code) and not isinstance(code, type):
-                ruled = _RuledCode(f"{path}.{name}", registered, code, rule, plain)
-                stack.enter_context(patch.object(home, name, ruled))
+                substitute(home, name, partial(_RuledCode, f"{path}.{name}", registered, rule=rule, plain=plain), stack)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""While one thread explains a model, others may run it and explain it: each gets its own result, and nothing stays."""
+
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_ssm import (
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
+    ImplicitAttentionRollout,
+    reference_kernels,
+)
+from captum_ssm.network.threads import current_thread, hook, substitute, working_for
+from tests.conftest import build, snapshot
+
+SECONDS = 1.5
+MIXED = ["mamba", "qwen3_5", "rwkv", "recurrent_gemma", "zamba", "falcon_h1"]
+
+
+@pytest.fixture(autouse=True)
+def _short_turns() -> Iterator[None]:
+    """Let threads take turns after 10 microseconds, so that they meet everywhere."""
+    import sys
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_turn(*jobs: Callable[[], Tensor], seconds: float = SECONDS) -> None:
+    """Run each job alone, then all in a thread each for a time: every result must be that of the job alone."""
+    alone = [job() for job in jobs]
+    end, problems, counts = time.monotonic() + seconds, list[Any](), [0] * len(jobs)
+
+    def work(number: int) -> None:
+        try:
+            while (time.monotonic() < end or counts[number] < 2) and not problems:
+                torch.testing.assert_close(jobs[number](), alone[number], rtol=1e-4, atol=1e-5)
+                counts[number] += 1
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+
+
+def jobs(model: Any, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Everything that a thread may do with a model, each on other tokens."""
+
+    def served() -> Tensor:
+        with torch.no_grad():
+            return model(ids.flip(1), use_cache=False).logits
+
+    return {
+        "served": served,
+        "signed": lambda: ImplicitAttentionAttribution(model, rectify=None).attribute(ids, 3),
+        "relevance": lambda: ImplicitAttentionRelevance(model).attribute(ids[:1], 2, baselines=1),
+        "checkpoints": lambda: ImplicitAttentionRelevance(model, checkpoints=True).attribute(ids[:, :5], 4),
+        "rollout": lambda: ImplicitAttentionRollout(model).attribute(ids[1:], 1),
+    }
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_model_is_served_while_it_is_explained(name: str, ids: Tensor) -> None:
+    model = build(name)
+    every = jobs(model, ids)
+    for job in every.values():  # RWKV divides its weights when it first runs
+        job()
+    before = snapshot(model, ())
+    in_turn(*every.values())
+    assert snapshot(model, ()) == before
+
+
+def test_a_model_is_explained_by_two_threads_at_once(mamba: Any, ids: Tensor) -> None:
+    every = jobs(mamba, ids)
+    in_turn(every["signed"], every["signed"], every["relevance"], every["relevance"])
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_a_hook_acts_in_its_thread_alone(kind: str) -> None:
+    layer, seen = nn.Linear(2, 2), []
+    register = layer.register_forward_hook if kind == "forward" else layer.register_forward_pre_hook
+    with ExitStack() as stack:
+        hook(register, lambda *_: seen.append(current_thread()), stack)
+        other = threading.Thread(target=layer, args=(torch.ones(2),))
+        other.start()
+        other.join()
+        assert not seen
+        left_behind = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        layer(torch.ones(2))
+        for layer_copy in left_behind:
+            layer_copy(torch.ones(2))
+        assert seen == [current_thread()]
+    layer(torch.ones(2))
+    assert len(seen) == 1 and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_substitutes_of_threads_do_not_meet() -> None:
+    """Withdrawn in another order than they were set, each is seen by its own thread alone, and nothing stays."""
+    layer, others = nn.Linear(2, 2), ExitStack()
+    x, plain = torch.ones(2), None
+    plain = layer(x)
+
+    def other(number: int) -> None:
+        with working_for(-number):
+            substitute(layer, "forward", lambda below: lambda x: number * below(x), others)
+
+    with ExitStack() as stack:
+        substitute(layer, "forward", lambda below: lambda x: 2 * below(x), stack)
+        other(5)
+        substitute(layer, "forward", lambda below: lambda x: below(x) + 1, stack)
+        assert torch.equal(layer(x), 2 * plain + 1)
+        with working_for(-5):
+            assert torch.equal(layer(x), 5 * plain)
+        assert torch.equal(copy.deepcopy(layer)(x), plain)
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), plain)
+    assert torch.equal(layer(x), plain)
+    with working_for(-5):
+        assert torch.equal(layer(x), 5 * plain)
+    others.close()
+    assert "forward" not in vars(layer)
+
+
+def test_a_thread_that_runs_a_block_again_works_for_another() -> None:
+    owner = current_thread()
+    with working_for(7):
+        assert current_thread() == 7
+        with working_for(8):
+            assert current_thread() == 8
+        assert current_thread() == 7
+    assert current_thread() == owner
+
+
+def test_reference_kernels_are_those_of_one_thread(mamba: Any) -> None:
+    import transformers.models.mamba.modeling_mamba as home
+
+    before = dict(vars(home))
+    with reference_kernels(mamba), reference_kernels(mamba):
+        pass
+    assert dict(vars(home)) == before
