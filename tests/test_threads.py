@@ -68,7 +68,7 @@ def jobs(model: Any, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {
         "served": served,
         "signed": lambda: ImplicitAttentionAttribution(model, rectify=None).attribute(ids, 3),
-        "relevance": lambda: ImplicitAttentionRelevance(model).attribute(ids[:1], 2, baselines=1),
+        "relevance": lambda: ImplicitAttentionRelevance(model).attribute(ids.roll(1, 1), 2, baselines=1),
         "checkpoints": lambda: ImplicitAttentionRelevance(model, checkpoints=True).attribute(ids[:, :5], 4),
         "rollout": lambda: ImplicitAttentionRollout(model).attribute(ids[1:], 1),
     }

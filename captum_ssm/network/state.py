@@ -11,13 +11,14 @@ are saved beforehand, and a mixer that keeps tensors on itself runs as a copy th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import is_
 from threading import Condition, Lock
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -65,18 +66,22 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
             stack.enter_context(_Watch(turn.state))
         else:
             turn.state.save(turn.known.tensors)
-        for mixer in turn.state.keepers(model, turn.known or _Writes()):
+        for mixer in turn.keepers(model):
             _run_as_copy(mixer, stack)
         yield
         turn.is_complete = True
 
 
+Place = tuple[int, str, Any]
+"""Where a model keeps a tensor: the number of the module, and a key in a table or list, or None, of an attribute."""
+
+
 @dataclass(frozen=True)
 class _Writes:
-    """Names of the tensors that a run writes into, and of the modules on which it leaves other tensors."""
+    """What a run writes: where tensors are that it writes into, and mixers on which it leaves other tensors."""
 
-    tensors: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset()
+    tensors: frozenset[Place] = frozenset()
+    keepers: tuple[ReferenceType[nn.Module], ...] = ()
 
 
 class _State:
@@ -87,21 +92,39 @@ class _State:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [_ModuleState(name, module) for name, module in _plain_modules(model)]
-        self._tensors = {name: tensor for module in self._modules for name, tensor in module.tensors()}
-        self._versions = [_version(tensor) for tensor in self._tensors.values()]
-        self._aliases: dict[int, tuple[Tensor, Tensor]] = {}
+        self._modules = _plain_modules(model)
+        self._now = [vars(module) for module in self._modules]
+        self._attributes = [now.copy() for now in self._now]
+        self._parts = [
+            (number, name, value, value.copy())
+            for number, attributes in enumerate(self._attributes)
+            for name, value in attributes.items()
+            if type(value) is dict or type(value) is list
+        ]
+        self._versions = [_version(tensor) for tensor in self._registered()]
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._contents: dict[int, Tensor] = {}
 
     @property
     def kind(self) -> Hashable:
-        """The flags of all modules, and the types of their other attributes: what a run writes may depend on them."""
-        return tuple(module.flags for module in self._modules)
+        """The flags of all modules, and the types of all attributes: what a run writes may depend on them."""
+        types = tuple([tuple(map(type, attributes.values())) for attributes in self._attributes])
+        return types, tuple([v for a in self._attributes for v in a.values() if v is True or v is False])
 
-    def save(self, names: frozenset[str]) -> None:
-        """Save the contents of these tensors."""
-        for name in names & self._tensors.keys():
-            self.save_contents(self._tensors[name])
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing is changed, as far as parameters, buffers and attributes tell."""
+        return (
+            all(_same(now.values(), old.values()) for now, old in zip(self._now, self._attributes))
+            and all(_same(_entries(part), _entries(old)) for _, _, part, old in self._parts)
+            and self._versions == [_version(tensor) for tensor in self._registered()]
+        )
+
+    def save(self, places: frozenset[Place]) -> None:
+        """Save the contents of the tensors at these places."""
+        tensors = self._tensors() if places else {}
+        for place in places & tensors.keys():
+            self.save_contents(tensors[place])
 
     def save_contents(self, tensor: Tensor) -> None:
         """Save the contents of a tensor, unless that was done before."""
@@ -112,113 +135,74 @@ class _State:
     def held(self) -> dict[int, list[Tensor]]:
         """Hold on to the memory of all tensors, and return them by its address."""
         tensors: dict[int, list[Tensor]] = {}
-        for tensor in self._tensors.values():
+        for tensor in self._tensors().values():
             self._hold(tensor)
             tensors.setdefault(_address(tensor), []).append(tensor)
         tensors.pop(0, None)  # without memory
         return tensors
 
-    def _hold(self, tensor: Tensor) -> None:
-        self._aliases.setdefault(id(tensor), (tensor, tensor.data))  # with its own count of versions
+    def written(self) -> frozenset[Place]:
+        """Return where the tensors are whose contents were saved, or that have other memory now."""
+        return frozenset(
+            place
+            for place, tensor in self._tensors().items()
+            if id(tensor) in self._contents
+            or (id(tensor) in self._held and _address(tensor) != _address(self._held[id(tensor)][1]))
+        )
 
-    def keepers(self, model: nn.Module, writes: _Writes) -> list[nn.Module]:
-        """Return the mixers that keep tensors on themselves, or on a module within."""
-        names = {module.name for module in self._modules if module.name in writes.modules or module.keeps_tensors}
-        if not names:
-            return []
-        mixers = {mixer: name for name, mixer in find_mixers(model).items()}
-        return [mixer for mixer, outer in mixers.items() if any(f"{name}.".startswith(f"{outer}.") for name in names)]
-
-    def writes(self) -> _Writes:
-        """Return all that is not as it was."""
-        pairs = zip(self._tensors.items(), self._versions)
-        tensors = frozenset(name for (name, tensor), version in pairs if _version(tensor) != version)
-        return _Writes(tensors, frozenset(module.name for module in self._modules if module.changes()))
+    def keepers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the mixers that keep tensors on themselves or on a module within, now or when the state was taken."""
+        modules = {
+            module
+            for module, now, old in zip(self._modules, self._now, self._attributes)
+            if any(key not in _OF_TORCH and _has_tensor(value) for key, value in [*now.items(), *old.items()])
+        }
+        return [mixer for mixer in dict.fromkeys(find_mixers(model).values()) if modules & set(mixer.modules())]
 
     def restore(self) -> None:
-        """Bring all back that was saved, and the attributes of the modules."""
-        for number, (tensor, alias) in self._aliases.items():
+        """Bring back the contents that were saved, and the tensors that modules held; with contents the flags too."""
+        for number, (tensor, alias) in self._held.items():
             if number in self._contents:
                 alias.copy_(self._contents[number])
             if _address(tensor) != _address(alias):
                 tensor.data = alias
-        for module in self._modules:
-            module.restore(with_flags=bool(self._contents))
+        for now, old in zip(self._now, self._attributes):
+            for key in [*now.keys() | old.keys()]:
+                before, after = old.get(key, _ABSENT), now.get(key, _ABSENT)
+                flags = bool(self._contents) and _is_flag(before) and _is_flag(after)
+                if before is not after and (flags or _has_tensor(before) or _has_tensor(after)):
+                    now.update({key: before})
+                    if before is _ABSENT:
+                        del now[key]
+        for _, _, part, old_part in self._parts:
+            if not _same(_entries(part), _entries(old_part)) and (_has_tensor(part) or _has_tensor(old_part)):
+                part.clear()
+                part.update(old_part) if isinstance(part, dict) else part.extend(old_part)
 
+    def _registered(self) -> Iterator[Tensor]:
+        """Iterate over parameters and buffers."""
+        for attributes in self._attributes:
+            for table in (attributes["_parameters"], attributes["_buffers"]):
+                yield from [tensor for tensor in table.values() if tensor is not None]
 
-class _ModuleState:
-    """The attributes, parameters and buffers of one module, as they are now.
-
-    Args:
-        name: Dotted name of the module.
-        module: The module.
-    """
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self._module = module
-        self._attributes = {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (cast(Any, table), dict(table)) for table in (module._parameters, module._buffers)
+    def _tensors(self) -> dict[Place, Tensor]:
+        """Return all tensors that the modules held, and those that these hold themselves."""
+        attributes = [(n, name, None, v) for n, old in enumerate(self._attributes) for name, v in old.items()]
+        entries = [
+            (number, name, key, value)
+            for number, name, _, part in self._parts
+            for key, value in (part.items() if isinstance(part, dict) else enumerate(part))
         ]
-        self._lists = [(value, list(value)) for value in self._attributes.values() if type(value) is list]
-        self._tables += [(value, dict(value)) for value in self._attributes.values() if type(value) is dict]
+        tensors: dict[Place, Tensor] = {}
+        for number, name, key, value in [*attributes, *entries]:
+            if isinstance(value, Tensor):
+                tensors[number, name, key] = value
+                within = [(inner, t) for inner, t in vars(value).items() if isinstance(t, Tensor)]
+                tensors.update({(number, name, (key, inner)): t for inner, t in within})
+        return tensors
 
-    @property
-    def flags(self) -> Hashable:
-        """The values of attributes that are flags or words, and the types of all others."""
-        values = self._attributes.values()
-        return tuple([v if type(v) is bool or type(v) is str else type(v) for v in values])
-
-    @property
-    def keeps_tensors(self) -> bool:
-        """Whether an attribute beside parameters and buffers is a tensor, or holds some."""
-        return any(_has_tensor(value) for value in self._attributes.values())
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors with their names."""
-        named = [pair for _, table in self._tables for pair in table.items()]
-        named += [(f"{number}", value) for _, entries in self._lists for number, value in enumerate(entries)]
-        named += self._attributes.items()
-        for key, tensor in named:
-            if isinstance(tensor, Tensor):
-                yield f"{self.name}.{key}", tensor
-                yield from ((f"{self.name}.{key}.{k}", t) for k, t in vars(tensor).items() if isinstance(t, Tensor))
-
-    def changes(self) -> bool:
-        """Whether the module holds other tensors than before."""
-        now = vars(self._module)
-        return (
-            any(_differs(now.get(key, _ABSENT), value) for key, value in self._attributes.items())
-            or any(key not in _OF_TORCH and _differs(now[key], _ABSENT) for key in now.keys() - self._attributes.keys())
-            or any(len(table) != len(entries) for table, entries in [*self._tables, *self._lists])
-            or any(_differs(t, e) for values, entries in self._lists for t, e in zip(values, entries))
-            or any(_differs(table.get(key), value) for table, entries in self._tables for key, value in entries.items())
-        )
-
-    def restore(self, *, with_flags: bool) -> None:
-        """Bring back the tensors that the module held.
-
-        Args:
-            with_flags: Bring back the flags too, which tell whether something was written into a tensor.
-        """
-        now = vars(self._module)
-        for key in list(dict.fromkeys([*now, *self._attributes])):
-            old, new = self._attributes.get(key, _ABSENT), now.get(key, _ABSENT)
-            if key in _OF_TORCH or old is new:
-                continue
-            if _differs(old, new) or (with_flags and _is_flag(old) and _is_flag(new)):
-                if old is _ABSENT:
-                    del now[key]
-                else:
-                    now[key] = old
-        for table, entries in self._tables:
-            if len(table) != len(entries) or any(table.get(key) is not value for key, value in entries.items()):
-                table.clear()
-                table.update(entries)
-        for values, items in self._lists:
-            if len(values) != len(items) or any(value is not item for value, item in zip(values, items)):
-                values[:] = items
+    def _hold(self, tensor: Tensor) -> None:
+        self._held.setdefault(id(tensor), (tensor, tensor.data))  # with its own count of versions
 
 
 class _Watch(TorchDispatchMode):
@@ -268,6 +252,13 @@ class _Turn:
         """Whether no other explanation of the model may run at the same time."""
         return self.known is None or bool(self.known.tensors)
 
+    def keepers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the mixers that keep tensors on themselves."""
+        if self.known is None:
+            return self.state.keepers(model)
+        mixers = [mixer() for mixer in self.known.keepers]
+        return [mixer for mixer in mixers if mixer is not None]
+
     def note_run(self, *_: Any) -> None:
         """Note that another thread runs the model; it waits while the state is brought back."""
         with self.lock:
@@ -315,27 +306,28 @@ class _Turns:
                 try:
                     yield turn
                 finally:
-                    self._settle(turn)
+                    self._settle(model, turn)
         finally:
             with self._left:
                 del self._inside[thread]
                 self._left.notify_all()
 
-    def _settle(self, turn: _Turn) -> None:
+    def _settle(self, model: nn.Module, turn: _Turn) -> None:
         """Bring the state back, and remember what was written."""
-        writes = turn.state.writes()
-        with turn.lock:
-            if not turn.others_ran:
-                turn.state.restore()
-        if turn.others_ran:
+        state, first = turn.state, turn.known is None
+        if not first and not turn.is_exclusive and state.is_same:
             return
-        known = turn.known or _Writes()
-        if turn.known is None and turn.is_complete:
+        writes = _Writes(state.written(), tuple(ref(mixer) for mixer in state.keepers(model))) if first else None
+        if not first and not turn.is_exclusive:
+            self._known.pop(turn.kind, None)  # it writes after all: watched the next time
+        with turn.lock:
+            if turn.others_ran:
+                return
+            state.restore()
+        if writes is not None and turn.is_complete:
             if len(self._known) >= _KINDS:
                 self._known.clear()
             self._known[turn.kind] = writes
-        elif writes.tensors - known.tensors or writes.modules - known.modules:
-            self._known.pop(turn.kind, None)  # watched the next time
 
 
 _TURNS: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
@@ -367,23 +359,34 @@ def _copy(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _plain_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return all modules that are made of Python objects, with their names."""
-    return [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Return all modules that are made of Python objects, each once."""
+    modules: dict[nn.Module, None] = {}
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if module not in modules and not isinstance(module, torch.jit.ScriptModule):
+            modules[module] = None
+            pending.extend([child for child in vars(module)["_modules"].values() if child is not None])
+    return list(modules)
+
+
+def _same(now: Iterable[Any], old: Iterable[Any]) -> bool:
+    """Whether two collections have the same objects in the same order."""
+    now, old = list(now), list(old)
+    return len(now) == len(old) and all(map(is_, now, old))
+
+
+def _entries(part: Any) -> Iterable[Any]:
+    """Return the entries of a list or a dictionary."""
+    return part.values() if isinstance(part, dict) else part
 
 
 def _has_tensor(value: Any) -> bool:
     """Whether ``value`` is a tensor, or a list, tuple or dictionary that holds one."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, Tensor) or (
-        isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
-    )
-
-
-def _differs(old: Any, new: Any) -> bool:
-    """Whether two values are not the same object, and a tensor is among them."""
-    return old is not new and (_has_tensor(old) or _has_tensor(new))
+    if isinstance(value, (list, tuple, dict)):
+        return any(isinstance(part, Tensor) for part in _entries(value))
+    return isinstance(value, Tensor)
 
 
 def _is_flag(value: Any) -> bool:
@@ -392,7 +395,7 @@ def _is_flag(value: Any) -> bool:
 
 def _version(tensor: Tensor) -> Any:
     """Return a figure that is another one after each writing into the tensor."""
-    return None if tensor.is_inference() else (tensor._version, _address(tensor))
+    return None if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
