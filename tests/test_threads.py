@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm import (
+    ClassTokenAttention,
     ImplicitAttentionAttribution,
     ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
+    LayerImplicitAttention,
+    LayerImplicitAttentionAttribution,
+    LayerImplicitAttentionRelevance,
+    LLMImplicitAttention,
+    NeuronImplicitAttentionRelevance,
+    RawImplicitAttention,
     reference_kernels,
 )
 from captum_ssm.network.threads import current_thread, hook, substitute, working_for
@@ -152,3 +159,49 @@ def test_reference_kernels_are_those_of_one_thread(mamba: Any) -> None:
     with reference_kernels(mamba), reference_kernels(mamba):
         pass
     assert dict(vars(home)) == before
+
+
+def methods(model: Any) -> list[tuple[Any, Callable[[Any, Tensor], Tensor]]]:
+    """Every method of the package, and a call of it."""
+    target: Callable[[Any, Tensor], Tensor] = lambda method, ids: method.attribute(ids, 1)  # noqa: E731
+    block = next(name for name, module in model.named_modules() if name.endswith("layers.1"))
+    return [
+        (RawImplicitAttention(model), target),
+        (ImplicitAttentionRollout(model, attention="scan"), target),
+        (ImplicitAttentionAttribution(model, rectify=None), target),
+        (ClassTokenAttention(model), lambda method, ids: method.attribute(ids, 1, query=3)),
+        (ImplicitAttentionRelevance(model), target),
+        (LayerImplicitAttentionRelevance(model, block), target),
+        (LayerImplicitAttentionRelevance(model, f"{block}.mixer", factor="scan"), target),
+        (NeuronImplicitAttentionRelevance(model, block), lambda method, ids: method.attribute(ids, (3, 2))),
+        (LayerImplicitAttention(model, 0), lambda method, ids: method.attribute(ids)),
+        (LayerImplicitAttentionAttribution(model, model.get_input_embeddings()), target),
+        (
+            LLMImplicitAttention(ImplicitAttentionRollout(model), None),
+            lambda method, ids: method.explain(ids[:1], 3),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("made", ["copy", "deepcopy", "pickle"])
+def test_a_method_can_be_copied_and_pickled(number: int, made: str, mamba: Any, ids: Tensor) -> None:
+    """Before and after a call, and while another thread hooks its model; but for a copy, the model is another."""
+    copies: dict[str, Callable[[Any], Any]] = {
+        "copy": copy.copy,
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda method: pickle.loads(pickle.dumps(method)),
+    }
+    method, call = methods(mamba)[number]
+    before = copies[made](method)
+    right = call(method, ids)
+    after = copies[made](method)
+    with working_for(-1), ExitStack() as stack:
+        hook(mamba.register_forward_hook, lambda *_: 1 / 0, stack)
+        substitute(mamba, "forward", lambda below: lambda *_, **__: 1 / 0, stack)
+        with working_for(-2):
+            meanwhile = copies[made](method)
+            assert torch.equal(call(meanwhile, ids), right)
+    for parameter in mamba.parameters():
+        parameter.data.mul_(1 if made == "copy" else 0)
+    assert all(torch.equal(call(other, ids), right) for other in (before, after, meanwhile))

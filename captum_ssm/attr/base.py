@@ -28,6 +28,7 @@ from captum_ssm.network.inputs import (
     outside_inference_mode,
     query_weights,
     refuse_bad_state,
+    refuse_other_batch,
     refuse_padding,
     single_tensor,
     token_mask,
@@ -185,6 +186,7 @@ class ImplicitAttentionMethod(ModelMethod):
         args = tuple(map(outside_inference_mode, args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._record(inputs, target, contrast, args, advance)
+            refuse_other_batch(inputs, calls)
             graph = examine(model, partial(run_model, self.forward_func, inputs, *args), calls, self.forward_func)
             mask = token_mask(self.forward_func, args, calls)
             with torch.no_grad():
@@ -247,8 +249,9 @@ class ImplicitAttentionMethod(ModelMethod):
             outputs = outputs[-1:]
         if not outputs or not score.requires_grad:
             raise InvalidInputError(
-                "The explained score does not depend on any supported layer of the model. Check that forward_func "
-                "runs this model, with gradients enabled, and that the target is read from its output."
+                "The explained score does not depend on any supported layer of the model, as far as gradients tell. "
+                "Check that forward_func runs this model itself, not a traced copy, in this thread, that no code "
+                "stops the gradient (detach, no_grad, quantised layers), and that the target is read from its output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
         wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]
@@ -261,9 +264,15 @@ def _gradient_weights(gradient: Tensor | None) -> Tensor:
         raise ValueError("The last layer was recorded without a gradient.")
     length = gradient.norm(dim=-1)
     total = length.sum(-1, keepdim=True)
-    if not bool((total > 0).all() & total.isfinite().all()):
+    if not bool(total.isfinite().all()):
         raise ModelStateError(
-            "The gradient of the explained score at the last layer is zero, NaN or infinite, so no position can be "
-            "explained. Explain another target, pass `query`, or check the weights for NaN or infinity."
+            "The gradient of the explained score at the last layer is NaN or infinite, so no position can be "
+            "explained. Check the weights for NaN or infinity, or pass `query`."
+        )
+    if not bool((total > 0).all()):
+        raise ModelStateError(
+            "The gradient of the explained score at the last layer is zero, so no position can be explained: the score "
+            "is constant there, or code behind the layers stops the gradient (detach, no_grad). Explain another "
+            "target, remove such code, or pass `query`."
         )
     return length / total

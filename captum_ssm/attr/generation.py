@@ -219,8 +219,13 @@ class LLMImplicitAttention:
         if isinstance(text, str):
             text = self.tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids
         elif hasattr(text, "to_model_input"):
-            text = text.to_model_input()
-            text = text if isinstance(text, Tensor) else text["input_ids"]
+            own_input = text.to_model_input()
+            if isinstance(own_input, str):
+                raise InvalidInputError(
+                    f"The features of a {type(text).__name__} are not tokens, and this method explains tokens. Pass "
+                    "its text: inp.to_model_input()."
+                )
+            text = own_input if isinstance(own_input, Tensor) else own_input["input_ids"]
         if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() not in (1, 2):
             raise InvalidInputError(
                 "A prompt or an answer is a text, token ids (L,) or (1, L), or Captum's TextTokenInput, not "
@@ -240,11 +245,26 @@ class LLMImplicitAttention:
 
         Returns:
             The answer's token ids (1, generated tokens).
+
+        Raises:
+            InvalidInputError: If the arguments ask for several answers, or for a prompt with padding.
         """
         refuse_bad_state(self.model)
         refuse_bad_inputs(self.model, prompt)
         options = {"max_new_tokens": 25, "do_sample": False} if gen_args is None else gen_args
+        mask = options.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.numel() == prompt.numel() and bool(mask.all())):
+            raise InvalidInputError(
+                "The attention_mask among the generation's arguments leaves out tokens of the prompt, or does not fit "
+                "it. Pass a prompt without padding, and no mask."
+            )
         answer: Any = self.model.generate
         with torch.no_grad(), unchanged(self.model, answer, prompt):
-            ids = answer(prompt, attention_mask=torch.ones_like(prompt), **options)
+            output = answer(prompt, **{"attention_mask": torch.ones_like(prompt), **options})
+        ids: Tensor = getattr(output, "sequences", output)
+        if len(ids) != 1:
+            raise InvalidInputError(
+                f"One generation is explained at a time, but the model gave {len(ids)} answers. Set "
+                "num_return_sequences=1, or pass each answer as `target`."
+            )
         return ids[:, prompt.shape[1] :]

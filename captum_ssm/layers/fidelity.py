@@ -11,6 +11,7 @@ from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError,
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.layers.replaced import refusal
 from captum_ssm.operators import Chain
 
 _CAUSES = (
@@ -95,6 +96,8 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
     try:
         return adapter(call.mixer, x, call.kwargs)
     except (AttributeError, KeyError) as error:
+        if reason := refusal(call.name, call.mixer):
+            raise UnsupportedModelError(reason) from error
         missing = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UnsupportedModelError(
             f"Layer '{call.name}' has the name {class_name}, but is not built like the layer that the adapter of this "
@@ -121,6 +124,7 @@ def check_fidelity(
 
     Raises:
         FidelityError: If the error exceeds the tolerance.
+        UnsupportedModelError: If it does because the layer holds the matrices of a fine-tuning, or quantised weights.
         InvalidInputError: If padding before a sequence, or a masked token within it, changes the layer's output.
     """
     mask = y.new_ones(y.shape[:2]) if mask is None else mask.to(y)
@@ -128,6 +132,8 @@ def check_fidelity(
     error = relative_error(y, y_layer)
     tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
     if not (error <= tolerance or _is_rounding(call, y, mask)):
+        if reason := refusal(call.name, call.mixer):
+            raise UnsupportedModelError(reason)
         raise FidelityError(call.name, error, tolerance, _CAUSES)
     if not bool(mask.all()):
         x = call.wide_input

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
@@ -106,7 +107,8 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     A module that is shared by several layers has a name in each of them.
 
     Raises:
-        UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported.
+        UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported,
+            or says that the model is traced or scripted.
     """
     mixers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -114,6 +116,11 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
         if not inside and _ADAPTERS.of_class(module) is not None:
             mixers[name] = module
     if not mixers:
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is code of torch.jit (a traced or scripted model), in which no layer can be "
+                "seen. Explain the model that it was made from."
+            )
         alike = sorted({type(m).__name__ for m in model.modules() if _looks_like_mixer(type(m).__name__)})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that captum_ssm can decompose. Layers that look like token "

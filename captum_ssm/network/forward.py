@@ -79,6 +79,7 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
     Returns:
         The logits (B, L, V), or (B, classes) of a classifier.
     """
+    _refuse_other_width(model, inputs)
     if is_mamba_ssm_model(model):
         with _token_ids(model, inputs) as ids:
             return model(ids).logits
@@ -86,6 +87,20 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
     output = model(**{name: inputs}, attention_mask=mask, use_cache=False)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits
+
+
+def _refuse_other_width(model: Callable[..., Any], inputs: Tensor) -> None:
+    """Raise if the inputs are embeddings of another width than the model's.
+
+    Raises:
+        InvalidInputError: With both widths.
+    """
+    width = getattr(input_embeddings(model), "embedding_dim", None)
+    if inputs.is_floating_point() and inputs.dim() == 3 and width not in (None, inputs.shape[-1]):
+        raise InvalidInputError(
+            f"The inputs are embeddings of {inputs.shape[-1]} components, but those of this model have {width}. Take "
+            "them from the model: model.get_input_embeddings()(ids)."
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.errors import InvalidInputError, ModelStateError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.network.interface import input_embeddings, is_language_model
 
@@ -77,14 +77,22 @@ def refuse_wrong_counts(count: int, targets: tuple[Any, ...], query: Any) -> Non
 
 
 def refuse_bad_state(model: nn.Module) -> None:
-    """Raise if a module of the model is in training mode (the root may be: a new wrapper is).
+    """Raise if a module of the model is in training mode (the root may be: a new wrapper is), or quantised by torch.
 
     Raises:
         ModelStateError: If dropout or a fused training kernel could be active.
+        UnsupportedModelError: If torch quantised the model, whose layers then have no gradient.
     """
+    modules = list(model.named_modules())
+    quantised = [name.rpartition(".")[0] for name, _ in modules if name.endswith("._packed_params")]
+    if quantised:
+        raise UnsupportedModelError(
+            f"Layer '{quantised[0]}' is quantised by torch, which has no gradient for it. Explain the model that was "
+            "quantised, in floating-point numbers."
+        )
     training = [
         name
-        for name, module in model.named_modules()
+        for name, module in modules
         if module.training and (name or not any(model.children())) and type(module).__name__ != _INTERPRETABLE
     ]
     if training:
@@ -102,6 +110,12 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
     """
     vectors = inputs.is_floating_point()
     expected = "(batch, tokens, width), or (batch, channels, height, width)" if vectors else "(batch, tokens)"
+    if not vectors and inputs.dim() == 3:
+        raise InvalidInputError(
+            f"inputs has several texts for each example, shape {tuple(inputs.shape)}, as a model of multiple choice "
+            "takes them. Explain one text at a time: pass (batch, tokens), and let forward_func return the score of "
+            "that text."
+        )
     if inputs.dim() not in ((3, 4) if vectors else (2,)):
         raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
     if inputs.numel() == 0:
@@ -116,6 +130,25 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         raise InvalidInputError(
             f"Token ids must lie in 0 to {size - 1 if size else 'the vocabulary size'}, but inputs has {low} to {high}."
             " Does the tokenizer belong to this model?"
+        )
+
+
+def refuse_other_batch(inputs: Tensor, calls: Sequence[LayerCall]) -> None:
+    """Raise if the layers ran on another number of sequences than there are inputs.
+
+    Args:
+        inputs: The inputs of all examples.
+        calls: The calls of the mixers.
+
+    Raises:
+        InvalidInputError: With the way to explain one text of several.
+    """
+    count = calls[-1].y.shape[0] if calls else len(inputs)
+    if count != len(inputs):
+        raise InvalidInputError(
+            f"The layers ran on {count} sequences for {len(inputs)} examples: forward_func stacks several texts of an "
+            "example in one batch, so it is not known which of them an example is. Let it run the model on the inputs "
+            "alone, and on the other texts separately without gradients."
         )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.eager import run_eagerly
 from captum_ssm.network.threads import current_thread, hook_for_others, is_substituted, substitute
 
 _ABSENT = object()
@@ -62,6 +63,7 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
     tensors = [t for t in (inputs if isinstance(inputs, tuple) else (inputs,)) if isinstance(t, Tensor)]
     kind = code, *[(tensor.is_floating_point(), tensor.dim()) for tensor in tensors]
     with turns.taken(model, kind) as turn, ExitStack() as stack:
+        run_eagerly(turn.state.modules, stack)
         if turn.known is None:
             stack.enter_context(_Watch(turn.state))
         else:
@@ -92,8 +94,8 @@ class _State:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = _plain_modules(model)
-        self._now = [vars(module) for module in self._modules]
+        self.modules = _plain_modules(model)
+        self._now = [vars(module) for module in self.modules]
         self._attributes = [now.copy() for now in self._now]
         self._parts = [
             (number, name, value, value.copy())
@@ -154,7 +156,7 @@ class _State:
         """Return the mixers that keep tensors on themselves or on a module within, now or when the state was taken."""
         modules = {
             module
-            for module, now, old in zip(self._modules, self._now, self._attributes)
+            for module, now, old in zip(self.modules, self._now, self._attributes)
             if any(key not in _OF_TORCH and _has_tensor(value) for key, value in [*now.items(), *old.items()])
         }
         return [mixer for mixer in dict.fromkeys(find_mixers(model).values()) if modules & set(mixer.modules())]

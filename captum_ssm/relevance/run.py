@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import FidelityError, InvalidInputError
@@ -166,7 +167,7 @@ class Run:
             value, reference = score.value.detach(), score.reference
             probed = [t for t in self.probe.tensors if isinstance(t, Traced)] if self.probe is not None else []
             relevances = _relevances(score, [*self._leaves, *self._skips, *probed])
-        embedded = torch.stack(relevances[: len(self._leaves)]).sum(0)
+        embedded = _sum_of_widths(relevances[: len(self._leaves)])
         skips = relevances[len(self._leaves) : len(relevances) - len(probed)]
         explanation = self._add_up(embedded, skips, value.reshape(len(embedded)), reference.reshape(len(embedded)))
         if with_delta or self.rule.changed_decisions:
@@ -197,7 +198,13 @@ class Run:
         if not leaves or not isinstance(score, Traced) or not score.value.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on the inputs through the model. Check that forward_func runs "
-                "this model on the inputs as they are, and that the target is read from its output."
+                "this model itself, in this thread, on the inputs as they are, not stacked with other texts in one "
+                "batch, and that the target is read from its output."
+            )
+        if score.value.numel() != len(self.inputs):
+            raise InvalidInputError(
+                f"forward_func returns {score.value.numel()} score for {len(self.inputs)} examples, but relevance adds "
+                "up to the score of each. Return one score for each example, or explain one example at a time."
             )
         return score
 
@@ -277,6 +284,12 @@ class Run:
         mask = token_mask(self.forward_func, self.args, [call])
         error = decompose(call, tolerance, mask).error if y is None else check_fidelity(call, y, tolerance, mask)
         self.fidelity[call.name] = error
+
+
+def _sum_of_widths(relevances: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the relevances of several embeddings (B, L, their width), the narrower ones filled with 0."""
+    widest = max(relevance.shape[-1] for relevance in relevances)
+    return torch.stack([F.pad(relevance, (0, widest - relevance.shape[-1])) for relevance in relevances]).sum(0)
 
 
 def _relevances(score: Traced, tensors: Sequence[Traced]) -> list[Tensor]:

@@ -33,6 +33,12 @@ def _raise_to(exponent: Tensor, base: Any) -> Any:
     return torch.pow(base, exponent)
 
 
+@composed("detach", aliases=("data",))
+def _detach(input: Tensor) -> Tensor:
+    """Return the tensor itself: a difference of the output passes where a gradient does not."""
+    return input.view_as(input)
+
+
 @composed("softmax")
 def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, **_: Any) -> Tensor:
     x, axis = x if dtype is None else x.to(dtype), -1 if dim is None else dim

@@ -47,7 +47,7 @@ _declare("linear", "transpose permute movedim swapaxes swapdims t T mT H mH flip
 _declare("linear", "split split_with_sizes tensor_split chunk unbind unfold cat concat concatenate stack hstack vstack")
 _declare("linear", "dstack pad constant_pad_nd select narrow diagonal diag_embed tril triu getitem gather")
 _declare("linear", "take_along_dim index_select index_add index_copy index_put index_fill scatter scatter_add where")
-_declare("linear", "masked_fill masked_select masked_scatter copy fill zero clone contiguous detach data real")
+_declare("linear", "masked_fill masked_select masked_scatter copy fill zero clone contiguous real")
 _declare("linear", "nan_to_num dropout avg_pool1d adaptive_avg_pool1d upsample interpolate")
 
 # --- Linear in each of two tensors --------------------------------------------------------------------------------

@@ -151,7 +151,9 @@ class Table:
         own_name = function.__name__
         if own_name == "__get__":
             row = self.find(function.__self__.__name__)  # type: ignore[attr-defined]
-            return Callee(function, row if row.kind == "linear" else Function(row.name, "form"), in_place=False)
+            return Callee(
+                function, row if row.kind in ("linear", "composed") else Function(row.name, "form"), in_place=False
+            )
         name = own_name.strip("_")
         row = self.find(name)
         writes = name in row.in_place or (own_name.endswith("_") and not own_name.endswith("__"))
