@@ -120,7 +120,7 @@ def difference_of_scans(
     """
     (x, factors), (other_x, other_factors) = value, reference
     with torch.no_grad():
-        both_x = Stacked.of(x, other_x, len(x))
+        both_x = Stacked(torch.cat([x, other_x]))  # also of a constant input, which has the batch axis of the states
         both_factors = [Stacked.of(v, r, len(x)) for v, r in zip(factors, other_factors)]
     y, other = _Difference.apply(scan, state_share, both_x, both_factors, x, *factors)  # type: ignore[no-untyped-call]
     return y, other
