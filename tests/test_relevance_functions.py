@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.integrations import moe  # noqa: F401  (it adds an operator to torch)
 
 from captum_ssm import UnsupportedModelError, operators, register_rule, unregister_rule
-from captum_ssm.layers import activations, log_domain
+from captum_ssm.layers import activations, averages, log_domain
 from captum_ssm.operators import elementary, recurrence
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
@@ -24,8 +24,8 @@ from captum_ssm.relevance.traced import Traced
 ROWS = {row.name: row for row in FUNCTIONS}
 every_row = pytest.mark.parametrize("name", ROWS)
 OWNERS: list[Any] = [
-    torch, F, Tensor, torch.special, torch.linalg, torch._C._nn, activations, log_domain, operators, elementary,
-    recurrence,
+    torch, F, Tensor, torch.special, torch.linalg, torch._C._nn, activations, averages, log_domain, operators,
+    elementary, recurrence,
 ]  # fmt: skip
 FALLBACK = "grouped_mm_fallback"
 """The operator that transformers adds."""
