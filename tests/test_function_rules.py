@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.averages import averages
 from captum_ssm.relevance.call import Call
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.difference_quotient import difference_quotient
