@@ -45,7 +45,10 @@ class Difference(Rule):
 
     def product(self, call: Call) -> Tensor:
         """Return the product with a mean of the other factor as each factor's multiplier."""
-        return self._with_means(call, self._first_share(call))
+        x, y = call.traced
+        p = self._first_share(call)
+        a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
+        return self._with_means(call, torch.lerp(s, b, p), torch.lerp(a, r, p))
 
     def quotient(self, call: Call, denominator: int) -> Tensor:
         """Return a number times one over something with shares that are weighed by the denominators.
@@ -53,10 +56,14 @@ class Difference(Rule):
         ``a/b - a'/b' = ((a - a') - (q a/b + p a'/b') (b - b')) / (p b + q b')``: the multipliers are bounded where a
         denominator is small.
         """
-        share, inverse = self._first_share(call), call.traced[denominator]
-        b, s = inverse.value.detach(), inverse.reference
-        p = _weighed_share(share, b, s) if denominator == 1 else 1 - _weighed_share(1 - share, b, s)
-        return self._with_means(call, p)
+        x, y = call.traced
+        p = self._first_share(call)
+        a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
+        if denominator == 1:
+            p, q = _weighed_shares(p, 1 - p, b, s)
+        else:
+            q, p = _weighed_shares(1 - p, p, a, r)
+        return self._with_means(call, p * b + q * s, q * a + p * r)
 
     def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the recurrence with the rule of products at every product of every step."""
@@ -71,19 +78,21 @@ class Difference(Rule):
             return 0.5
         return self.value_share if x.origin is None else 1 - self.value_share
 
-    def _with_means(self, call: Call, p: Any) -> Tensor:
-        """Return a product of two with the multipliers ``p b + q b'`` and ``q a + p a'``; p a number or a tensor."""
+    def _with_means(self, call: Call, for_x: Tensor, for_y: Tensor) -> Tensor:
+        """Return a product of two with these means of the other factor as the multipliers of the first and second."""
         x, y = call.traced
-        a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
-        value, reference = call.at(a, b), call.at(r, s)
-        linear = call.at(x.value, torch.lerp(s, b, p)) + call.at(torch.lerp(a, r, p), y.value)
+        value, reference = call.at(x.value.detach(), y.value.detach()), call.at(x.reference, y.reference)
+        linear = call.at(x.value, for_x) + call.at(for_y, y.value)
         return self.pair(with_value(linear, value), reference)
 
 
-def _weighed_share(p: float, b: Tensor, s: Tensor) -> Tensor:
-    """Return the share of a number times one over something, b with its reference s, that makes it a quotient's.
+def _weighed_shares(p: Any, q: Any, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of a number and of one over something, b with its reference s, that make them a quotient's.
 
-    It is the share itself if the signs of b and s differ.
+    They are ``p s / (p s + q b)`` and ``q b / (p s + q b)``. Neither is computed as 1 less the other, which would be 0
+    or a rounding error where b and s are far apart. They are p and q if the signs of b and s differ.
     """
     alike = b * s > 0
-    return torch.where(alike, p * s / torch.where(alike, p * s + (1 - p) * b, 1), p)
+    number, inverse = torch.where(alike, p * s, p), torch.where(alike, q * b, q)
+    total = torch.where(alike, number + inverse, 1)
+    return number / total, inverse / total
