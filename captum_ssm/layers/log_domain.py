@@ -29,6 +29,36 @@ def upper_bound(x: Tensor) -> Tensor:
     return x
 
 
+def normalized_exponentials(x: Tensor, axis: int) -> Tensor:
+    """Compute the softmax, as a function that a rule of relevance takes over through ``__torch_function__``.
+
+    Args:
+        x: Exponents, any shape.
+        axis: The axis of the sum.
+
+    Returns:
+        The exponentials over their sum, of the shape of ``x``.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(normalized_exponentials, (x,), x, axis)
+    return x.softmax(axis)
+
+
+def log_of_sum(x: Tensor, axis: int | tuple[int, ...]) -> Tensor:
+    """Compute the logarithm of a sum of exponentials, as a function that a rule of relevance takes over.
+
+    Args:
+        x: Exponents, any shape.
+        axis: The axis of the sum, or several.
+
+    Returns:
+        The logarithm, with size 1 along the axis.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(log_of_sum, (x,), x, axis)
+    return x.logsumexp(axis, keepdim=True)
+
+
 def running_max(step: Tensor, gate: Tensor) -> Tensor:
     """Compute ``m_t = max(m_{t-1} + step_t, gate_t)`` along axis 1, from ``m_0 = gate_0``.
 

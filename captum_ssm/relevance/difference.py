@@ -9,9 +9,11 @@ from torch import Tensor
 
 from captum_ssm.operators import Recurrence
 from captum_ssm.relevance.call import Call, references, substitute, values
+from captum_ssm.relevance.exponentials import difference_of_logsumexp, difference_of_softmax
 from captum_ssm.relevance.multipliers import with_multiplier, with_value
 from captum_ssm.relevance.recurrence import difference_of_scans
 from captum_ssm.relevance.rule import Rule
+from captum_ssm.relevance.traced import Traced
 
 VALUE_SHARE = 0.75
 """The part that a value has of the change that it makes together with the gate that reads it, as recommended in
@@ -64,6 +66,14 @@ class Difference(Rule):
         else:
             q, p = _weighed_shares(1 - p, p, a, r)
         return self._with_means(call, p * b + q * s, q * a + p * r)
+
+    def normalized_exponentials(self, x: Traced, axis: int) -> Tensor:
+        """Return the softmax with the rules of its exponentials and of the quotient."""
+        return self.pair(*difference_of_softmax(x.value, x.reference, axis))
+
+    def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
+        """Return the logarithm of the sum with the slopes of ``exp`` and ``log``."""
+        return self.pair(*difference_of_logsumexp(x.value, x.reference, axis), "activated")
 
     def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the recurrence with the rule of products at every product of every step."""

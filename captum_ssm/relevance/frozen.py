@@ -74,3 +74,11 @@ class Frozen(Rule):
     def upper_bound(self, x: Traced) -> Tensor:
         """Return the value as a constant."""
         return x.value.detach()
+
+    def normalized_exponentials(self, x: Traced, axis: int) -> Tensor:
+        """Return the softmax of the value as a constant."""
+        return x.value.detach().softmax(axis)
+
+    def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
+        """Return the logarithm of the sum of exponentials of the value as a constant."""
+        return x.value.detach().logsumexp(axis, keepdim=True)

@@ -73,6 +73,14 @@ class Rule(ABC):
     def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the output of a recurrence for ``x`` (B, L, H, P); x, factors, or both may be traced."""
 
+    @abstractmethod
+    def normalized_exponentials(self, x: Traced, axis: int) -> Tensor:
+        """Return the softmax along an axis."""
+
+    @abstractmethod
+    def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
+        """Return the logarithm of the sum of exponentials, with size 1 along the axis."""
+
     def upper_bound(self, x: Traced) -> Tensor:
         """Return a constant at or above the value and the reference."""
         return torch.maximum(x.value.detach(), x.reference)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.layers.log_domain import upper_bound
+from captum_ssm.layers.log_domain import log_of_sum, normalized_exponentials
 from captum_ssm.relevance.functions.table import composed
 
 
@@ -35,15 +35,12 @@ def _raise_to(exponent: Tensor, base: Any) -> Any:
 
 @composed("softmax")
 def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, **_: Any) -> Tensor:
-    x, axis = x if dtype is None else x.to(dtype), -1 if dim is None else dim
-    e = torch.exp(x - upper_bound(x).amax(axis, keepdim=True))
-    return e / e.sum(axis, keepdim=True)
+    return normalized_exponentials(x if dtype is None else x.to(dtype), -1 if dim is None else dim)
 
 
 @composed("logsumexp")
 def _logsumexp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    bound = upper_bound(x).amax(dim, keepdim=True)
-    total = torch.exp(x - bound).sum(dim, keepdim=True).log() + bound
+    total = log_of_sum(x, dim)
     return total if keepdim else total.squeeze(dim)
 
 

@@ -111,5 +111,6 @@ _declare("selection", "topk kthvalue", axis=2)
 # --- Autograd, this package, and other libraries ------------------------------------------------------------------
 
 _declare("mark", "requires_grad retain_grad")
-_declare("method", "recur secant upper_bound")  # of captum_ssm.operators and captum_ssm.layers
+_declare("method", "recur secant")  # of captum_ssm.operators and captum_ssm.layers
+_declare("method", "upper_bound normalized_exponentials log_of_sum")  # of captum_ssm.layers
 _declare("outside", "data_ptr numpy array dlpack set backward register_hook")
