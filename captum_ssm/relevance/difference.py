@@ -59,12 +59,12 @@ class Difference(Rule):
         denominator is small.
         """
         x, y = call.traced
-        p = self._first_share(call)
+        share = self._first_share(call)
         a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
         if denominator == 1:
-            p, q = _weighed_shares(p, 1 - p, b, s)
+            p, q = _weighed_shares(share, 1 - share, b, s)
         else:
-            q, p = _weighed_shares(1 - p, p, a, r)
+            q, p = _weighed_shares(1 - share, share, a, r)
         return self._with_means(call, p * b + q * s, q * a + p * r)
 
     def normalized_exponentials(self, x: Traced, axis: int) -> Tensor:
@@ -96,7 +96,7 @@ class Difference(Rule):
         return self.pair(with_value(linear, value), reference)
 
 
-def _weighed_shares(p: Any, q: Any, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _weighed_shares(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return the shares of a number and of one over something, b with its reference s, that make them a quotient's.
 
     They are ``p s / (p s + q b)`` and ``q b / (p s + q b)``. Neither is computed as 1 less the other, which would be 0
