@@ -924,6 +924,50 @@ def test_the_grad_mode_around_the_call_changes_nothing(
     assert all(map(torch.equal, found, expected))
 
 
+# --- Numbers ------------------------------------------------------------------------------------------------------
+
+
+def scaled(model: nn.Module, name: str, factor: float) -> nn.Module:
+    """Return the model with every parameter whose name ends with this one scaled."""
+    with torch.no_grad():
+        for parameter in [p for key, p in model.named_parameters() if key.endswith(name)]:
+            parameter.mul_(factor)
+    return model
+
+
+def assert_float32_is_float64(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """The scores of each example differ by no more than this, relative to the largest of them."""
+    ids = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
+    found, expected = (
+        Relevance(of_type(model, dtype)).attribute(ids, TARGET, baselines=BASELINE).double()
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert ((found - expected).abs().amax(1) <= tolerance * expected.abs().amax(1)).all()
+
+
+@every_family
+def test_the_scores_of_float32_are_those_of_float64(family: str) -> None:
+    assert_float32_is_float64(build(family))
+
+
+@pytest.mark.parametrize("factor", [4, 16, 64])
+def test_large_keys_of_rwkv_keep_the_scores_of_float64(factor: float) -> None:
+    """Keys of value and reference are then up to hundreds apart."""
+    model = FAMILIES["rwkv"].build(rescale_every=0)
+    assert_float32_is_float64(scaled(model, "attention.key.weight", factor))
+
+
+@pytest.mark.parametrize("factor", [10, 40])
+@pytest.mark.parametrize("family", ["jamba", "zamba", "zamba2", "bamba", "minimax", "kimi_linear", "recurrent_gemma"])
+def test_large_queries_of_a_softmax_keep_the_scores_of_float64(family: str, factor: float) -> None:
+    assert_float32_is_float64(scaled(build(family), "q_proj.weight", factor))
+
+
+@pytest.mark.parametrize("factor", [3, 100])
+def test_large_gates_of_mlstm_keep_the_scores_of_float64(factor: float) -> None:
+    assert_float32_is_float64(scaled(build("xlstm"), "igate_preact.weight", factor))
+
+
 # --- Half precision -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@
   :mod:`~captum_ssm.layers.parameters`, :mod:`~captum_ssm.layers.token_shift`, :mod:`~captum_ssm.layers.bypass`,
   :mod:`~captum_ssm.layers.attention_weights`, :mod:`~captum_ssm.layers.fla_factors`, and the chains of whole kernels,
   :mod:`~captum_ssm.layers.selective_scan`, :mod:`~captum_ssm.layers.state_space_duality`,
-  :mod:`~captum_ssm.layers.delta_rule`;
+  :mod:`~captum_ssm.layers.delta_rule`, :mod:`~captum_ssm.layers.averages`;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

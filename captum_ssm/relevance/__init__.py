@@ -8,6 +8,8 @@
 * :mod:`~captum_ssm.relevance.slopes`, :mod:`~captum_ssm.relevance.difference_quotient`: multipliers of elementwise
   functions;
 * :mod:`~captum_ssm.relevance.recurrence`: the rules of a recurrence, in linear time;
+  :mod:`~captum_ssm.relevance.averages`, :mod:`~captum_ssm.relevance.exponentials`: those of exponentials over their
+  sum, for a value and a reference of any two levels;
 * :mod:`~captum_ssm.relevance.follow`: a model run on traced tensors, its mixers by their decomposition;
   :mod:`~captum_ssm.relevance.external_code`: rules that run instead of named code;
   :mod:`~captum_ssm.relevance.checkpoints`: blocks run again for the gradient;

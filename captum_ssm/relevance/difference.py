@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import Recurrence
+from captum_ssm.operators import Operator, Recurrence
+from captum_ssm.relevance.averages import TracedAverages
 from captum_ssm.relevance.call import Call, references, substitute, values
 from captum_ssm.relevance.exponentials import difference_of_logsumexp, difference_of_softmax
 from captum_ssm.relevance.multipliers import with_multiplier, with_value
@@ -74,6 +73,10 @@ class Difference(Rule):
     def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
         """Return the logarithm of the sum with the slopes of ``exp`` and ``log``."""
         return self.pair(*difference_of_logsumexp(x.value, x.reference, axis), "activated")
+
+    def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
+        """Return the averages with the rules of their products, exponentials and quotient."""
+        return TracedAverages(k, w, bonus, self.value_share)
 
     def recurrence(self, scan: Recurrence, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the recurrence with the rule of products at every product of every step."""

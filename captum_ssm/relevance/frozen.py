@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import Recurrence
+from captum_ssm.layers.averages import averages
+from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.call import Call, constants
 from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import linear_scan
@@ -82,3 +83,7 @@ class Frozen(Rule):
     def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
         """Return the logarithm of the sum of exponentials of the value as a constant."""
         return x.value.detach().logsumexp(axis, keepdim=True)
+
+    def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
+        """Return the averages whose weights are those of the value, as constants."""
+        return averages(k.value.detach(), w, bonus)

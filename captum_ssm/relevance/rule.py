@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.activations import secant_of
-from captum_ssm.operators import Recurrence
+from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
 from captum_ssm.relevance.shared_results import SharedResults
@@ -80,6 +80,10 @@ class Rule(ABC):
     @abstractmethod
     def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
         """Return the logarithm of the sum of exponentials, with size 1 along the axis."""
+
+    @abstractmethod
+    def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
+        """Return the operator of averages with exponential weights, see :mod:`captum_ssm.layers.averages`."""
 
     def upper_bound(self, x: Traced) -> Tensor:
         """Return a constant at or above the value and the reference."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from captum_ssm.layers.activations import secant
-from captum_ssm.layers.log_domain import relative_gates, running_max, upper_bound
+from captum_ssm.layers.averages import averages
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import parameters, projection
 from captum_ssm.layers.token_shift import token_shift
-from captum_ssm.operators import CausalConv, Chain, Diagonal, Scan
+from captum_ssm.operators import CausalConv, Chain, Diagonal
 
 
 @register("RwkvSelfAttention", kernel="WKV-4", family="rwkv")
@@ -46,7 +45,7 @@ def wkv(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         {
             "out": projection(weights, "output"),
             "gate": Diagonal(r.sigmoid()),
-            "scan": _averages(k, weights["time_decay"].exp(), weights["time_first"]),
+            "scan": averages(k, weights["time_decay"].exp(), weights["time_first"]),
             "value": projection(weights, "value"),
             "shift": shifts["value"],
         }
@@ -92,28 +91,3 @@ def _shift(weights: Mapping[str, Tensor], name: str) -> CausalConv:
     """Build the token shift of this name: the parameter weighs the current token."""
     mix = weights[f"time_mix_{name}"]
     return token_shift(before=1 - mix, now=mix)
-
-
-def _averages(k: Tensor, w: Tensor, bonus: Tensor) -> Chain:
-    """Build the recurrence whose matrices are WKV's weights, in a form in which no exponent is positive.
-
-    The state is kept relative to ``exp(m_t)``, ``m_t = max_{j <= t} k_j - (t - j) w``, and row i relative to the
-    largest of its exponents; then each row is divided by its sum. Any m gives the same matrices.
-
-    Args:
-        k: Keys (B, L, D).
-        w: Rate of decay (D,), positive.
-        bonus: Added to the key of the current token (D,).
-
-    Returns:
-        Chain of ``total``, the division by the sums, and ``weights``.
-    """
-    bound = upper_bound(k)
-    m = running_max(-w.expand_as(k), bound)  # (B, L, D)
-    first = bound[:, :1] + bonus.clamp(max=0)  # no state comes before it, so any number that keeps the rule
-    before = torch.cat([first, m[:, :-1]], dim=1)
-    largest = torch.maximum(before, bound + bonus)
-    a, b = relative_gates(-w, k, m, before)
-    c, now = torch.exp(before - largest), torch.exp(k + bonus - largest)
-    scan = Scan(a=a.unsqueeze(-1), b=b.unsqueeze(-1), c=c.unsqueeze(-1), lag=1, bonus=now)
-    return Chain({"total": Diagonal(1 / scan.apply(torch.ones_like(k))), "weights": scan})

@@ -112,5 +112,5 @@ _declare("selection", "topk kthvalue", axis=2)
 
 _declare("mark", "requires_grad retain_grad")
 _declare("method", "recur secant")  # of captum_ssm.operators and captum_ssm.layers
-_declare("method", "upper_bound normalized_exponentials log_of_sum")  # of captum_ssm.layers
+_declare("method", "averages upper_bound normalized_exponentials log_of_sum")  # of captum_ssm.layers
 _declare("outside", "data_ptr numpy array dlpack set backward register_hook")
