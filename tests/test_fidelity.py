@@ -237,6 +237,45 @@ def test_an_activation_without_gate_form_is_refused_by_name(ids: Tensor) -> None
         ImplicitAttentionAttribution(model).attribute(ids, target=1)
 
 
+# --- Rounding of the layer's own code -----------------------------------------------------------------------------
+
+OWN_FLOAT32: dict[str, tuple[str, float]] = {
+    "qwen3_next": ("norm.weight", 30), "qwen3_5": ("norm.weight", 30), "olmo_hybrid": ("norm.weight", 30),
+    "kimi_linear": ("A_log", 3),
+}  # fmt: skip
+"""Families whose layers compute in float32 whatever the model's type is, and the weights that make it show."""
+
+
+def rounding(family: str) -> tuple[nn.Module, LayerCall]:
+    """A model of float64 and the call of a layer whose own code misses the decomposition by more than 1e-5."""
+    name, factor = OWN_FLOAT32[family]
+    model = FAMILIES[family].build().double()
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+    for key, parameter in model.named_parameters():
+        parameter.data.mul_(factor if key.endswith(name) else 1)
+    ids = torch.randint(1, VOCABULARY, (2, 70), generator=torch.Generator().manual_seed(5))
+    return model, record(model, ids)[0]
+
+
+@pytest.mark.parametrize("family", OWN_FLOAT32)
+def test_a_layer_of_float64_that_computes_in_float32_itself_is_not_refused(family: str) -> None:
+    """Its own code, with all of it in float64, is the decomposition."""
+    _, call = rounding(family)
+    assert 1e-5 < decompose(call).error < 1e-3
+
+
+@pytest.mark.parametrize("family", OWN_FLOAT32)
+def test_a_changed_layer_of_float64_is_refused_also_if_it_computes_in_float32(family: str) -> None:
+    """By a change that is of the size of that rounding."""
+    _, call = rounding(family)
+    changed = LayerCall(call.name, call.mixer, call.x, call.y * (1 + 4e-5), call.kwargs)
+    with pytest.raises(FidelityError, match="patched"):
+        decompose(changed)
+
+
 # --- A layer that is not what its adapter says --------------------------------------------------------------------
 
 METHODS = {
@@ -414,6 +453,15 @@ def test_an_error_that_is_nan_is_above_every_tolerance(mamba: nn.Module, ids: Te
             decompose(LayerCall(call.name, renamed, call.x, call.y, {}), tolerance=1e9)
     finally:
         unregister("Renamed")
+
+
+def test_a_decomposition_that_overflows_in_float32_is_not_called_a_patched_layer(ids: Tensor) -> None:
+    model = FAMILIES["mamba"].build()
+    call = record(model, ids)[0]
+    call.mixer.get_submodule("in_proj").get_parameter("weight").data[0] = 1e38
+    with pytest.raises(FidelityError, match=r"model\.double\(\)") as caught:
+        decompose(call)
+    assert "patched" not in str(caught.value)
 
 
 def test_what_is_not_finite_is_refused_by_layer(mamba: nn.Module, ids: Tensor) -> None:

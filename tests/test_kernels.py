@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
-from captum_ssm.network.reference_kernels import is_kernel_failure
+from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, ModelStateError, reference_kernels
+from captum_ssm.network.reference_kernels import remedy_for
 from tests.conftest import build
 from tests.families import VOCABULARY
 
@@ -175,7 +175,7 @@ def test_contexts_may_be_nested(ids: Tensor) -> None:
 
 @pytest.mark.parametrize("says", [TRITON, POINTER, CUDA, "x must be a CUDA tensor"])
 def test_what_kernels_say_of_foreign_tensors_is_known(says: str) -> None:
-    assert is_kernel_failure(RuntimeError(says)) and is_kernel_failure(ValueError(says))
+    assert remedy_for(RuntimeError(says)) and remedy_for(ValueError(says))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("of the user's own")])
@@ -189,3 +189,14 @@ def test_another_error_of_the_model_is_not_taken_for_a_kernels(error: Exception,
     with pytest.raises(type(error), match=str(error)) as raised:
         ImplicitAttentionAttribution(model).attribute(ids, target=3)
     assert raised.value is error and not isinstance(error, ModelStateError)
+
+
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next", "lfm2_moe"])
+def test_experts_that_take_no_float64_are_named_with_a_remedy_that_works(family: str, ids: Tensor) -> None:
+    model = build(family).double()
+    for method in (ImplicitAttentionAttribution(model), ImplicitAttentionRelevance(model)):
+        with pytest.raises(ModelStateError, match=r"experts.*float64.*set_experts_implementation\('eager'\)"):
+            method.attribute(ids, target=3)
+    model.set_experts_implementation("eager")
+    for method in (ImplicitAttentionAttribution(model), ImplicitAttentionRelevance(model)):
+        assert method.attribute(ids, target=3).dtype == torch.float64

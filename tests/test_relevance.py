@@ -971,14 +971,7 @@ def test_large_gates_of_mlstm_keep_the_scores_of_float64(factor: float) -> None:
 # --- Half precision -----------------------------------------------------------------------------------------------
 
 
-WIDE = pytest.mark.xfail(
-    strict=True, reason="its index is computed from float32 positions and weights of half precision"
-)
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=WIDE) if f == "qwen4_exp" else f for f in FAMILIES if f != "xlstm"]
-)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "xlstm"])
 @both
 def test_a_model_of_half_precision_is_explained_much_as_in_float32(family: str, baselines: Any) -> None:
     """As far as it is the same model: an expert that rounding exchanges may change a single sentence's scores."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.isolated import isolated_copy
+from captum_ssm.layers.isolated import cast_like, isolated_copy
 
 _MASKED = -1e4
 """Largest number that a library or a user adds to the score of a hidden key."""
@@ -94,8 +94,9 @@ def _selected(mixer: nn.Module, selector: str, x: Tensor, arguments: Mapping[str
         return results[0]
 
     vars(layer)[selector] = record
+    narrow = x.to(next(mixer.parameters()).dtype)
     with torch.no_grad():
-        type(mixer).forward(layer, x.to(next(mixer.parameters()).dtype), **arguments)
+        type(mixer).forward(layer, narrow, **cast_like(dict(arguments), narrow))
     return results[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,13 @@ _CAUSES = (
     "an adapter that leaves out a factor or a bias"
 )
 
+_OUT_OF_RANGE = "numbers of the decomposition that float32 cannot hold, but float64 can: explain model.double()"
+
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Allowed relative error by the model's type. transformers computes parts of its layers in float32.
 
-A model in half precision may differ by more, if the difference is the rounding of its own code."""
+A layer may differ by more, if the difference is the rounding of its own code: in a model of half precision, or where a
+model of float64 has layers that compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def check_fidelity(
     error = relative_error(y, y_layer)
     tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
     if not (error <= tolerance or _is_rounding(call, y, mask)):
-        raise FidelityError(call.name, error, tolerance, _CAUSES)
+        overflows = not math.isfinite(error) and y.dtype == torch.float32
+        raise FidelityError(call.name, error, tolerance, _OUT_OF_RANGE if overflows else _CAUSES)
     if not bool(mask.all()):
         x = call.wide_input
         chain = unchecked_chain(call, x) if chain is None else chain
@@ -139,19 +144,20 @@ def check_fidelity(
 
 
 def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
-    """Whether a layer in a narrow type differs from its decomposition by its rounding alone.
+    """Whether a layer's output differs from its decomposition by the rounding of its own code alone.
 
-    The layer's own code must give the recorded output if it is run again in its type, and the output ``y`` of the
-    decomposition if it is run in the type of ``y``.
+    Code in half precision rounds, and so does code that computes a part in float32 in a model of float64. The layer's
+    own code must give the recorded output if it is run again in its type, and the output ``y`` of the decomposition if
+    all of it is run in the type of ``y``.
 
     Returns:
         Whether both hold.
     """
-    if call.y.dtype == y.dtype:
+    if call.y.dtype == y.dtype != torch.float64:
         return False
     x = call.x if call.own_input is None else call.own_input
-    for like, expected in ((call.y, call.y), (y, y)):
-        output = run_isolated(call.mixer, x.to(like), call.kwargs).to(y) * mask.unsqueeze(-1)
+    for like, expected, wide in ((call.y, call.y, False), (y, y, True)):
+        output = run_isolated(call.mixer, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False
     return True

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from captum_ssm.layers.call import first_output
 
 
-def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide: bool = False) -> Tensor:
     """Return the output (B, L, E) of the layer's own code for ``x``, computed in the type of ``x``.
 
     Args:
         mixer: The layer.
         x: Input (B, L, E).
         kwargs: The call's other arguments.
+        wide: Whether also those parts are computed in the type of ``x`` that the code asks a narrower type for, as many
+            kernels of transformers do for float32.
     """
-    return first_output(type(mixer).forward(isolated_copy(mixer, x), x, **cast_like(dict(kwargs), x)))
+    with _AtLeast(x.dtype) if wide else nullcontext():
+        return first_output(type(mixer).forward(isolated_copy(mixer, x), x, **cast_like(dict(kwargs), x)))
 
 
 def isolated_copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any] = lambda config: config) -> Any:
@@ -51,3 +57,37 @@ def cast_like(value: Any, x: Tensor) -> Any:
     if isinstance(value, Mapping):
         return {name: cast_like(part, x) for name, part in value.items()}
     return tuple(cast_like(part, x) for part in value) if isinstance(value, tuple) else value
+
+
+class _AtLeast(TorchFunctionMode):
+    """Gives code the type ``dtype`` wherever it asks for a narrower floating-point type.
+
+    Args:
+        dtype: The narrowest type.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function with every narrower type among its arguments replaced."""
+        if func in _NARROWING:
+            return args[0].to(torch.promote_types(self.dtype, _NARROWING[func]))
+        return func(*map(self._wide, args), **{name: self._wide(value) for name, value in (kwargs or {}).items()})
+
+    def _wide(self, argument: Any) -> Any:
+        """Replace a narrower floating-point type."""
+        if isinstance(argument, torch.dtype) and argument.is_floating_point:
+            return torch.promote_types(argument, self.dtype)
+        return argument
+
+
+_NARROWING: dict[Any, torch.dtype] = {
+    Tensor.float: torch.float32,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+"""Methods that ask for a type by their name."""

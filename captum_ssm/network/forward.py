@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model
-from captum_ssm.network.reference_kernels import is_kernel_failure
+from captum_ssm.network.reference_kernels import remedy_for
 
 
 def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
@@ -31,19 +31,17 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
 
     Raises:
         InvalidInputError: If the mask does not fit the inputs, leaves a sequence empty, or the model takes none.
-        ModelStateError: If an installed kernel cannot take the model's tensors.
+        ModelStateError: If a kernel cannot take the model's tensors.
         RuntimeError: From the model itself.
         ValueError: From the model itself.
     """
     try:
         return _run_model(forward_func, inputs, *args)
     except (RuntimeError, ValueError) as error:
-        if not is_kernel_failure(error):
+        remedy = remedy_for(error)
+        if remedy is None:
             raise
-        raise ModelStateError(
-            f"An installed kernel cannot run this model here ({error}). Run it on its reference implementation in "
-            "torch: with captum_ssm.reference_kernels(model): ..."
-        ) from error
+        raise ModelStateError(f"A kernel cannot run this model here ({error}). {remedy}") from error
 
 
 def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:

@@ -19,8 +19,19 @@ from torch import nn
 _DISPATCHERS = ("transformers.integrations", "kernels")
 """Modules whose wrappers choose between a kernel and a reference in torch."""
 
-_COMPLAINTS = ("active drivers", "is_cuda() to be true", "must be a CUDA tensor", "Pointer argument")
-"""Parts of the messages by which kernels refuse tensors."""
+_REFERENCE = "Run it on its reference implementation in torch: with captum_ssm.reference_kernels(model): ..."
+_LOOP = (
+    "Its experts run on torch's product of groups of matrices, which takes no float64. Run them one after the other: "
+    "model.set_experts_implementation('eager'); or run the model in float32."
+)
+_REMEDIES = {
+    "active drivers": _REFERENCE,
+    "is_cuda() to be true": _REFERENCE,
+    "must be a CUDA tensor": _REFERENCE,
+    "Pointer argument": _REFERENCE,
+    "Float32, BFloat16 or Float16 matrix": _LOOP,
+}
+"""By a part of the message by which a kernel refuses tensors: how the model runs without the kernel."""
 
 
 @contextmanager
@@ -54,9 +65,9 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def is_kernel_failure(error: BaseException) -> bool:
-    """Whether an installed kernel refused the model's tensors."""
-    return any(complaint in str(error) for complaint in _COMPLAINTS)
+def remedy_for(error: BaseException) -> str | None:
+    """Return how the model runs without the kernel that refused its tensors, None if the error is of no kernel."""
+    return next((remedy for complaint, remedy in _REMEDIES.items() if complaint in str(error)), None)
 
 
 def _is_dispatched(value: object) -> bool:
