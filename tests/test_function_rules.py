@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.averages import averages
 from captum_ssm.relevance.call import Call
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.difference_quotient import difference_quotient
@@ -492,68 +491,6 @@ def test_a_quotient_does_not_mind_how_far_its_denominators_are_apart(distance: f
     for found, expected in zip(gradients[:2], gradients[2:]):
         for one, other in zip(found, expected):
             assert ((one - other).abs() <= 1e-5 * other.abs()).all()
-
-
-# --- Averages with exponential weights ----------------------------------------------------------------------------
-
-
-def averages_written_out(k: Any, v: Any, w: Tensor, bonus: Tensor) -> Any:
-    """The averages as (L, L) matrices, from functions whose rules are tested above; one constant for each row."""
-    L = k.shape[1]
-    distance = torch.arange(L)[:, None] - 1 - torch.arange(L)
-    shift = torch.where(torch.eye(L, dtype=torch.bool)[..., None], bonus, -distance[..., None] * w)  # (L, L, D)
-    shift = shift.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1)[..., None], -torch.inf)
-    exponents = [t[:, None] + shift for t in (k.value.detach(), k.reference)]
-    c = torch.maximum(*exponents).amax(2, keepdim=True)
-    weights = torch.exp(k.unsqueeze(1) + (shift - c))  # (B, L, L, D)
-    own = weights.diagonal(dim1=1, dim2=2).transpose(1, 2)
-    earlier = (weights * (1 - torch.eye(L, dtype=c.dtype))[..., None]).unsqueeze(-1).sum(-1)  # no gate any more
-    number = (earlier * v.unsqueeze(1)).sum(2) + own * v
-    return number / (earlier.sum(2) + own)
-
-
-def multipliers_of_averages(
-    function: Any, inputs: list[tuple[Tensor, Tensor]], weights: Tensor, share: float
-) -> list[Tensor]:
-    """The averages of value and reference, and the multipliers of their weighed sum in keys and values."""
-    leaves = [value.detach().requires_grad_() for value, _ in inputs[:2]]
-    rule = Difference(share)
-    pairs = [Traced.of(leaf, reference, rule) for leaf, (_, reference) in zip(leaves, inputs)]
-    out = function(*pairs, *(value for value, _ in inputs[2:]))
-    return [out.value.detach(), out.reference, *torch.autograd.grad((out.value * weights).sum(), leaves)]
-
-
-@pytest.mark.parametrize("level", [-150.0, 0.0, 150.0])
-@pytest.mark.parametrize("length", [1, 2, 7, 50])
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_averages_have_the_rules_of_their_functions_at_any_level(share: float, length: int, level: float) -> None:
-    """In float64; and in float32, where exponents of 104 are 0."""
-    shape, tall = (2, length, 3), torch.randn(2, 1, 3, dtype=torch.float64).sign()
-    k, r = (5 * t.detach() for t in random(*shape))
-    v, u = (t.detach() for t in random(*shape))
-    w, bonus = 0.5 * torch.rand(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    weights = torch.randn(shape, dtype=torch.float64)
-    inputs = [(k + level * tall, r), (v, u), (w, w), (bonus, bonus)]
-
-    def ours(k: Any, v: Any, w: Tensor, bonus: Tensor) -> Any:
-        return averages(k, w, bonus).apply(v)
-
-    expected = multipliers_of_averages(averages_written_out, inputs, weights, share)
-    found = multipliers_of_averages(ours, inputs, weights, share)
-    narrow = [(a.float(), b.float()) for a, b in inputs]
-    in_float32 = multipliers_of_averages(ours, narrow, weights.float(), share)
-    for one, other, close in zip(found, expected, in_float32):
-        assert (one - other).abs().max() <= 1e-11
-        assert (close.double() - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1e-3)
-
-
-def test_averages_of_value_and_reference_are_those_of_the_plain_operator() -> None:
-    (k, r), (v, u) = random(2, 6, 3), random(2, 6, 3)
-    w, bonus = torch.rand(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    rule = Difference()
-    found: Any = averages(Traced.of(k, r, rule), w, bonus).apply(Traced.of(v, u, rule))
-    assert_equal(found.value, averages(k, w, bonus).apply(v))
-    assert_equal(found.reference, averages(r, w, bonus).apply(u))
 
 
 # --- The quotient -------------------------------------------------------------------------------------------------

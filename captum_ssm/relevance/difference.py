@@ -64,7 +64,7 @@ class Difference(Rule):
             p, q = _weighed_shares(share, 1 - share, b, s)
         else:
             q, p = _weighed_shares(1 - share, share, a, r)
-        return self._with_means(call, p * b + q * s, q * a + p * r)
+        return self._with_means(call, torch.addcmul(q * s, p, b), torch.addcmul(p * r, q, a))
 
     def normalized_exponentials(self, x: Traced, axis: int) -> Tensor:
         """Return the softmax with the rules of its exponentials and of the quotient."""
@@ -107,5 +107,5 @@ def _weighed_shares(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, T
     """
     alike = b * s > 0
     number, inverse = torch.where(alike, p * s, p), torch.where(alike, q * b, q)
-    total = torch.where(alike, number + inverse, 1)
+    total = number + inverse
     return number / total, inverse / total
