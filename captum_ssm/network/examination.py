@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, UnsupportedModelError
-from captum_ssm.layers.call import LayerCall, first_output
+from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers, supported_families
 from captum_ssm.network.graph import EMBEDDINGS, ResidualGraph, Stream
 from captum_ssm.network.recording import record_mixers
@@ -150,7 +150,7 @@ def _record(
         sequences.extend([] if x is None else [x])
 
     def leave(name: str, module: nn.Module, output: Any) -> Any:
-        x, y = entered.pop(), first_output(output)
+        x, y = entered.pop(), output[0] if isinstance(output, tuple) and output else output
         if not _is_sequence(y, length):
             return output
         if x is None and not sequences and y is output:  # the embedding of token ids
