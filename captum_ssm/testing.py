@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import decompose, relative_error
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.matrices.core_matrix import channel_matrices
@@ -102,7 +102,7 @@ def _summands(chain: Chain) -> list[Chain]:
 def _call(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> LayerCall:
     with torch.no_grad():
         output = mixer(x, **kwargs)
-    y = output if isinstance(output, Tensor) else output[0]
+    y = first_output(output)
     return LayerCall(type(mixer).__name__, mixer, x, y, kwargs)
 
 

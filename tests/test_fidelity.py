@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from captum_ssm import (
     FidelityError,
@@ -20,7 +21,7 @@ from captum_ssm import (
     register,
     unregister,
 )
-from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import Decomposition, decompose, relative_error
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
@@ -485,3 +486,9 @@ def test_the_relative_error_is_the_largest_difference_over_the_largest_value() -
     assert relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.5, -4.0])) == 0.25
     assert relative_error(torch.tensor([0.5, 0.0]), torch.zeros(2)) == 0.5
     assert isinstance(Decomposition("n", Chain({}), torch.ones(1), 0.0).error, float)
+
+
+def test_the_output_of_a_layer_is_its_first_value() -> None:
+    y = torch.ones(1, 2, 3)
+    for output in (y, (y, None), [y], BaseModelOutput(last_hidden_state=y)):
+        assert first_output(output) is y

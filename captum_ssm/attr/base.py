@@ -230,7 +230,7 @@ class ImplicitAttentionMethod(ModelMethod):
             self.model, calls, mask, self.attention, self.without, self.tolerance, gradients, on_layer, decompositions
         )
         self.fidelity = layers.fidelity
-        scores = self._aggregate(layers, graph, query.to(at_least_float32(calls[-1].y).dtype))
+        scores = self._aggregate(layers, graph, query.to(torch.promote_types(calls[-1].y.dtype, torch.float32)))
         layers.refuse_unknown_terms()
         return scores
 

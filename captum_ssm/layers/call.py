@@ -57,8 +57,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def first_output(output: Any) -> Any:
-    """Return a module's output without the values that it returns beside it, such as a cache or attention weights."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+    """Return the tensor that a mixer gives, without the values that it returns beside it, such as a cache."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -46,6 +46,21 @@ class Registry(Generic[Entry]):
         self._entries[name] = entry
         self._owners[name] = owner if owner is not None else entry if callable(entry) else None
 
+    def decorator(self, *names: str) -> Callable[[Entry], Entry]:
+        """Return a decorator that adds the decorated function under all these names, or under none.
+
+        Raises:
+            ValueError: When it is applied, if a name is taken; the message names its owner.
+        """
+
+        def decorate(entry: Entry) -> Entry:
+            self.refuse_taken(*names)
+            for name in names:
+                self.add(name, entry)
+            return entry
+
+        return decorate
+
     def refuse_taken(self, *names: str) -> None:
         """Raise if one of the names is taken.
 

@@ -32,14 +32,7 @@ def register_source(*class_names: str) -> Callable[[SourceRule], SourceRule]:
     Raises:
         ValueError: If a name is taken; the message names its owner.
     """
-
-    def decorate(rule: SourceRule) -> SourceRule:
-        _SOURCES.refuse_taken(*class_names)
-        for name in class_names:
-            _SOURCES.add(name, rule)
-        return rule
-
-    return decorate
+    return _SOURCES.decorator(*class_names)
 
 
 def unregister_source(class_name: str) -> None:

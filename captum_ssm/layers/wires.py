@@ -57,14 +57,7 @@ def register_wire(*class_names: str) -> Callable[[WireRule], WireRule]:
         ...     return Wire(write=block.multiplier)
         >>> unregister_wire("MyBlock")
     """
-
-    def decorate(rule: WireRule) -> WireRule:
-        _WIRES.refuse_taken(*class_names)
-        for name in class_names:
-            _WIRES.add(name, rule)
-        return rule
-
-    return decorate
+    return _WIRES.decorator(*class_names)
 
 
 def unregister_wire(class_name: str) -> None:

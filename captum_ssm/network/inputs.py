@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, ModelStateError, UnsupportedModelError
-from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.network.interface import input_embeddings, is_language_model
 
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
@@ -182,7 +182,7 @@ def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     shape = inputs.shape[:2]
     query = torch.as_tensor(query, device=inputs.device)
     if query.shape == shape and query.is_floating_point():
-        return query.to(torch.promote_types(query.dtype, torch.float32))
+        return at_least_float32(query)
     if query.is_floating_point() or query.dim() > 1 or (query.dim() == 1 and len(query) != shape[0]):
         raise InvalidInputError(
             f"query must be a position, one position for each of {shape[0]} examples, or weights of shape "
