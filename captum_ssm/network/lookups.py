@@ -59,7 +59,16 @@ class Lookups:
         return TokenIds.of(self.tokens.clone(), reference, self, _unchanged)
 
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the result of a function some of whose arguments are made of the ids."""
+        """Return the result of a function some of whose arguments are made of the ids.
+
+        Raises:
+            UnsupportedModelError: If it cannot be followed which token each number comes from.
+        """
+        if isinstance(function, torch.ScriptMethod):
+            raise UnsupportedModelError(
+                "A traced or scripted module takes the token ids, so their vectors cannot be followed. Pass the model "
+                "that it was made of."
+            )
         if _is_in_place(function, kwargs):
             return self._in_place(function, args, kwargs)
         if function.__name__ == "embedding_bag" and (summed := _summed_bag(*args, **kwargs)) is not None:
@@ -301,7 +310,7 @@ def _cannot_follow(function: Callable[..., Any], result: Any) -> UnsupportedMode
     made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
     return UnsupportedModelError(
         f"The function {function.__name__!r} makes {made} of the token ids, and it cannot be followed which token each "
-        "number in it comes from. Let forward_func take embeddings, and explain them instead of the ids, with "
+        "number in it comes from, as if several texts were stacked in one batch or counted. Let forward_func take embeddings, and explain them instead of the ids, with "
         "embeddings as their baselines."
     )
 

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.network.threads import is_passing, original
+
 Measurement = TypeVar("Measurement")
 
 LARGEST_ARGUMENT = 2**16
@@ -110,14 +112,16 @@ def _norms(tensors: list[Tensor]) -> tuple[float, ...]:
 
 
 def _hooks(module: nn.Module) -> tuple[Hashable, ...]:
-    """Return the functions that are hooked to a module."""
-    return tuple(_value_state(hook) for name in _HOOKS for hook in getattr(module, name).values())
+    """Return the functions that are hooked to a module for longer than a call of ours."""
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    return tuple(_value_state(hook) for hook in hooks if not is_passing(hook))
 
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
     """Return the flags and functions among a module's attributes; numbers may count its calls."""
     kinds = (bool, str, FunctionType, MethodType)
-    return tuple((name, _value_state(value)) for name, value in vars(module).items() if isinstance(value, kinds))
+    attributes = [(name, original(value)) for name, value in vars(module).items()]
+    return tuple((name, _value_state(value)) for name, value in attributes if isinstance(value, kinds))
 
 
 def _value_state(value: Any) -> Hashable:

@@ -228,7 +228,8 @@ class _Watch(TorchDispatchMode):
             for tensor in argument if isinstance(argument, (list, tuple)) else [argument]:
                 for owner in self._tensors.get(_address(tensor), []) if isinstance(tensor, Tensor) else []:
                     self._state.save_contents(owner)
-        return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass among the arguments has had its turn
+            return func(*args, **kwargs)
 
 
 @lru_cache

@@ -70,6 +70,11 @@ class _Hook:
         return _Hook, ()
 
 
+def is_passing(function: Any) -> bool:
+    """Whether a module's hook was set by :func:`hook` or :func:`hook_for_others`, and is no part of the module."""
+    return isinstance(function, _Hook)
+
+
 def hook(
     register: Callable[..., RemovableHandle], function: Callable[..., Any], stack: ExitStack, **options: Any
 ) -> None:
