@@ -13,7 +13,7 @@ from transformers.models.mamba.modeling_mamba import MambaBlock
 
 import captum_ssm as cs
 from captum_ssm import metrics
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 from tests.conftest import build
 
 METHODS: dict[str, Callable[[Any, Tensor], Any]] = {

@@ -35,7 +35,7 @@ from captum_ssm.network.inputs import (
 )
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import record_mixers
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 
 
 class ImplicitAttentionMethod(ModelMethod):

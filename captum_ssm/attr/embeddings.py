@@ -15,7 +15,7 @@ from captum_ssm.matrices.split_layer import AttentionScope
 from captum_ssm.network.forward import without_cache
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, single_tensor
 from captum_ssm.network.interface import input_embeddings, is_language_model
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 
 
 class LayerImplicitAttentionAttribution(LayerGradientXActivation):

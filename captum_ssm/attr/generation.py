@@ -23,7 +23,7 @@ from captum_ssm.network.forward import language_logits
 from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs, refuse_bad_state, token_mask
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import output_through_chain, record_head, record_mixers
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 
 _PASS = 2**22
 """How much one backward pass of several tokens may span, in tokens times channels: the size of a processor's cache."""

@@ -21,7 +21,7 @@ from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_sc
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state, single_tensor, token_mask
 from captum_ssm.network.recording import record_mixers
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 
 
 class LayerImplicitAttention(LayerAttribution):

@@ -16,7 +16,7 @@ from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.network.inputs import Target, outside_inference_mode, refuse_bad_state, single_tensor
 from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 from captum_ssm.relevance.difference import VALUE_SHARE
 from captum_ssm.relevance.frozen import GateRule
 from captum_ssm.relevance.run import Explanation, Options, Probe, Run

@@ -13,7 +13,7 @@ from captum_ssm._captum import select_targets
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts
-from captum_ssm.network.state import unchanged
+from captum_ssm.network.turns import unchanged
 
 Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
 """A function of the model's output, from whose result ``target`` selects.

@@ -310,8 +310,8 @@ def _cannot_follow(function: Callable[..., Any], result: Any) -> UnsupportedMode
     made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
     return UnsupportedModelError(
         f"The function {function.__name__!r} makes {made} of the token ids, and it cannot be followed which token each "
-        "number in it comes from, as if several texts were stacked in one batch or counted. Let forward_func take embeddings, and explain them instead of the ids, with "
-        "embeddings as their baselines."
+        "number in it comes from, as if tokens were counted, or several texts stacked in one batch. Let forward_func "
+        "take embeddings, and explain them instead of the ids, with embeddings as their baselines."
     )
 
 

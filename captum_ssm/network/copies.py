@@ -1,0 +1,31 @@
+"""Copies of layers that run in their stead, and keep what they write on themselves."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+
+from torch import nn
+
+from captum_ssm.network.state import OF_TORCH
+from captum_ssm.network.threads import is_substituted, substitute
+
+
+def run_as_copy(mixer: nn.Module, stack: ExitStack) -> None:
+    """Run a copy of a mixer instead, which shares parameters and hooks, in this thread until the stack is closed."""
+    if "forward" in vars(mixer) and not is_substituted(vars(mixer)["forward"]):
+        return  # patched into the object, it would run the original
+    clone = _copy(mixer)
+    substitute(mixer, "forward", lambda below: clone.forward, stack)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module and of those within that keeps its own attributes."""
+    clone = copy.copy(module)
+    state = vars(clone)
+    if is_substituted(state.get("forward")):
+        del state["forward"]
+    state.update({key: copy.copy(v) for key, v in state.items() if key not in OF_TORCH and type(v) in (list, dict)})
+    state.update({table: dict(state[table]) for table in ("_parameters", "_buffers")})
+    state["_modules"] = {name: child and _copy(child) for name, child in module._modules.items()}
+    return clone
