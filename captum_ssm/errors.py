@@ -30,3 +30,26 @@ class FidelityError(RuntimeError):
         )
         self.layer = layer
         self.error = error
+
+
+class CompletenessError(FidelityError):
+    """The relevance does not add up to the difference, or the score, that the model itself gives.
+
+    Attributes:
+        layer: ``"the whole model"``.
+        error: Largest error of the sum, relative to the sum of the absolute relevances.
+    """
+
+    def __init__(self, error: float, tolerance: float, lost: str = ""):
+        RuntimeError.__init__(
+            self,
+            f"The relevance of the whole model misses the difference that the model itself makes by {error:.1e} "
+            f"(relative; allowed {tolerance:.1e}), so a path from the inputs to the score was lost or followed "
+            f"wrongly. Likely causes: {lost}code that torch's functions do not show (a kernel, a scripted or traced "
+            "function), a wrong rule (captum_ssm.register_rule), token ids that are read past torch, a layer that a "
+            "tolerance let pass, or a model whose output is not the same twice. Let the code run as functions of "
+            "torch, register a rule for it, or, where reduced precision alone explains the figure, pass a larger "
+            "`tolerance`.",
+        )
+        self.layer = "the whole model"
+        self.error = error

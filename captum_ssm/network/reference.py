@@ -1,9 +1,8 @@
-"""The reference x' that relevance compares an input with, and the embeddings that are replaced for it."""
+"""The reference x' that relevance compares an input with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +77,23 @@ class Reference:
         elif not bool(reference.isfinite().all()):
             raise InvalidInputError("The baseline has NaN or infinite entries.")
 
-    def embeddings(self, value: Tensor, embedding: nn.Module | None = None) -> Tensor:
+    @property
+    def ids(self) -> Tensor | None:
+        """The reference as a text, (B, L), in which padding keeps its ids; None if the baseline is not one of ids."""
+        if self.baseline is None or self.inputs.is_floating_point():
+            return None
+        ids = torch.as_tensor(self.baseline, device=self.inputs.device)
+        if ids.is_floating_point():
+            return None
+        ids = ids.to(self.inputs.dtype).expand(self.inputs.shape)
+        return ids if self.padding is None else torch.where(self.padding, self.inputs, ids)
+
+    def vectors(self, value: Tensor, looked_up: Tensor | None = None) -> Tensor:
         """Return the reference of embeddings or pixels; padding is its own reference.
 
         Args:
             value: The embeddings (B, L, E) or pixels (B, C, H, W) of the inputs.
-            embedding: The module that turns ids into embeddings, if the inputs are ids.
+            looked_up: The embeddings of the reference's ids, (B, L, E), if it is a text.
 
         Returns:
             A tensor of the shape and type of ``value``.
@@ -93,11 +103,9 @@ class Reference:
         """
         if self.baseline is None:
             return torch.zeros_like(value)
+        if looked_up is not None:
+            return looked_up.to(value)
         reference = torch.as_tensor(self.baseline, device=value.device)
-        if embedding is not None and not reference.is_floating_point():
-            with torch.no_grad():
-                ids = reference.expand(self.inputs.shape) if reference.dim() < 3 else reference
-                reference = type(embedding).forward(embedding, ids)
         if reference.dim() > 0 and reference.shape[-1] not in (1, value.shape[-1]):
             raise InvalidInputError(
                 f"The baseline's embeddings have {reference.shape[-1]} components, the model's {value.shape[-1]}."
@@ -126,32 +134,3 @@ def expanded_baseline(baseline: Any, inputs: Tensor) -> Any:
         return baseline.expand(shape)
     except RuntimeError:
         return baseline
-
-
-@contextmanager
-def replaced_embeddings(
-    model: nn.Module, ids: Tensor, replacement: Callable[[nn.Module, Tensor], Tensor]
-) -> Iterator[list[Tensor]]:
-    """Let a model go on with other vectors instead of the embeddings of these ids while the context is open.
-
-    Args:
-        model: The model.
-        ids: Token ids (B, L). The embedding that is called with them is the one whose output is replaced.
-        replacement: From the embedding module and its output (B, L, E) to the other vectors.
-
-    Yields:
-        The vectors that the model went on with, one entry for each call of the embedding.
-    """
-    vectors: list[Tensor] = []
-
-    def leave(module: nn.Module, args: Any, output: Tensor) -> Any:
-        if not (args and isinstance(args[0], Tensor) and torch.equal(args[0], ids)):
-            return None
-        vectors.append(replacement(module, output))
-        return vectors[-1]
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(leave).remove)
-        yield vectors

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from captum_ssm.network.lookups import TokenIds
 from captum_ssm.relevance.difference_quotient import difference_quotient
 from captum_ssm.relevance.functions import Function
 from captum_ssm.relevance.traced import Traced
@@ -141,6 +142,8 @@ def constants(nested: Any) -> Any:
 
 
 def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(leaf, TokenIds):
+        return leaf.constant()
     leaf = leaf.detach() if leaf.requires_grad else leaf
     if dtype is None or leaf.dtype is dtype or not leaf.is_floating_point():
         return leaf

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from captum_ssm.network.lookups import TokenIds
 from captum_ssm.relevance.traced import Traced
 
 
@@ -34,5 +35,7 @@ class PlainArguments:
     def _narrowed(self, leaf: Any) -> Any:
         if isinstance(leaf, Traced):
             return leaf.value.detach().to(self.dtype)
+        if isinstance(leaf, TokenIds):
+            return leaf.value
         half = self.dtype in (torch.bfloat16, torch.float16)
         return leaf.to(self.dtype) if half and isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf

@@ -10,20 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.errors import FidelityError, InvalidInputError
+from captum_ssm.errors import CompletenessError, InvalidInputError
 from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
-from captum_ssm.network.reference import Reference, replaced_embeddings
+from captum_ssm.network.lookups import Lookups, Table
+from captum_ssm.network.reference import Reference
 from captum_ssm.relevance.difference import VALUE_SHARE, Difference
 from captum_ssm.relevance.follow import follow
 from captum_ssm.relevance.frozen import Frozen, GateRule
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
 
-COMPLETENESS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-"""Allowed error of the sum by the model's type, relative to the sum of the absolute relevances."""
+COMPLETENESS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
+"""Allowed error of the sum by the model's type, relative to the sum of the absolute relevances.
+
+With a reference it is the error to the model's own outputs, which have the rounding of the model's own code: in half
+precision, where it may also exchange experts, and in the parts of a float64 model that transformers computes in
+float32."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +148,18 @@ class Run:
     def __post_init__(self) -> None:
         options = self.options
         self.rule: Rule = Frozen(options.gate_rule) if self._is_frozen else Difference(options.value_share)
-        self._leaves: list[Traced] = []
+        self._leaves: list[_Leaf] = []
         self._skips: list[Traced] = []
+        self._tables: set[Table] = set()
 
     def explain(self, *, with_delta: bool = False) -> Explanation:
-        """Run forward and backward, and add up.
+        """Run forward and backward, and compare the sum with the model's own output.
+
+        The model itself is run on the reference, and, for the delta, on the inputs.
 
         Args:
-            with_delta: Compare the sum with the output that the model itself gives, at the cost of one or two runs of
-                the model; else with that of the run.
+            with_delta: Take F(x) from another run of the model; else from this run, whose layers were compared with
+                their own code.
 
         Returns:
             The explanation of these examples.
@@ -165,12 +173,12 @@ class Run:
             score = self._forward(stack)
             value, reference = score.value.detach(), score.reference
             probed = [t for t in self.probe.tensors if isinstance(t, Traced)] if self.probe is not None else []
-            relevances = _relevances(score, [*self._leaves, *self._skips, *probed])
-        embedded = torch.stack(relevances[: len(self._leaves)]).sum(0)
-        skips = relevances[len(self._leaves) : len(relevances) - len(probed)]
-        explanation = self._add_up(embedded, skips, value.reshape(len(embedded)), reference.reshape(len(embedded)))
-        if with_delta or self.rule.changed_decisions:
-            explanation = self._compared_with_model(explanation, reference.reshape(len(embedded)))
+            leaves = [leaf.vectors for leaf in self._leaves]
+            relevances = _relevances(score, [*leaves, *self._skips, *probed])
+        embedded = _joined([leaf.by_token(r) for leaf, r in zip(self._leaves, relevances)])
+        skips = relevances[len(leaves) : len(relevances) - len(probed)]
+        examples = len(embedded)
+        explanation = self._add_up(embedded, skips, value.reshape(examples), reference.reshape(examples), with_delta)
         if self.probe is None or not self.probe.tensors:
             return explanation
         return replace(explanation, relevance=self.probe.select(relevances[len(relevances) - len(probed) :]))
@@ -184,9 +192,11 @@ class Run:
         """Run the model on inputs and reference; ``stack`` holds the hooks until the gradient is there."""
         options, inputs, leaves = self.options, self.inputs, self._leaves
         if inputs.is_floating_point():
-            inputs = self._start(inputs, self.reference.embeddings(inputs))
+            inputs = self._start(inputs, None, None)
         else:
-            stack.enter_context(replaced_embeddings(self.model, inputs, self._start_from_embedding))
+            decisions = self.rule.changed_decisions
+            lookups = Lookups(inputs, self.reference.ids, self._start, decisions=decisions, found=self._tables)
+            inputs = lookups.ids
         if self.probe is not None:
             self.probe.attach(stack)
         follow_gates = not self._is_frozen or options.gate_rule == "half"
@@ -194,81 +204,77 @@ class Run:
         on_factor = None if self.probe is None else self.probe.on_factor
         stack.enter_context(follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor))
         score = self.score(run_model(self.forward_func, inputs, *self.args))
-        if not leaves or not isinstance(score, Traced) or not score.value.requires_grad:
+        followed = leaves and self.fidelity  # some vectors of the inputs, and a layer of this model
+        if not followed or not isinstance(score, Traced) or not score.value.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on the inputs through the model. Check that forward_func runs "
                 "this model on the inputs as they are, and that the target is read from its output."
             )
         return score
 
-    def _start_from_embedding(self, embedding: nn.Module, output: Tensor) -> Traced:
-        return self._start(output, self.reference.embeddings(output, embedding))
+    def _start(self, value: Tensor, looked_up: Tensor | None, tokens: Tensor | None) -> Traced:
+        """Return embeddings and their reference as a traced tensor, which the model may change in place.
 
-    def _start(self, value: Tensor, reference: Tensor) -> Traced:
-        """Return embeddings and their reference as a traced tensor, which the model may change in place."""
-        wide = at_least_float32(value.detach()).requires_grad_()
-        self._leaves.append(Traced.of(wide, reference.to(wide), self.rule))
+        Args:
+            value: Embeddings (B, L, E) or pixels.
+            looked_up: The reference's embeddings, if the reference is a text.
+            tokens: The token (B, L) that each embedding belongs to; None if it is the one at the same place.
+        """
+        wide, reference = at_least_float32(value.detach()).requires_grad_(), self.reference.vectors(value, looked_up)
+        self._leaves.append(_Leaf(Traced.of(wide, reference.to(wide), self.rule), tokens))
         return Traced.of(wide.clone(), reference.to(wide, copy=True), self.rule)
 
-    def _add_up(self, embedded: Tensor, skips: Sequence[Tensor], value: Tensor, reference: Tensor) -> Explanation:
-        """Compare the sum of all relevance with the difference that it explains.
+    def _add_up(
+        self, embedded: Tensor, skips: Sequence[Tensor], value: Tensor, reference: Tensor, with_delta: bool
+    ) -> Explanation:
+        """Compare the sum of all relevance with the difference that the model itself makes.
 
         Args:
             embedded: Relevance of the embeddings, (B, L, E), or pixels.
             skips: Relevance of the direct paths past the recurrences.
-            value: F(x), (B,).
-            reference: F(x'), or with frozen gates the model's constant term, (B,).
+            value: F(x) of this run, (B,).
+            reference: F(x') of this run, where the reference follows the input's decisions, or with frozen gates the
+                model's constant term, (B,).
+            with_delta: Whether F(x) is that of another run of the model.
 
         Returns:
-            The explanation, its delta that of the run itself.
+            The explanation.
 
         Raises:
-            FidelityError: If they differ by more than rounding.
+            CompletenessError: If they differ by more than rounding.
         """
+        tokens, changed = embedded.flatten(1), self.rule.changed_decisions
         terms = {"bias": reference} if self._is_frozen else {}
         if self.options.separate_skip:
             terms["skip"] = sum((r.flatten(1).sum(1) for r in skips), torch.zeros_like(value))
-        difference = value if self._is_frozen else value - reference
-        tokens = embedded.flatten(1)
+        if with_delta or (changed and not self._is_frozen):
+            value = self._plain_score(self.inputs).to(value).reshape(value.shape)
+        difference = value
+        if not self._is_frozen:
+            plain_reference = self._plain_reference().to(value).reshape(value.shape)
+            difference = value - plain_reference
+            if changed:
+                terms["decisions"] = reference - plain_reference
         missing = tokens.sum(1) + sum(terms.values()) - difference
         scale = tokens.abs().sum(1) + value.abs() + reference.abs()
         error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        allowed = COMPLETENESS.get(next(self.model.parameters()).dtype, 1e-3)
+        allowed = max(COMPLETENESS.get(next(self.model.parameters()).dtype, 1e-3), self.options.tolerance or 0)
         if not error <= allowed:
-            cause = "code that a rule cannot follow, such as a kernel that is called past torch's functions"
-            raise FidelityError("the whole model", error, allowed, cause)
-        return Explanation(embedded, terms, missing, error, self.rule.changed_decisions, self.fidelity)
+            raise CompletenessError(error, allowed, _lost_paths(self.model))
+        return Explanation(embedded, terms, missing, error, changed, self.fidelity)
 
-    def _compared_with_model(self, explanation: Explanation, reference: Tensor) -> Explanation:
-        """Return the explanation with the delta to the model's own output, and the term of decisions if there are any.
-
-        Args:
-            explanation: The explanation.
-            reference: F(x') of the run, where the reference follows the input's decisions, (B,).
-
-        Returns:
-            The explanation, its delta that to the model.
-        """
-        tokens, terms = explanation.relevance.flatten(1), explanation.terms
-        difference = self._plain_score(self.inputs, None).to(tokens).reshape(len(tokens))
-        if not self._is_frozen:
-            plain_reference = self._reference_score().to(tokens).reshape(len(tokens))
-            if self.rule.changed_decisions:
-                terms = {**terms, "decisions": reference - plain_reference}
-            difference = difference - plain_reference
-        return replace(explanation, terms=terms, delta=tokens.sum(1) + sum(terms.values()) - difference)
-
-    def _reference_score(self) -> Tensor:
+    def _plain_reference(self) -> Tensor:
         """Return the score that the model itself gives for the reference, (B,)."""
         if self.inputs.is_floating_point():
-            return self._plain_score(self.reference.embeddings(self.inputs).to(self.inputs), None)
-        return self._plain_score(self.inputs, lambda module, y: self.reference.embeddings(y, module).to(y))
+            return self._plain_score(self.reference.vectors(self.inputs).to(self.inputs))
+        if self.reference.ids is not None:
+            return self._plain_score(self.reference.ids)
+        lookups = Lookups(self.inputs, None, lambda value, *_: self.reference.vectors(value).to(value), self._tables)
+        return self._plain_score(lookups.ids)
 
-    def _plain_score(self, inputs: Tensor, embedding: Callable[[nn.Module, Tensor], Tensor] | None) -> Tensor:
-        """Return the score that the model itself gives, (B,), with other embeddings if they are given."""
-        with torch.no_grad(), ExitStack() as stack:
-            if embedding is not None:
-                stack.enter_context(replaced_embeddings(self.model, inputs, embedding))
+    def _plain_score(self, inputs: Tensor) -> Tensor:
+        """Return the score that the model itself gives, (B,)."""
+        with torch.no_grad():
             return self.score(run_model(self.forward_func, inputs, *self.args))
 
     def _check_layer(self, call: LayerCall, y: Tensor | None) -> None:
@@ -286,3 +292,34 @@ def _relevances(score: Traced, tensors: Sequence[Traced]) -> list[Tensor]:
         torch.zeros_like(t.reference) if multiplier is None else (t.value.detach() - t.reference) * multiplier
         for t, multiplier in zip(tensors, multipliers)
     ]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """The beginning of a run: embeddings with their reference.
+
+    Args:
+        vectors: Embeddings (B, L, E), or pixels (B, C, H, W).
+        tokens: The token (B, L) that each embedding belongs to; None if it is the one at the same place.
+    """
+
+    vectors: Traced
+    tokens: Tensor | None
+
+    def by_token(self, relevance: Tensor) -> Tensor:
+        """Return the relevance of the embeddings, (B, L, E), at the place of their tokens."""
+        if self.tokens is None:
+            return relevance
+        return torch.zeros_like(relevance).scatter_add(1, self.tokens[..., None].expand_as(relevance), relevance)
+
+
+def _joined(relevances: Sequence[Tensor]) -> Tensor:
+    """Return the relevance of all embeddings (B, L, components): the sum of those of one width, beside all others."""
+    widths = dict.fromkeys(r.shape[-1] for r in relevances)
+    return torch.cat([torch.stack([r for r in relevances if r.shape[-1] == width]).sum(0) for width in widths], -1)
+
+
+def _lost_paths(model: nn.Module) -> str:
+    """Return in words the modules of a model that cannot be followed; the empty string if there are none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    return f"the scripted module '{names[0]}', " if names else ""
