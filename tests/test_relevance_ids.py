@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
-from captum_ssm import FidelityError, ImplicitAttentionRelevance, UnsupportedModelError
+from captum_ssm import FidelityError, ImplicitAttentionRelevance, UnsupportedModelError, register_rule, unregister_rule
 
 IDS = torch.tensor([[4, 1, 2, 9, 4, 6], [3, 3, 8, 1, 0, 22]])
 SIZE, V = MambaConfig(hidden_size=8, state_size=3, time_step_rank=2), 23
@@ -151,11 +151,34 @@ ESCAPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("baselines", [7, None], ids=["difference", "frozen"])
 @pytest.mark.parametrize("name", ESCAPES)
-def test_code_that_cannot_be_followed_is_refused(name: str) -> None:
+def test_code_that_cannot_be_followed_is_refused(name: str, baselines: Any) -> None:
     model = text(after=lambda h: h + ESCAPES[name](h))
-    with pytest.raises((FidelityError, UnsupportedModelError)):
-        ImplicitAttentionRelevance(model).attribute(IDS, 1, baselines=7)
+    with pytest.raises(UnsupportedModelError, match=r"past torch's functions|leaves torch"):
+        ImplicitAttentionRelevance(model).attribute(IDS, 1, baselines=baselines)
+
+
+def test_an_escape_is_refused_also_if_the_model_hides_its_error() -> None:
+    def hidden(h: Tensor) -> Tensor:
+        try:
+            return h + past_functions(h)
+        except UnsupportedModelError:
+            return h
+
+    with pytest.raises(UnsupportedModelError, match="past torch's functions"):
+        ImplicitAttentionRelevance(text(after=hidden)).attribute(IDS, 1)
+
+
+def test_a_rule_whose_reference_is_not_the_models_own_is_refused() -> None:
+    """Whatever the run itself says: its sum is right, as the same wrong function is applied to both sides."""
+    register_rule(torch.sinc)(lambda x: 2.0 * x)
+    try:
+        model = text(after=lambda h: h + torch.sinc(h))
+        with pytest.raises(FidelityError, match="whole model"):
+            ImplicitAttentionRelevance(model).attribute(IDS, 1, baselines=7)
+    finally:
+        unregister_rule(torch.sinc)
 
 
 LOST: dict[str, More] = {

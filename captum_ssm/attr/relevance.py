@@ -45,9 +45,14 @@ class ImplicitAttentionRelevance(ModelMethod):
     itself uses; all between them is followed function by function as the model's own code calls it. A function without
     a rule is refused by name (:func:`captum_ssm.register_rule`).
 
-    Decisions are the input's: which experts a token is sent to, which keys a sparse attention selects. If the
-    reference would have decided otherwise, ``terms["decisions"]`` has the change due to that alone, and ``held`` names
-    the functions that decided.
+    With a reference, each call runs the model itself on it, and refuses relevance that does not sum to the difference
+    of the model's own outputs. For ids, x' is the text with other ids: all vectors that the model makes of ids change
+    with it, those of a second embedding or of hashed pairs too, and belong to the token that they are made of; learned
+    positions stay. Padding keeps its ids.
+
+    Decisions are the input's: which experts a token is sent to, which keys a sparse attention selects, which token a
+    classifier reads because the ids after it are padding. If the reference would have decided otherwise,
+    ``terms["decisions"]`` has the change due to that alone, and ``held`` names the functions that decided.
 
     Args:
         forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
@@ -69,12 +74,12 @@ class ImplicitAttentionRelevance(ModelMethod):
             ``"decisions"`` (with a reference, if there were any), and those kept ``apart``. With the tokens' relevance
             they sum to the score, or to the difference.
         completeness: After a call, the largest error of that sum over the examples, relative to the sum of all
-            relevance without its sign.
+            relevance without its sign. With a reference, the difference is to the model's own run on it.
         held: After a call, names of the functions whose decision the reference would have made otherwise.
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
 
     Cost: frozen gates: one run of the model, one of its decomposition for the score and one for the bias, and one
-    backwards. Difference: one run of the model, two of its decomposition, one backwards. All O(L·D·N).
+    backwards. Difference: two runs of the model, two of its decomposition, one backwards. All O(L·D·N).
 
     Source:
         Products: Shapley 1953; Shrikumar et al. 2017 (arXiv 1704.02685), section 3.5.1, for the difference quotient;
@@ -166,10 +171,11 @@ class ImplicitAttentionRelevance(ModelMethod):
                 vocabulary entry, read at the last real token, or a class of a classifier.
             additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
                 (B, L), 0 at padding.
-            baselines: The reference x'. For ids: an id that replaces every token, such as the mask, pad
-                or unk token; ids, or embeddings, that broadcast to all inputs; a float for all components. For
-                embeddings and images: a number, or a tensor that broadcasts to all inputs. A list of several is
-                averaged over. None freezes the gates.
+            baselines: The reference x'. For ids: an id that replaces every token, such as the mask, pad or unk token
+                (the pad token moves the position that a transformers classifier reads, which is a decision); ids, or
+                embeddings, that broadcast to all inputs; a float for all components. For embeddings and images: a
+                number, or a tensor that broadcasts to all inputs. A list of several is averaged over. None freezes
+                the gates.
             contrast: Explain why the target and not this one, in any form of a target.
             sign: ``"positive"`` or ``"negative"``: only the components of the embeddings that speak for the score, or
                 against it. None: their sum.

@@ -31,10 +31,12 @@ class Rule(ABC):
     Attributes:
         changed_decisions: Names of the functions that decide something, such as which experts a token is sent to, and
             would have decided otherwise for the reference; the reference follows the input's decision.
+        escape: The error of code that met a traced tensor past torch's functions, also if the code hid it; or None.
     """
 
     def __init__(self) -> None:
         self.changed_decisions: set[str] = set()
+        self.escape: UnsupportedModelError | None = None
         self._shared: SharedResults | None = None
 
     @contextmanager

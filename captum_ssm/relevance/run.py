@@ -203,13 +203,25 @@ class Run:
         skips = self._skips if options.separate_skip else None
         on_factor = None if self.probe is None else self.probe.on_factor
         stack.enter_context(follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor))
-        score = self.score(run_model(self.forward_func, inputs, *self.args))
+        score = self._traced_score(inputs)
         followed = leaves and self.fidelity  # some vectors of the inputs, and a layer of this model
         if not followed or not isinstance(score, Traced) or not score.value.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on the inputs through the model. Check that forward_func runs "
                 "this model on the inputs as they are, and that the target is read from its output."
             )
+        return score
+
+    def _traced_score(self, inputs: Tensor) -> Tensor:
+        """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error."""
+        try:
+            score = self.score(run_model(self.forward_func, inputs, *self.args))
+        except RuntimeError as error:
+            if self.rule.escape is not None:
+                raise self.rule.escape from error
+            raise
+        if self.rule.escape is not None:
+            raise self.rule.escape
         return score
 
     def _start(self, value: Tensor, looked_up: Tensor | None, tokens: Tensor | None) -> Traced:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], "list[Traced]"], Any]
@@ -19,7 +20,7 @@ class Traced(Tensor):
     """A value of a running model with the reference that it is compared with.
 
     To the model it looks like its value, which answers questions about shape and type. Every torch function of it goes
-    to its rule.
+    to its rule. An operation that reaches it past torch's functions, as from a scripted function or vmap, is refused.
 
     Attributes:
         value: Part of the graph of the explanation: its gradient is the multiplier of its difference to the reference.
@@ -79,6 +80,23 @@ class Traced(Tensor):
         pairs = traced((args, kwargs))
         with torch.enable_grad():
             return pairs[0].rule(func, args, kwargs or {}, pairs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse an operation that no function of torch announced.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        error = UnsupportedModelError(
+            f"Code past torch's functions, such as a scripted or traced function, vmap or a kernel, called {func} on "
+            "the tokens, which cannot be followed there. Let the model run it as functions of torch."
+        )
+        for pair in traced((args, kwargs)):
+            vars(pair.rule).update(escape=error)
+        raise error
 
 
 for _row in FUNCTIONS:
