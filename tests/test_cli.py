@@ -365,7 +365,7 @@ def test_the_reference_is_the_first_special_token_that_there_is(
 
 
 def test_a_classifier_is_compared_with_padding(run: Any, tmp_path: Path) -> None:
-    """It reads its answer at the last token that is no padding: the text's, also for a reference of padding."""
+    """It reads at the last token that is no padding, so of padding alone at another: which is a decision."""
     config = FAMILIES["jamba"].build().config
     config.vocab_size, config.num_labels, config.pad_token_id = len(WORDS), 3, 0
     torch.manual_seed(0)
@@ -375,9 +375,8 @@ def test_a_classifier_is_compared_with_padding(run: Any, tmp_path: Path) -> None
     assert shown.status == 0 and "Why 'LABEL_1'?" in shown.out
     text, padding = torch.tensor([[2, 3, 5, 8, 9]]), torch.zeros(1, 5, dtype=torch.long)
     with torch.no_grad():
-        embed = model.get_input_embeddings()
-        hidden = [model.model(inputs_embeds=embed(ids)).last_hidden_state[:, -1] for ids in (text, padding)]
-        values = [float(model.score(h)[0].log_softmax(-1)[1]) for h in hidden]
+        values = [float(model(input_ids=ids).logits[0].log_softmax(-1)[1]) for ids in (text, padding)]
+    assert "the term of decisions (token ids" in shown.fact("completeness")
     found = re.search(
         rf"F\(reference\) = ({NUMBER}) - \(({NUMBER})\) = ({NUMBER}); gap (\S+)$", shown.fact("completeness")
     )
