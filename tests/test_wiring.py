@@ -261,7 +261,7 @@ def record(model: nn.Module, inputs: Tensor) -> list[LayerCall]:
 
 
 def measure(model: nn.Module, inputs: Tensor) -> ResidualGraph:
-    return examine(model, lambda: model(inputs), record(model, inputs), model)
+    return examine(model, record(model, inputs), inputs, torch.ones(inputs.shape[:2]), model, model)
 
 
 # --- Junctions ----------------------------------------------------------------------------------------------------
@@ -366,12 +366,12 @@ def test_a_forward_function_may_embed_by_itself(ids: Tensor) -> None:
     """As where a user hooks a model's blocks up by hand: a residual path outside of all modules."""
     model, table = Model(sequential), torch.randn(VOCABULARY, 8)
 
-    def forward() -> Tensor:
+    def forward(ids: Tensor) -> Tensor:
         return model(table[ids])
 
     with torch.no_grad(), record_mixers(model) as calls:
-        forward()
-    found = examine(model, forward, calls, model)
+        forward(ids)
+    found = examine(model, calls, ids, torch.ones(ids.shape), forward, model)
     assert (list(found.reads), found.output) == SEQUENTIAL[:2]
 
 
@@ -380,12 +380,12 @@ def test_a_residual_path_outside_of_all_modules_is_seen(frozen: bool, ids: Tenso
     model = Model(sequential).requires_grad_(not frozen)
     x = model.embed(ids).detach()
 
-    def forward() -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return model.head(sequential(model, x)[:, -1])
 
     with torch.no_grad(), record_mixers(model) as calls:
-        forward()
-    found = examine(model, forward, calls, model)
+        forward(x)
+    found = examine(model, calls, x, torch.ones(ids.shape), forward, model)
     assert (list(found.reads), found.output) == SEQUENTIAL[:2]
 
 

@@ -32,6 +32,7 @@ from captum_ssm.network.inputs import (
     single_tensor,
     token_mask,
 )
+from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import record_mixers
 
 
@@ -184,10 +185,16 @@ class ImplicitAttentionMethod(ModelMethod):
         args = tuple(map(outside_inference_mode, args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._record(inputs, target, contrast, args, advance)
-            graph = examine(model, partial(run_model, self.forward_func, inputs, *args), calls, self.forward_func)
             mask = token_mask(self.forward_func, args, calls)
+            run = partial(_run_on, self.forward_func, args)
+            own = () if is_language_model(self.forward_func) else args  # besides the mask, which changes with the text
+            graph = examine(model, calls, inputs, mask, run, self.forward_func, own)
             with torch.no_grad():
-                weights = _gradient_weights(gradients[-1]) if query is None else query_weights(query, calls[-1].y)
+                weights = (
+                    graph.in_order_of_inputs(-1, _gradient_weights(gradients[-1]))
+                    if query is None
+                    else query_weights(query, calls[-1].y)
+                )
                 refuse_padding(weights, mask)
                 return self.scores_of_calls(calls, gradients, graph, mask, weights, on_layer=advance)
 
@@ -252,6 +259,11 @@ class ImplicitAttentionMethod(ModelMethod):
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
         wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]
         return [*[None] * (len(calls) - len(wide)), *wide]
+
+
+def _run_on(forward_func: Callable[..., Any], args: tuple[Any, ...], inputs: Tensor) -> Tensor:
+    """Return the output of the model on these inputs."""
+    return run_model(forward_func, inputs, *args)
 
 
 def _gradient_weights(gradient: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.attr.base import ImplicitAttentionMethod
-from captum_ssm.errors import InvalidInputError
+from captum_ssm.errors import InvalidInputError, UnsupportedModelError
 from captum_ssm.matrices.split_layer import SplitLayer
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Chain, Flip, Operator, Scan
@@ -83,6 +83,11 @@ class ClassTokenAttention(ImplicitAttentionMethod):
             raise InvalidInputError(
                 "The score is read at several tokens, and the published recipes know a single class token. Pass its "
                 "position as `query`, or use ImplicitAttentionRollout."
+            )
+        if not graph.is_in_order:
+            raise UnsupportedModelError(
+                "A layer has the tokens in another order than the inputs, which the published recipes do not know. Use "
+                "ImplicitAttentionRollout or ImplicitAttentionAttribution, which follow it."
             )
         token = (query > 0).to(query)
         rows = [self._row(layers[number], token) for number in range(self.start_layer, count)]

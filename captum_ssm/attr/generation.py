@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,8 +157,8 @@ class LLMImplicitAttention:
                     "infinity, or run the model in a wider floating-point type."
                 )
             calls = [call.detach() for call in recorded]
-            graph = examine(model, lambda: language_logits(model, inputs), calls, model)
             mask = token_mask(model, (), calls)
+            graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
             decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
             rows = []
             with progress_bar(type(self).__name__, len(positions), show_progress, "token") as advance:

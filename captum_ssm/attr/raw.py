@@ -12,6 +12,7 @@ from captum_ssm.errors import InvalidInputError
 from captum_ssm.matrices.fusion import Fusion, check_fusion, fuse
 from captum_ssm.matrices.rollout import mean_row
 from captum_ssm.matrices.split_layer import SplitLayer
+from captum_ssm.matrices.token_matrix import RearrangedMatrix, TokenMatrix
 from captum_ssm.network.graph import ResidualGraph
 
 
@@ -54,4 +55,9 @@ class RawImplicitAttention(ImplicitAttentionMethod):
 
     def _aggregate(self, layers: Sequence[SplitLayer], graph: ResidualGraph, query: Tensor) -> Tensor:
         last = range(len(layers))[-self.layers :]
-        return mean_row((fuse(layers[number], self.fusion) for number in reversed(last)), query)
+        return mean_row((self._matrix(layers, graph, number) for number in reversed(last)), query)
+
+    def _matrix(self, layers: Sequence[SplitLayer], graph: ResidualGraph, number: int) -> TokenMatrix:
+        """Return the attention of a layer, its tokens in the order of the inputs."""
+        matrix, order = fuse(layers[number], self.fusion), graph.order(number)
+        return matrix if order is None else RearrangedMatrix(matrix, order)

@@ -46,7 +46,7 @@ class ScoreShape:
         """Return the scores of tokens (B, L) in the shape of the inputs: components carry equal shares."""
         if self._are_images:
             patches = self._patches
-            return (patches.grid(scores) if self.grid else patches.spread(scores, self.inputs.shape[1])).to(self.inputs)
+            return (patches.grid(scores) if self.grid else patches.spread(scores)).to(self.inputs)
         if self.inputs.is_floating_point():
             width = self.inputs.shape[-1]
             return (scores / width).to(self.inputs.dtype).unsqueeze(-1).repeat(1, 1, width)

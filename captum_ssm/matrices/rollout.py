@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from captum_ssm.matrices.split_layer import SplitLayer
-from captum_ssm.matrices.token_matrix import ScaledMatrix, TokenMatrix
+from captum_ssm.matrices.token_matrix import RearrangedMatrix, ScaledMatrix, TokenMatrix, rearranged
 from captum_ssm.network.graph import EMBEDDINGS, ResidualGraph, Stream
 
 
@@ -27,6 +27,17 @@ class RolloutLayer:
     matrix: TokenMatrix
     keep: Tensor
     embedding_share: Tensor
+
+    def in_order_of_inputs(self, order: Tensor | None) -> RolloutLayer:
+        """Return the layer with its tokens in the order of the inputs.
+
+        Args:
+            order: The token of the inputs that each token of the layer is, (B, L), or None if it has the same number.
+        """
+        if order is None:
+            return self
+        share = rearranged(self.embedding_share, order.argsort(-1))
+        return replace(self, matrix=RearrangedMatrix(self.matrix, order), embedding_share=share)
 
 
 class RolloutLayers(Protocol):
@@ -94,7 +105,7 @@ def rollout(layers: RolloutLayers, graph: ResidualGraph, query: Tensor) -> Tenso
     for junction in graph.junctions():
         if junction.stream not in relevance:
             continue
-        parallel = [layers[number] for number in junction.mixers]
+        parallel = [layers[number].in_order_of_inputs(graph.order(number)) for number in junction.mixers]
         row_sums = torch.stack([layer.matrix.apply(one) for layer in parallel]).sum(0)
         keep = parallel[0].keep if junction.base is not None else torch.zeros_like(query)
         total = keep + row_sums.abs()

@@ -98,6 +98,38 @@ class MatrixSum:
 
 
 @dataclass(frozen=True)
+class RearrangedMatrix:
+    """A token matrix of tokens in another order, as a matrix of the tokens in the order of the inputs.
+
+    Args:
+        matrix: The matrix; its token i is token ``order[b, i]`` of the inputs.
+        order: (B, L).
+    """
+
+    matrix: TokenMatrix
+    order: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``P^T C P s``, P the rearrangement."""
+        return rearranged(self.matrix.apply(rearranged(s, self.order)), self.order.argsort(-1))
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``P^T C^T P r``."""
+        return rearranged(self.matrix.adjoint(rearranged(r, self.order)), self.order.argsort(-1))
+
+    def dense(self) -> Tensor:
+        """Return the entries ``P^T C P``."""
+        place = self.order.argsort(-1).unsqueeze(-2)  # (B, 1, L)
+        columns = rearranged(self.matrix.dense(), place)
+        return rearranged(columns.transpose(-1, -2), place).transpose(-1, -2)
+
+
+def rearranged(values: Tensor, order: Tensor) -> Tensor:
+    """Return values (..., B, L) with ``values[..., b, order[b, i]]`` at token i."""
+    return values.gather(-1, order.expand(values.shape))
+
+
+@dataclass(frozen=True)
 class ScaledMatrix:
     """A token matrix whose rows are scaled.
 

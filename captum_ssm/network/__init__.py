@@ -5,7 +5,12 @@
 * :mod:`~captum_ssm.network.forward`: run the model, and take the explained output;
 * :mod:`~captum_ssm.network.recording`: record the calls of all mixers in one run;
 * :mod:`~captum_ssm.network.examination`: measure that nothing but the mixers mixes tokens, and which calls read which;
-* :mod:`~captum_ssm.network.graph`: the result, the residual graph;
+* :mod:`~captum_ssm.network.held_run`: the run that is measured, its mixers' outputs held fixed;
+* :mod:`~captum_ssm.network.token_identity`: measure which token of the inputs each token of each call is;
+* :mod:`~captum_ssm.network.other_ids`: measure what token ids change, by other ids;
+* :mod:`~captum_ssm.network.token_codes`: which token reads which, from few observations;
+* :mod:`~captum_ssm.network.measurements`: measurements of a model, kept while nothing changes that they depend on;
+* :mod:`~captum_ssm.network.graph`: the result of an examination, the residual graph;
 * :mod:`~captum_ssm.network.patches`: measure which pixels each token reads;
 * :mod:`~captum_ssm.network.reference`: the input that relevance compares with;
 * :mod:`~captum_ssm.network.reference_kernels`: run the model on torch code instead of an installed kernel.

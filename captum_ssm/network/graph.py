@@ -10,8 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 EMBEDDINGS = -1
 """The number that stands for the embeddings among the numbers of the calls."""
+
+OTHERS = -2
+"""The number that stands for vectors that do not come from the inputs, before they are left out."""
 
 Stream = frozenset[int]
 """A residual stream, named by its summands: the numbers of the mixers' calls, and :data:`EMBEDDINGS`."""
@@ -39,10 +45,27 @@ class ResidualGraph:
     Args:
         reads: For each call the summands of the stream that it reads.
         output: The summands that reach the output.
+        orders: For each call the token of the inputs that each of its tokens is, (B, L), or None if all have the same
+            number; empty if all calls have.
     """
 
     reads: Sequence[Stream]
     output: Stream
+    orders: Sequence[Tensor | None] = ()
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether each token of every call is the token of the inputs with the same number."""
+        return all(order is None for order in self.orders)
+
+    def order(self, number: int) -> Tensor | None:
+        """Return the token of the inputs that each token of a call is, (B, L); None if it has the same number."""
+        return self.orders[number] if self.orders else None
+
+    def in_order_of_inputs(self, number: int, values: Tensor) -> Tensor:
+        """Return values (B, L) of the tokens of a call in the order of the inputs' tokens; -1 is the last call."""
+        order = self.order(number)
+        return values if order is None else torch.zeros_like(values).scatter(-1, order, values)
 
     def junctions(self) -> Iterator[Junction]:
         """Return all junctions on the way from the output back to the embeddings, the last one first.

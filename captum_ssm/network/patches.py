@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state
+from captum_ssm.network.measurements import Measurements
 from captum_ssm.network.recording import record_mixers
 
 
@@ -22,29 +22,27 @@ class Patches:
     """The pixels that each token reads.
 
     Args:
-        fields: (L, H, W), True where token j reads the pixel; nowhere for a class token.
+        fields: (L, C, H, W), True where token j reads the channel of the pixel; nowhere for a class token.
     """
 
     fields: Tensor
 
-    def spread(self, scores: Tensor, channels: int) -> Tensor:
-        """Return scores of tokens as images: the pixels that a token reads carry equal shares of its score.
+    def spread(self, scores: Tensor) -> Tensor:
+        """Return scores of tokens as images: the entries that a token reads carry equal shares of its score.
 
         Args:
             scores: (B, L).
-            channels: C.
 
         Returns:
             (B, C, H, W); an image's entries sum to the scores of the tokens that read pixels.
         """
-        shares = self.fields.to(scores) / self.fields.sum((1, 2)).clamp_min(1).view(-1, 1, 1) / channels
-        image = torch.einsum("bl,lhw->bhw", scores, shares)
-        return image.unsqueeze(1).repeat(1, channels, 1, 1)
+        shares = self.fields.to(scores) / self.fields.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1, 1)
+        return torch.einsum("bl,lchw->bchw", scores, shares)
 
     def collect(self, images: Tensor) -> Tensor:
         """Return the scores (B, L) of tokens by those of pixels (B, C, H, W): a pixel's is shared by all its tokens."""
         shares = self.fields.to(images) / self.fields.sum(0).clamp_min(1)
-        return torch.einsum("bchw,lhw->bl", images, shares)
+        return torch.einsum("bchw,lchw->bl", images, shares)
 
     @cached_property
     def places(self) -> Tensor:
@@ -53,10 +51,10 @@ class Patches:
         Raises:
             InvalidInputError: If the patches do not form a grid.
         """
-        reads = self.fields.any(2).any(1)
+        reads = self.fields.flatten(1).any(1)
         corners = [
             (int(field.any(1).int().argmax()), int(field.any(0).int().argmax()), token)
-            for token, field in enumerate(self.fields.cpu())
+            for token, field in enumerate(self.fields.any(1).cpu())
             if reads[token]
         ]
         rows, columns = (sorted({corner[axis] for corner in corners}) for axis in (0, 1))
@@ -73,7 +71,7 @@ class Patches:
         return scores[:, self.places.to(scores.device)]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[torch.Size, Patches]]] = WeakKeyDictionary()
+_KNOWN: Measurements[Patches] = Measurements()
 
 
 def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, args: tuple[Any, ...]) -> Patches:
@@ -97,7 +95,7 @@ def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tens
     Cost: two forward passes and 2 L backward passes of the part before the first mixer, once for each model, function
     and size of images.
     """
-    known = _known(model, forward_func)
+    known = _KNOWN.of(model, forward_func, args)
     size = image.shape[1:]
     if size not in known:
         refuse_bad_state(model)
@@ -113,16 +111,8 @@ def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tens
     return known[size]
 
 
-def _known(model: nn.Module, forward_func: Callable[..., Any]) -> dict[torch.Size, Patches]:
-    """Return the earlier measurements by the size of the images."""
-    try:
-        return _KNOWN.setdefault(model, WeakKeyDictionary()).setdefault(forward_func, {})
-    except TypeError:  # a function that cannot be remembered: not hashable, or without weak references
-        return {}
-
-
 def _fields(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, args: tuple[Any, ...]) -> Tensor:
-    """Return where each token has a gradient with respect to the image (1, C, H, W), shape (L, H, W)."""
+    """Return where each token has a gradient with respect to the image (1, C, H, W), shape (L, C, H, W)."""
     pixels = image.detach().clone().requires_grad_()
     with torch.enable_grad(), record_mixers(model, hold=True) as calls:
         run_model(forward_func, pixels, *args)
@@ -130,7 +120,7 @@ def _fields(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, a
     weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
     nowhere = torch.zeros_like(image)
     if not x.requires_grad:
-        return nowhere.any(1).expand(x.shape[1], -1, -1)
+        return nowhere.bool().expand(x.shape[1], -1, -1, -1)
     tokens = (x * weights).sum((0, 2))
     gradients = [torch.autograd.grad(t, pixels, retain_graph=True, allow_unused=True)[0] for t in tokens]
-    return torch.cat([(nowhere if g is None else g).ne(0).any(1) for g in gradients])
+    return torch.cat([(nowhere if g is None else g).ne(0) for g in gradients])

@@ -290,7 +290,7 @@ def test_every_layer_reads_the_sum_of_all_before(inputs: str, norms: str, ids: T
     given = ids if inputs == "ids" else embedded(model, ids)
     with record_mixers(model) as calls:
         run_model(model, given)
-    wiring = examine(model, lambda: run_model(model, given), calls, model)
+    wiring = examine(model, calls, given, torch.ones(ids.shape), lambda inputs: run_model(model, inputs), model)
     assert list(wiring.reads) == [frozenset(range(EMBEDDINGS, number)) for number in range(len(calls))]
     assert wiring.output == frozenset(range(EMBEDDINGS, len(calls)))
 

@@ -1,0 +1,134 @@
+"""Measure what token ids change: the model runs on the text with other ids, its mixers' outputs held fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captum_ssm.layers.call import LayerCall
+from captum_ssm.network.held_run import HeldRun, gradients, tokens_first, weighed
+from captum_ssm.network.interface import input_embeddings
+from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.token_codes import token_codes
+
+_LARGEST_NOISE = 0.1
+"""Relative to the largest entry of a token: a change that no rounding exceeds, in any type."""
+
+
+@dataclass(frozen=True)
+class IdReadings:
+    """The effect of other ids.
+
+    Args:
+        tried: Whether any id was changed.
+        calls: For each call the rounds in which its tokens changed, (B, L, rounds).
+        output: The rounds in which the explained output changed, (B, rounds).
+        output_tokens: The rounds in which the tokens of an output that has tokens changed, (B, L, rounds), else None.
+        moved: From a round to whether the output reads other tokens in it than with the inputs' own ids, (B,).
+    """
+
+    tried: bool
+    calls: list[Tensor]
+    output: Tensor
+    output_tokens: Tensor | None
+    moved: Callable[[int], Tensor]
+
+    def reach_output_elsewhere(self, read: Tensor) -> bool:
+        """Whether ids of other tokens than ``read`` (B, L) change the output past the mixers.
+
+        That other ids are read at another token, such as the last one before the end mark, is no such path.
+
+        Args:
+            read: Where the output reads the mixers' outputs, (B, L).
+
+        Returns:
+            Whether they do.
+        """
+        codes = token_codes(read.shape[1]).to(read.device)
+        for number, marked in enumerate(codes.T):
+            changed = self.output[:, number] & ~(read & marked).any(1)
+            if bool(changed.any()) and bool((changed & ~self.moved(number)).any()):
+                return True
+        return False
+
+
+def read_ids(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, mask: Tensor) -> IdReadings:
+    """Run the model with other ids at some tokens, in rounds, and record which tokens of which call change.
+
+    Args:
+        model: The model that holds the mixers.
+        run: From inputs to the explained output.
+        held: The run on the inputs' own ids.
+        mask: 1 at real tokens and 0 at padding, (B, L); padding keeps its ids.
+
+    Returns:
+        The changes.
+    """
+    others = _other_ids(model, held.inputs, mask)
+    texts = [torch.where(marked, others, held.inputs) for marked in token_codes(held.length).to(others.device).T]
+    inputs: list[list[Tensor]] = [[] for _ in held.calls]
+    output: list[Tensor] = []
+    for ids in texts:
+        with torch.no_grad():
+            calls, result = _run_held(model, run, held, ids)
+        for rounds, call, original in zip(inputs, calls, held.calls):
+            rounds.append(_changed(call.x, original.x).any(-1))
+        output.append(_changed(result, held.output))
+    by_token = [tokens_first(changed, held.length).any(-1) for changed in output if held.has_tokens(changed)]
+
+    def moved(number: int) -> Tensor:
+        with torch.enable_grad():
+            calls, result = _run_held(model, run, held, texts[number])
+            now, before = _tokens_read(calls, result), _tokens_read(held.calls, held.output)
+        return now.ne(before).flatten(1).any(1)
+
+    return IdReadings(
+        bool(others.ne(held.inputs).any()),
+        [torch.stack(rounds, -1) for rounds in inputs],
+        torch.stack([_by_example(changed, len(others)) for changed in output], -1),
+        torch.stack(by_token, -1) if by_token else None,
+        moved,
+    )
+
+
+def _other_ids(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return another id for each real token, (B, L): one that the texts have too, if they have several."""
+    ids = ids.contiguous()
+    known = ids[mask.bool()].unique()
+    if len(known) > 1:
+        others = known[(torch.searchsorted(known, ids) + 1) % len(known)]
+    else:
+        others = (ids + 1) % (getattr(input_embeddings(model), "num_embeddings", None) or int(ids.max()) + 1)
+    return torch.where(mask.bool(), others, ids)
+
+
+def _run_held(
+    model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, ids: Tensor
+) -> tuple[list[LayerCall], Tensor]:
+    """Run the model on other ids, with the mixers' outputs of the held run; return its calls and its output."""
+    outputs = iter([call.y.detach() for call in held.calls])
+    with record_mixers(model, replacement=lambda call: next(outputs, call.y)) as calls:
+        result = run(ids)
+    return calls, result
+
+
+def _changed(values: Tensor, original: Tensor) -> Tensor:
+    """Return where values differ by more than rounding from the original ones, in the shape of both."""
+    noise = min(64 * torch.finfo(original.dtype).eps, _LARGEST_NOISE) if original.is_floating_point() else 0
+    return (values - original).abs() > noise * original.detach().abs().max()
+
+
+def _by_example(changed: Tensor, count: int) -> Tensor:
+    """Return whether the output of each example changed, (B,)."""
+    if changed.dim() and len(changed) == count:
+        return changed.reshape(count, -1).any(1)
+    return changed.any().expand(count)
+
+
+def _tokens_read(calls: list[LayerCall], output: Tensor) -> Tensor:
+    """Return which tokens of the calls' outputs the model's output reads, (B, L, calls)."""
+    slopes = gradients(weighed(output).sum(), [call.y for call in calls])
+    return torch.stack([slope.ne(0).any(-1) for slope in slopes], -1)
