@@ -9,7 +9,7 @@ others tells which of them it reads, and gradients tell at which tokens (:mod:`c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,10 @@ from captum_ssm.errors import InvalidInputError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import supported_families
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph
-from captum_ssm.network.held_run import ModuleRun, hold, is_inside, tokens_first
+from captum_ssm.network.held_run import ModuleRun, gradients, hold, is_inside, tokens_first, weighed
 from captum_ssm.network.measurements import Measurements
-from captum_ssm.network.token_codes import token_codes
-from captum_ssm.network.token_identity import follow_tokens
+from captum_ssm.network.token_codes import SEVERAL, decoded, sources, token_codes
+from captum_ssm.network.token_identity import follow_tokens, refuse_other_tokens
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ def examine(
     with ExitStack() as marks:
         held = hold(model, run, inputs, length, marks)
         _refuse_several_runs(held.calls, held.graph)
-        _refuse_mixing(held.modules, length)
+        refuse_other_tokens(held)
+        _refuse_mixing([module for module in held.modules if module.name], length)
         graph = follow_tokens(model, run, held, mask)
+        _refuse_mixing([module for module in held.modules if not module.name], length)
     found = _Examination(inputs.shape, graph)
     if length > 1 and found.may_be_kept:  # a single token proves nothing
         known[key] = found
@@ -124,35 +126,62 @@ def _refuse_several_runs(calls: list[LayerCall], graph: ResidualGraph) -> None:
 
 
 def _refuse_mixing(runs: list[ModuleRun], length: int) -> None:
-    """Raise if a module mixes tokens, and name the innermost one that does."""
+    """Raise if a module mixes tokens, and name the innermost one that does; it may rearrange them."""
     for run in runs:
-        if any(is_inside(run.name, outer.name) for outer in runs) or not _mixes_tokens(run, length):
+        if any(is_inside(run.name, outer.name) for outer in runs) or _keeps_tokens_apart(run, length):
             continue
         inner = [r for r in runs if is_inside(r.name, run.name) and _mixes_tokens(r, length)]
         culprit = max([run, *inner], key=lambda r: r.name.count(".") + bool(r.name))
+        name = type(culprit.module).__name__
+        if not culprit.name:
+            raise UnsupportedModelError(
+                f"The code of the model itself ({name}), between its layers, mixes tokens, so an explanation would "
+                "silently leave it out. Put it into a layer and register an adapter for that with captum_ssm.register, "
+                "or use ImplicitAttentionRelevance, which follows every function."
+            )
         raise UnsupportedModelError(
-            f"Layer '{culprit.name}' ({type(culprit.module).__name__}) mixes tokens, and no adapter knows it, so an "
-            f"explanation would silently leave it out. Supported: {supported_families()}. Register an adapter for "
-            f"{type(culprit.module).__name__} with captum_ssm.register."
+            f"Layer '{culprit.name}' ({name}) mixes tokens, and no adapter knows it, so an explanation would silently "
+            f"leave it out. Supported: {supported_families()}. Register an adapter for {name} with captum_ssm.register."
         )
 
 
 def _mixes_tokens(run: ModuleRun, length: int) -> bool:
-    """Whether the output at any token depends on the input at any other.
+    """Whether the output at any token depends on the input at any other; ``length`` is L."""
+    codes = token_codes(length).to(run.y.device)
+    return any(bool(read[:, ~marked].any()) for marked, read in zip(codes.T, _rounds(run, length)))
 
-    Of any two tokens there is a round of :func:`~captum_ssm.network.token_codes.token_codes` that has the first alone.
-    So for each round, the outputs of its tokens must not depend on the inputs of any others.
+
+def _keeps_tokens_apart(run: ModuleRun, length: int) -> bool:
+    """Whether the output at each token depends on the input at one token alone, and no two on the same.
+
+    Args:
+        run: The run of a module, or of the model.
+        length: L, how many tokens there are.
 
     Returns:
         Whether it does.
     """
+    if length == 1:
+        return True
+    readers = decoded(torch.stack([*_rounds(run, length)], -1), length)
+    here = torch.arange(length, device=readers.device).expand(readers.shape)
+    return not bool(sources(readers, here, length).eq(SEVERAL).any())
+
+
+def _rounds(run: ModuleRun, length: int) -> Iterator[Tensor]:
+    """Return for each round of the codes the tokens that the marked tokens of the output depend on.
+
+    Args:
+        run: The run of a module, or of the model.
+        length: L, how many tokens there are.
+
+    Yields:
+        (B, L), True where the input has a gradient.
+    """
     with torch.enable_grad():
-        y = tokens_first(run.y, length)
-    weights = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0)).to(y)
+        y = weighed(tokens_first(run.y, length))
     for marked in token_codes(length).to(y.device).T:
         with torch.enable_grad():
-            score = (y[:, marked] * weights).sum()
-        (gradient,) = torch.autograd.grad(score, run.x, retain_graph=True, allow_unused=True)
-        if gradient is not None and bool(tokens_first(gradient, length)[:, ~marked].ne(0).any()):
-            return True
-    return False
+            score = y[:, marked].sum()
+        (gradient,) = gradients(score, [run.x])
+        yield tokens_first(gradient, length).ne(0).any(-1)

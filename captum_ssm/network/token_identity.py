@@ -15,11 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.call import LayerCall
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph
 from captum_ssm.network.held_run import HeldRun, gradients, tokens_first, weighed
 from captum_ssm.network.other_ids import IdReadings, read_ids
 from captum_ssm.network.token_codes import NONE, SEVERAL, decoded, reaches_itself_alone, sources, token_codes
+
+
+def refuse_other_tokens(held: HeldRun) -> None:
+    """Raise if a call has another number of sequences or tokens than the inputs.
+
+    Args:
+        held: The run with the mixers' outputs held fixed.
+
+    Raises:
+        UnsupportedModelError: With both numbers.
+    """
+    count, length = len(held.inputs), held.length
+    for call in held.calls:
+        sequences, tokens = call.x.shape[:2]
+        if sequences != count:
+            happened = (
+                f"{sequences} sequences of {tokens} tokens for inputs of {count} examples, as if rows, columns, "
+                "windows or variates were folded into the batch"
+            )
+        elif tokens != length:
+            happened = (
+                f"{tokens} tokens for inputs of {length}, as if tokens were cut, joined to patches or put in front"
+            )
+        else:
+            continue
+        raise UnsupportedModelError(_reason(f"Layer '{call.name}'", f"was called with {happened}"))
 
 
 def follow_tokens(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, mask: Tensor) -> ResidualGraph:
@@ -40,34 +65,11 @@ def follow_tokens(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldR
 
     Cost: about log2(L) + log2(log2(L)) backward passes of all but the mixers, and for token ids as many forward passes.
     """
-    for call in held.calls:
-        _refuse_shape(call, held)
     if held.length == 1:
         return held.graph
     ids = read_ids(model, run, held, mask) if held.takes_ids else None
     with torch.enable_grad():
         return _Tracker(held, ids, mask).graph()
-
-
-def _refuse_shape(call: LayerCall, held: HeldRun) -> None:
-    """Raise if a call has another number of sequences or tokens than the inputs.
-
-    Raises:
-        UnsupportedModelError: With both numbers.
-    """
-    expected, found = (len(held.inputs), held.length), tuple(call.x.shape[:2])
-    if expected == found:
-        return
-    if found[0] != expected[0]:
-        happened = (
-            f"{found[0]} sequences of {found[1]} tokens for inputs of {expected[0]} example(s), as if rows, columns, "
-            "windows or variates were folded into the batch"
-        )
-    else:
-        happened = (
-            f"{found[1]} tokens for inputs of {expected[1]}, as if tokens were cut, joined to patches or put in front"
-        )
-    raise UnsupportedModelError(_reason(f"Layer '{call.name}'", f"was called with {happened}"))
 
 
 def _reason(name: str, happened: str) -> str:
@@ -216,7 +218,9 @@ class _Tracker:
             UnsupportedModelError: If tokens are mixed, shifted, cut or repeated.
         """
         if bool(source.eq(SEVERAL).any()):
-            raise UnsupportedModelError(_reason(name, "reads several tokens of the inputs as one"))
+            raise UnsupportedModelError(
+                _reason(name, "reads several tokens of the inputs as one, since code before it mixes tokens")
+            )
         known = source.ge(0)
         if bool(source.eq(here)[known].all()):
             return None
