@@ -767,9 +767,10 @@ def test_ids_that_a_model_of_ids_alone_does_not_have_are_refused(
 
 
 def test_a_model_of_ids_alone_that_fails_keeps_its_embedding(ids_alone: nn.Module, refused: Any) -> None:
-    narrow = torch.randn(2, 7, 5)
-    call = lambda: ImplicitAttentionAttribution(ids_alone).attribute(narrow, 5)  # noqa: E731
-    refused(RuntimeError, [], ids_alone, call, narrow)
+    x = torch.randn(2, 7, 8)
+    ids_alone.get_submodule("backbone").norm_f = nn.Linear(3, 3).eval()
+    call = lambda: ImplicitAttentionAttribution(ids_alone).attribute(x, 5)  # noqa: E731
+    refused(RuntimeError, [], ids_alone, call, x)
 
 
 def test_a_cache_that_counts_the_tokens_before_is_refused(ids_alone: nn.Module, ids: Tensor, refused: Any) -> None:

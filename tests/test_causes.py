@@ -123,8 +123,9 @@ def test_a_compiled_model_is_explained_by_its_code(how: str, method: str, ids: T
         layers[1].compile(backend="eager")
     else:
         layers[1] = torch.compile(layers[1], backend="eager")
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
+    for mode in (torch.enable_grad, torch.no_grad):  # compiled for both
+        with mode():
+            logits = model(input_ids=ids, attention_mask=None, use_cache=False).logits
     compiled = [vars(module).get("forward") for module in model.modules()]
     torch.testing.assert_close(EVERY[method](model).attribute(ids, 1), right)
     assert [vars(module).get("forward") for module in model.modules()] == compiled

@@ -102,6 +102,8 @@ ONE: dict[str, Any] = {
     "index": lambda x: x[EVEN],
     "view": lambda x: x.transpose(0, 1).reshape(3, 8).view(-1, 4)[1:, ::2],
     "T": lambda x: x[0].T,
+    "detach": lambda x: x.detach() * 2,
+    "data": lambda x: x.data * 2,
     "repeat_interleave": lambda x: x.repeat_interleave(2, dim=1),
     "roll": lambda x: x.roll(1, 1),
     "like": lambda x: x.new_zeros(2) + torch.ones_like(x).sum() + x[0, 0, :2],

@@ -140,6 +140,7 @@ class Keeping(nn.Module):
                 self.begun = True
         self.last, self.states[1], self.table["mean"] = h, h, h.mean()
         self.another = h
+        self.blocks.register_buffer("seen", ids.clone())
         h = self.blocks[0](h * self.scale[1])
         h = h[0] if isinstance(h, tuple) else h
         return self.head(h[:, -1])
@@ -161,6 +162,7 @@ def test_whatever_a_model_writes_on_itself_is_undone(method: str, fails: bool, i
             torch.testing.assert_close(METHODS[method](model, ids), right)
         assert bits(model) == before
         assert model.states[1] is None and model.table == {"mean": None} and not hasattr(model, "another")
+        assert not model.blocks._buffers
 
 
 def test_a_metric_leaves_the_model_as_it_was(ids: Tensor) -> None:

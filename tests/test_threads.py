@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from captum_ssm import (
     ClassTokenAttention,
@@ -95,6 +96,23 @@ def test_a_model_is_served_while_it_is_explained(name: str, ids: Tensor) -> None
 def test_a_model_is_explained_by_two_threads_at_once(mamba: Any, ids: Tensor) -> None:
     every = jobs(mamba, ids)
     in_turn(every["signed"], every["signed"], every["relevance"], every["relevance"])
+
+
+def test_states_on_modules_are_those_of_the_thread_that_decodes(ids: Tensor) -> None:
+    """RecurrentGemma keeps them there: one thread decodes step by step while another explains other tokens."""
+    model = build("recurrent_gemma")
+
+    def decode() -> Tensor:
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            model(ids, use_cache=True, past_key_values=cache)
+            for token in range(3, 9):
+                logits.append(model(torch.full((2, 1), token), use_cache=True, past_key_values=cache).logits)
+        return torch.cat(logits, 1)
+
+    every = jobs(model, ids)
+    in_turn(decode, every["signed"], every["relevance"])
+    assert all(layer.temporal_block.rg_lru.recurrent_states is not None for layer in model.model.layers[:1])
 
 
 @pytest.mark.parametrize("kind", ["forward", "pre"])

@@ -257,8 +257,8 @@ class ImplicitAttentionMethod(ModelMethod):
         if not outputs or not score.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on any supported layer of the model, as far as gradients tell. "
-                "Check that forward_func runs this model itself, not a traced copy, in this thread, that no code "
-                "stops the gradient (detach, no_grad, quantised layers), and that the target is read from its output."
+                "Check that forward_func runs this model itself, not a traced copy, in this thread, with gradients "
+                "enabled and not stopped on the way (detach, no_grad), and that the target is read from its output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
         wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]

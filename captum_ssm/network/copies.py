@@ -11,12 +11,17 @@ from captum_ssm.network.state import OF_TORCH
 from captum_ssm.network.threads import is_substituted, substitute
 
 
-def run_as_copy(mixer: nn.Module, stack: ExitStack) -> None:
-    """Run a copy of a mixer instead, which shares parameters and hooks, in this thread until the stack is closed."""
+def run_as_copy(mixer: nn.Module, stack: ExitStack) -> bool:
+    """Run a copy of a mixer instead, which shares parameters and hooks, in this thread until the stack is closed.
+
+    Returns:
+        Whether it does: not if a function is patched into the mixer, which would run the original.
+    """
     if "forward" in vars(mixer) and not is_substituted(vars(mixer)["forward"]):
-        return  # patched into the object, it would run the original
+        return False
     clone = _copy(mixer)
     substitute(mixer, "forward", lambda below: clone.forward, stack)
+    return True
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -7,8 +7,9 @@ buffers, and of the tensors that modules keep beside them, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
 from operator import is_
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captum_ssm.layers.mixers import find_mixers
 
 _ABSENT = object()
-OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes that torch itself keeps on every module, such as its hooks."""
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 Place = tuple[int, str, Any]
 """Where a model keeps a tensor: the number of the module, and a key in a table or list, or None, of an attribute."""
@@ -37,30 +39,46 @@ class State:
         self.modules = _plain_modules(model)
         self._now = [vars(module) for module in self.modules]
         self._attributes = [now.copy() for now in self._now]
-        self._parts = [
-            (number, name, value, value.copy())
-            for number, attributes in enumerate(self._attributes)
-            for name, value in attributes.items()
+        self._kept_attributes = list(zip(self._now, self._attributes))
+        self._own = [list(islice(old.items(), _first_own(old), None)) for old in self._attributes]
+        tables = [(number, name, old[name]) for number, old in enumerate(self._attributes) for name in _TABLES]
+        own = [
+            (number, name, value)
+            for number, items in enumerate(self._own)
+            for name, value in items
             if type(value) is dict or type(value) is list
         ]
-        self._versions = [_version(tensor) for tensor in self._registered()]
+        self._parts = [(number, name, part, part.copy()) for number, name, part in [*tables, *own]]
+        self._kept_parts = self._parts
+        registered = [table for _, name, table in tables if name != "_modules"]
+        self._registered = [tensor for table in registered for tensor in table.values() if tensor is not None]
+        self._versions = _versions(self._registered)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._contents: dict[int, Tensor] = {}
 
     @property
     def kind(self) -> Hashable:
         """The flags of all modules, and the types of all attributes: what a run writes may depend on them."""
-        types = tuple([tuple(map(type, attributes.values())) for attributes in self._attributes])
-        return types, tuple([v for a in self._attributes for v in a.values() if v is True or v is False])
+        values = [[value for _, value in items] for items in self._own]
+        flags = [value for part in values for value in part if value is True or value is False]
+        return tuple([tuple(map(type, part)) for part in values]), tuple(flags)
 
     @property
     def is_same(self) -> bool:
         """Whether nothing is changed, as far as parameters, buffers and attributes tell."""
         return (
-            all(_same(now.values(), old.values()) for now, old in zip(self._now, self._attributes))
-            and all(_same(_entries(part), _entries(old)) for _, _, part, old in self._parts)
-            and self._versions == [_version(tensor) for tensor in self._registered()]
+            all(_same(now.values(), old.values()) for now, old in self._kept_attributes)
+            and all(_same(_entries(part), _entries(old)) for _, _, part, old in self._kept_parts)
+            and self._versions == _versions(self._registered)
         )
+
+    def leave_out(self, mixers: Iterable[nn.Module]) -> None:
+        """Leave the attributes of some mixers, and of the modules within, to other threads: copies run instead."""
+        modules = {module for mixer in mixers for module in mixer.modules()}
+        if modules:
+            kept = [module not in modules for module in self.modules]
+            self._kept_attributes = [pair for pair, is_kept in zip(self._kept_attributes, kept) if is_kept]
+            self._kept_parts = [part for part in self._parts if kept[part[0]]]
 
     def save(self, places: frozenset[Place]) -> None:
         """Save the contents of the tensors at these places."""
@@ -108,7 +126,7 @@ class State:
                 alias.copy_(self._contents[number])
             if _address(tensor) != _address(alias):
                 tensor.data = alias
-        for now, old in zip(self._now, self._attributes):
+        for now, old in self._kept_attributes:
             for key in [*now.keys() | old.keys()]:
                 before, after = old.get(key, _ABSENT), now.get(key, _ABSENT)
                 flags = bool(self._contents) and _is_flag(before) and _is_flag(after)
@@ -116,16 +134,10 @@ class State:
                     now.update({key: before})
                     if before is _ABSENT:
                         del now[key]
-        for _, _, part, old_part in self._parts:
+        for _, _, part, old_part in self._kept_parts:
             if not _same(_entries(part), _entries(old_part)) and (_has_tensor(part) or _has_tensor(old_part)):
                 part.clear()
                 part.update(old_part) if isinstance(part, dict) else part.extend(old_part)
-
-    def _registered(self) -> Iterator[Tensor]:
-        """Iterate over parameters and buffers."""
-        for attributes in self._attributes:
-            for table in (attributes["_parameters"], attributes["_buffers"]):
-                yield from [tensor for tensor in table.values() if tensor is not None]
 
     def _tensors(self) -> dict[Place, Tensor]:
         """Return all tensors that the modules held, and those that these hold themselves."""
@@ -191,13 +203,17 @@ def _plain_modules(model: nn.Module) -> list[nn.Module]:
     return list(modules)
 
 
-def _same(now: Iterable[Any], old: Iterable[Any]) -> bool:
+def _first_own(attributes: Mapping[str, Any]) -> int:
+    """Return the number of the first attribute that is a module's own: torch sets those of every module first."""
+    return len(OF_TORCH) if next(iter(attributes), None) == "training" else 0
+
+
+def _same(now: Collection[Any], old: Collection[Any]) -> bool:
     """Whether two collections have the same objects in the same order."""
-    now, old = list(now), list(old)
     return len(now) == len(old) and all(map(is_, now, old))
 
 
-def _entries(part: Any) -> Iterable[Any]:
+def _entries(part: Any) -> Collection[Any]:
     """Return the entries of a list or a dictionary."""
     return part.values() if isinstance(part, dict) else part
 
@@ -213,9 +229,12 @@ def _is_flag(value: Any) -> bool:
     return value is None or value is _ABSENT or isinstance(value, (bool, int, float, str))
 
 
-def _version(tensor: Tensor) -> Any:
-    """Return a figure that is another one after each writing into the tensor."""
-    return None if tensor.is_inference() else tensor._version
+def _versions(tensors: Iterable[Tensor]) -> list[Any]:
+    """Return for each tensor a figure that is another one after each writing into it; None if torch keeps none."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # made in inference mode
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _address(tensor: Tensor) -> int:

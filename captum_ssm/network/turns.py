@@ -57,8 +57,7 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
             stack.enter_context(Watch(turn.state))
         else:
             turn.state.save(turn.known.tensors)
-        for mixer in turn.keepers(model):
-            run_as_copy(mixer, stack)
+        turn.state.leave_out([mixer for mixer in turn.keepers(model) if run_as_copy(mixer, stack)])
         yield
         turn.is_complete = True
 

@@ -33,7 +33,8 @@ def _raise_to(exponent: Tensor, base: Any) -> Any:
     return torch.pow(base, exponent)
 
 
-@composed("detach", aliases=("data",))
+@composed("detach")
+@composed("data")
 def _detach(input: Tensor) -> Tensor:
     """Return the tensor itself: a difference of the output passes where a gradient does not."""
     return input.view_as(input)
