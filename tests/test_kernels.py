@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, ModelStateError, reference_kernels
 from captum_ssm.network.reference_kernels import remedy_for
+from captum_ssm.network.threads import current_thread
 from tests.conftest import build
 from tests.families import VOCABULARY
 
@@ -48,17 +49,18 @@ FAMILIES = ["mamba", "falcon_mamba", "jamba", "mamba2", "bamba", "nemotron_h", "
 IDS = [[5, 7, 11, 3, 2, 9], [4, 4, 1, 8, 19, 6]]
 
 SCRIPT = """
-import inspect, json, sys
+import json, sys
 import fla
 from tests.conftest import build
 import torch
+from captum_ssm.network.threads import current_thread
 from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
 
 ids, found = torch.tensor(json.loads(sys.argv[2])), {}
 
 def functions(model):
     homes = {type(module).__module__ for module in model.modules()}
-    return {(h, n): v for h in homes for n, v in vars(sys.modules[h]).items() if inspect.isfunction(v)}
+    return {(h, n): v for h in homes for n, v in vars(sys.modules[h]).items() if callable(v)}
 
 for family in json.loads(sys.argv[1]):
     model, result = build(family), {}
@@ -161,7 +163,9 @@ def test_only_what_transformers_dispatches_is_replaced(monkeypatch: pytest.Monke
         convolutions, scans = ("causal_conv1d_fn", "causal_conv1d_update"), ("selective_scan", "selective_state_update")
         assert replaced == {*convolutions, "mamba_inner_fn", *(f"mamba_{name}" for name in scans)}
         for name in replaced:
-            assert getattr(home, name) is inspect.unwrap(before[name])
+            substitute = getattr(home, name)
+            assert inspect.unwrap(substitute) is inspect.unwrap(before[name])  # of the signature
+            assert substitute.seen_by(current_thread()) is inspect.unwrap(before[name])
     assert dict(vars(home)) == before
 
 

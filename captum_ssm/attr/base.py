@@ -28,7 +28,6 @@ from captum_ssm.network.inputs import (
     outside_inference_mode,
     query_weights,
     refuse_bad_state,
-    refuse_other_batch,
     refuse_padding,
     single_tensor,
     token_mask,
@@ -187,7 +186,6 @@ class ImplicitAttentionMethod(ModelMethod):
         args = tuple(map(outside_inference_mode, args or ()))
         with progress_bar(type(self).__name__, 2 * len(find_mixers(model)), progress) as advance:
             calls, gradients = self._record(inputs, target, contrast, args, advance)
-            refuse_other_batch(inputs, calls)
             mask = token_mask(self.forward_func, args, calls)
             run = partial(_run_on, self.forward_func, args)
             own = () if is_language_model(self.forward_func) else args  # besides the mask, which changes with the text

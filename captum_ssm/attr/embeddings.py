@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from captum_ssm.matrices.split_layer import AttentionScope
 from captum_ssm.network.forward import without_cache
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, single_tensor
 from captum_ssm.network.interface import input_embeddings, is_language_model
+from captum_ssm.network.threads import hook
 from captum_ssm.network.turns import unchanged
 
 
@@ -99,15 +102,58 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
         """
         if attribute_to_layer_input or grad_kwargs:
             raise InvalidInputError("The scores are those of the layer's output; there is no attribute_to_layer_input.")
-        method = ImplicitAttentionAttribution(self.forward_func, self._model, **self._options)
         args = format_additional_forward_args(additional_forward_args)
         state = unchanged(self._model, self.forward_func, inputs)
         with torch.inference_mode(False), state, without_cache(self._model):
             tokens = single_tensor(inputs)
             if is_language_model(self.forward_func):
                 refuse_bad_inputs(self._model, tokens)
-            per_token = method.token_scores(tokens, target, args=args)
+                method = ImplicitAttentionAttribution(self.forward_func, self._model, **self._options)
+                per_token = method.token_scores(tokens, target, args=args)
+            else:
+                at_layer = _AtLayer(self.forward_func, self.layer, tokens, args or ())
+                method = ImplicitAttentionAttribution(at_layer, self._model, **self._options)
+                per_token = method.token_scores(at_layer.seen(), target)
         self.fidelity.clear()  # the one dictionary: Captum works with a copy of the method
         self.fidelity.update(method.fidelity)
         width: int = self.layer.weight.shape[-1]
         return (per_token / width).unsqueeze(-1).repeat(1, 1, width)
+
+
+@dataclass(frozen=True)
+class _AtLayer:
+    """A model as a function of the token ids that its embedding layer sees: Captum puts those of an answer behind.
+
+    Args:
+        forward_func: The callable that runs the model.
+        layer: The embedding layer.
+        inputs: The first argument of ``forward_func``.
+        args: The others.
+    """
+
+    forward_func: Callable[..., Any]
+    layer: nn.Module
+    inputs: Tensor
+    args: tuple[Any, ...]
+
+    def seen(self) -> Tensor:
+        """Return the ids (B, L) that the layer sees; the inputs if it sees none.
+
+        Raises:
+            InvalidInputError: If the layer runs more than once.
+        """
+        seen: list[Tensor] = []
+        with ExitStack() as hooks, torch.no_grad():
+            hook(self.layer.register_forward_pre_hook, lambda layer, args: seen.append(args[0]), hooks)
+            self.forward_func(self.inputs, *self.args)
+        if len(seen) > 1:
+            raise InvalidInputError(f"forward_func runs the embedding layer {len(seen)} times. Explain one run.")
+        return seen[0] if seen else self.inputs
+
+    def __call__(self, ids: Tensor) -> Any:
+        """Return the output of ``forward_func`` when the layer sees these ids."""
+        with ExitStack() as hooks:
+            if not ids.is_floating_point():
+                hook(self.layer.register_forward_pre_hook, lambda layer, args: (ids, *args[1:]), hooks)
+                return self.forward_func(self.inputs, *self.args)
+            return self.forward_func(ids, *self.args)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.layers.call import LayerCall, first_output
+from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph, Stream
 from captum_ssm.network.recording import record_mixers
@@ -98,7 +98,7 @@ def hold(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, leng
         sequences.extend([] if x is None else [x])
 
     def leave(name: str, module: nn.Module, output: Any) -> Any:
-        x, y = entered.pop(), first_output(output)
+        x, y = entered.pop(), output[0] if isinstance(output, tuple) and output else output
         if not is_sequence(y, length):
             return output
         if takes_ids and x is None and not sequences and y is output:  # the embedding of token ids

@@ -133,25 +133,6 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def refuse_other_batch(inputs: Tensor, calls: Sequence[LayerCall]) -> None:
-    """Raise if the layers ran on another number of sequences than there are inputs.
-
-    Args:
-        inputs: The inputs of all examples.
-        calls: The calls of the mixers.
-
-    Raises:
-        InvalidInputError: With the way to explain one text of several.
-    """
-    count = calls[-1].y.shape[0] if calls else len(inputs)
-    if count != len(inputs):
-        raise InvalidInputError(
-            f"The layers ran on {count} sequences for {len(inputs)} examples: forward_func stacks several texts of an "
-            "example in one batch, so it is not known which of them an example is. Let it run the model on the inputs "
-            "alone, and on the other texts separately without gradients."
-        )
-
-
 def token_mask(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: Sequence[LayerCall]) -> Tensor:
     """Return 1 at real tokens and 0 at padding, (B, L).
 

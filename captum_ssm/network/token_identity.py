@@ -35,8 +35,8 @@ def refuse_other_tokens(held: HeldRun) -> None:
         sequences, tokens = call.x.shape[:2]
         if sequences != count:
             happened = (
-                f"{sequences} sequences of {tokens} tokens for inputs of {count} examples, as if rows, columns, "
-                "windows or variates were folded into the batch"
+                f"{sequences} sequences of {tokens} tokens for inputs of {count} examples, as if several texts of an "
+                "example were stacked in one batch, or rows, columns, windows or variates folded into it"
             )
         elif tokens != length:
             happened = (

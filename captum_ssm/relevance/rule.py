@@ -168,8 +168,8 @@ class Rule(ABC):
     def _cast(self, call: Call) -> Any:
         """Change the type, but to none that is narrower: the explanation is of the function, not of its rounding."""
         x, value = call.args[0], call.on(value_of)
-        if not isinstance(value, Tensor):
-            return value
+        if not isinstance(value, Tensor):  # a number of Python, or the name of a type
+            return self._decision(call)
         if not value.is_floating_point():
             return self._decision(call, "cast")
         if torch.promote_types(value.dtype, x.value.dtype) != value.dtype:
