@@ -141,7 +141,7 @@ class ImplicitAttentionMethod(ModelMethod):
             shape = ScoreShape(self.model, self.forward_func, tokens, args, patches)
             query = shape.position(query)
             scores, worst = [], dict[str, float]()
-            for batch, select in self.batches(tokens, args, (target, contrast), query, internal_batch_size):
+            for (batch,), select in self.batches((tokens,), args, (target, contrast), query, internal_batch_size):
                 scores.append(
                     self.token_scores(
                         batch, select(target), select(contrast), select(args), select(query), progress=show_progress

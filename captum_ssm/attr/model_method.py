@@ -44,7 +44,7 @@ class ModelMethod(GradientAttribution):
         self._model = model
         self.tolerance = tolerance
         self.fidelity: dict[str, float] = {}
-        find_mixers(self.model)
+        self.refuse_model()
 
     @property
     def model(self) -> nn.Module:
@@ -58,6 +58,14 @@ class ModelMethod(GradientAttribution):
             f"{type(self).__name__}(forward_func, model=model)."
         )
 
+    def refuse_model(self) -> None:
+        """Raise if the model has no layer that this method can decompose.
+
+        Raises:
+            UnsupportedModelError: With the supported layers.
+        """
+        find_mixers(self.model)
+
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: forward functions that return futures have no gradient.
 
@@ -68,40 +76,49 @@ class ModelMethod(GradientAttribution):
 
     def batches(
         self,
-        tokens: Tensor,
+        inputs: tuple[Tensor, ...],
         args: tuple[Any, ...] | None,
         targets: tuple[Target, ...],
         query: int | Tensor | None,
         size: int | None,
-    ) -> Iterator[tuple[Tensor, Callable[[Any], Any]]]:
+    ) -> Iterator[tuple[tuple[Tensor, ...], Callable[[Any], Any]]]:
         """Cut the inputs into batches; each is checked when its turn comes.
 
         Args:
-            tokens: The inputs of all examples.
+            inputs: The inputs of all examples.
             args: The additional forward arguments.
             targets: The target, and the contrast.
             query: The explained positions, if the caller names them.
             size: How many examples a batch has; None takes all at once.
 
         Yields:
-            The inputs of a batch, and a function that selects the batch's part of a target or argument.
+            The inputs of a batch and a function that selects the batch's part of a target or argument.
 
         Raises:
             AssertionError: If there are several targets, and not as many as examples.
             InvalidInputError: If the size is not positive, or a count or an input does not fit.
         """
-        count = len(tokens) if tokens.dim() else 0
+        count = len(inputs[0]) if inputs[0].dim() else 0
         step = max(count, 1) if size is None else size
         if step < 1:
             raise InvalidInputError(f"internal_batch_size must be at least 1, not {size}.")
         if step < count:
             refuse_wrong_counts(count, targets, query)
             if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):
-                checked_mask(tokens, args[0])
+                checked_mask(inputs[0], args[0])
         for start in range(0, max(count, 1), step):
-            batch = tokens if step >= count else tokens[start : start + step]
-            refuse_bad_inputs(self.model, batch)
+            batch = tuple(x if step >= count else x[start : start + step] for x in inputs)
+            for x in batch:
+                self.refuse_inputs(x)
             yield batch, partial(select_examples, count=count, rows=slice(start, start + step))
+
+    def refuse_inputs(self, inputs: Tensor) -> None:
+        """Raise if one of the inputs cannot be explained.
+
+        Raises:
+            InvalidInputError: If it is empty, of the wrong type or shape, or has bad values.
+        """
+        refuse_bad_inputs(self.model, inputs)
 
     def refuse_replaced_gradient(self) -> None:
         """Raise if ``gradient_func`` was replaced, as Captum's tools for neurons do.

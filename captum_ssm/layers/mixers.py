@@ -101,31 +101,48 @@ def find_adapter(module: nn.Module) -> Adapter | None:
     return None if entry is None else entry.adapter
 
 
-def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
+def known_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's supported token mixers by dotted name, outermost only, in order of definition.
 
     A module that is shared by several layers has a name in each of them.
-
-    Raises:
-        UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported,
-            or says that the model is traced or scripted.
     """
     mixers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}.") or not outer for outer in mixers)
         if not inside and _ADAPTERS.of_class(module) is not None:
             mixers[name] = module
+    return mixers
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise if the model is traced or scripted by torch.jit.
+
+    Raises:
+        UnsupportedModelError: With the remedy.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has code of torch.jit (a traced or scripted model), in which no layer can be "
+            "seen. Explain the model that it was made from."
+        )
+
+
+def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's supported token mixers, see :func:`known_mixers`.
+
+    Raises:
+        UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported,
+            or says that the model is traced or scripted.
+    """
+    mixers = known_mixers(model)
     if not mixers:
-        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is code of torch.jit (a traced or scripted model), in which no layer can be "
-                "seen. Explain the model that it was made from."
-            )
+        refuse_scripted(model)
         alike = sorted({type(m).__name__ for m in model.modules() if _looks_like_mixer(type(m).__name__)})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that captum_ssm can decompose. Layers that look like token "
             f"mixers: {', '.join(alike) or 'none'}. Supported: {supported_families()}. For a layer of your own, "
-            "write an adapter (captum_ssm.register) and check it (captum_ssm.testing.check_adapter)."
+            "write an adapter (captum_ssm.register) and check it (captum_ssm.testing.check_adapter). "
+            "ImplicitAttentionRelevance needs none: it follows every function of torch."
         )
     return mixers
 

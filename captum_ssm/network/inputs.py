@@ -16,6 +16,19 @@ from captum_ssm.network.interface import input_embeddings, is_language_model
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 
 
+def input_tensors(inputs: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of ``inputs``, one or a tuple of several, detached and usable with autograd.
+
+    Raises:
+        AssertionError: If inputs is not made of tensors, as Captum's own methods raise.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    assert tensors and all(isinstance(tensor, Tensor) for tensor in tensors), (
+        f"inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}."
+    )
+    return tuple(outside_inference_mode(tensor.detach()) for tensor in tensors)
+
+
 def single_tensor(inputs: Any) -> Tensor:
     """Return the one tensor of ``inputs``, detached and usable with autograd.
 
@@ -23,16 +36,13 @@ def single_tensor(inputs: Any) -> Tensor:
         AssertionError: If inputs is not made of tensors, as Captum's own methods raise.
         InvalidInputError: If inputs is not a single tensor.
     """
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    assert all(isinstance(tensor, Tensor) for tensor in tensors), (
-        f"inputs must be a tensor or a tuple of one, not {type(inputs).__name__}."
-    )
+    tensors = input_tensors(inputs) if not isinstance(inputs, tuple) or inputs else ()
     if len(tensors) != 1:
         raise InvalidInputError(
             f"inputs must be one tensor of tokens, or a tuple of one, not {len(tensors)} of them. Pass whatever else "
-            "the model needs as additional_forward_args."
+            "the model needs as additional_forward_args. ImplicitAttentionRelevance takes several."
         )
-    return outside_inference_mode(tensors[0].detach())
+    return tensors[0]
 
 
 def outside_inference_mode(value: Any) -> Any:
@@ -103,7 +113,7 @@ def refuse_bad_state(model: nn.Module) -> None:
 
 
 def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
-    """Raise if the inputs are empty, of the wrong type or shape, or name tokens that the model does not have.
+    """Raise if the inputs are no tokens: of the wrong type or shape, or as :func:`refuse_bad_values` says.
 
     Raises:
         InvalidInputError: In each of these cases.
@@ -118,9 +128,18 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         )
     if inputs.dim() not in ((3, 4) if vectors else (2,)):
         raise InvalidInputError(f"inputs of type {inputs.dtype} must have shape {expected}, not {tuple(inputs.shape)}.")
+    refuse_bad_values(model, inputs)
+
+
+def refuse_bad_values(model: nn.Module, inputs: Tensor) -> None:
+    """Raise if the inputs are empty, NaN or infinite, or name tokens that the model does not have.
+
+    Raises:
+        InvalidInputError: In each of these cases.
+    """
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
-    if vectors:
+    if inputs.is_floating_point():
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
         return

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from captum_ssm.errors import UnsupportedModelError
 
 Recipe = Callable[[Tensor], Tensor]
-"""From other token ids (B, L) to the integers that the model would have made of them."""
+"""From other token ids of the same shape to the integers that the model would have made of them."""
 
 Table = tuple[int, torch.Size]
 """Where the vectors of a table lie in memory, and its shape."""
 
 Replacement = Callable[[Tensor, "Tensor | None", "Tensor | None"], Tensor]
-"""The tensor that the model goes on with, given the vectors (B, L, E) that it looked up, those of the reference's ids
-or None, and the token (B, L) that each of them belongs to, or None if it is the one at the same place."""
+"""The tensor that the model goes on with, given the vectors (n, E) that it looked up, those of the reference's ids or
+None, and the number of the token (n,) that each of them belongs to, negative for a constant one. None for the last: there
+is a vector for each token at its place, (..., E) for ids of shape (...)."""
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Lookups:
     ids.
 
     Args:
-        tokens: Token ids (B, L).
-        reference: The reference's ids (B, L), or None.
+        tokens: Token ids, (B, L) or any other shape.
+        reference: The reference's ids in this shape, or None.
         replace: Called with the vectors of every lookup that depends on the ids.
         tables: The tables from which these vectors are looked up; None finds them.
 
@@ -54,7 +55,7 @@ class Lookups:
 
     @property
     def ids(self) -> TokenIds:
-        """The ids (B, L) to run the model on."""
+        """The ids to run the model on."""
         reference = None if self.reference is None else self.reference.clone()
         return TokenIds.of(self.tokens.clone(), reference, self, _unchanged)
 
@@ -117,69 +118,75 @@ class Lookups:
 
     def _looked_up(self, function: Callable[..., Any], args: Any, value: Tensor, reference: Tensor | None) -> Tensor:
         """Return the vectors of a lookup, replaced if they depend on the ids; refuse vectors of unknown tokens."""
-        (B, L), indices = self.tokens.shape, next(leaf for leaf in _leaves(args) if isinstance(leaf, TokenIds))
+        indices = next(leaf for leaf in _leaves(args) if isinstance(leaf, TokenIds))
         vectors = next(arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
         table = (vectors.data_ptr(), vectors.shape)
         if self.tables is not None and table not in self.tables:
             return value
-        of_each_token = indices.value.numel() == B * L and value.numel() == B * L * value.shape[-1]
-        sources = self._sources(indices) if of_each_token else None
+        count, width = indices.value.numel(), value.shape[-1]
+        sources = self._sources(indices) if value.numel() == count * width else None
         if sources is None:
             raise _cannot_follow(function, value)
-        if bool((sources == _NONE).all()):
+        depends = sources != _NONE
+        if not bool(depends.any()):
             return value
-        own = torch.arange(L, device=sources.device).expand(B, L)
-        sources = torch.where(sources == _NONE, own, sources)
         self.found.add(table)
-        others = None if reference is None else reference.reshape(B, L, -1)
-        replaced = self.replace(value.reshape(B, L, -1), others, None if torch.equal(sources, own) else sources)
-        return replaced.reshape(value.shape)
+        own = torch.arange(self.tokens.numel(), device=sources.device)
+        if len(own) == count:
+            sources = torch.where(depends, sources, own)
+            if torch.equal(sources, own):
+                shape = (*self.tokens.shape, width)
+                others = None if reference is None else reference.reshape(shape)
+                return self.replace(value.reshape(shape), others, None).reshape(value.shape)
+        others = None if reference is None else reference.reshape(count, width)
+        return self.replace(value.reshape(count, width), others, sources).reshape(value.shape)
 
     def _sources(self, indices: TokenIds) -> Tensor | None:
-        """Return the token that each of the integers (B, L) depends on.
+        """Return the token that each of the integers depends on.
 
         Half of the tokens are exchanged at a time, those whose number has, or has not, a certain bit: an integer that
         changes with just those halves that have a token depends on this token.
 
         Args:
-            indices: Integers that are made of the ids, one for each token in any shape.
+            indices: n integers that are made of the ids, in any shape.
 
         Returns:
-            The tokens' positions (B, L): its own if it is among them, and :data:`_NONE` if there is none. None if they
-            are unknown.
+            Numbers of tokens (n,), among all of a batch; an integer at the place of a token has this one, if it is
+            among several; :data:`_NONE` if there is none. None if they are unknown.
         """
-        (B, L), device = self.tokens.shape, self.tokens.device
-        position = torch.arange(L, device=device)
+        n, count, device = indices.value.numel(), self.tokens.numel(), self.tokens.device
+        token = torch.arange(count, device=device)
         if indices.recipe is _unchanged:
-            return position.expand(B, L)
-        source = torch.zeros(B, L, dtype=torch.long, device=device)
+            return token
+        source = torch.zeros(n, dtype=torch.long, device=device)
         depends = source.bool()
-        own, one = ~depends, ~depends
-        for bit in range(max(1, (L - 1).bit_length())):
-            has_bit = (position >> bit & 1).bool()
-            without, with_bit = (self._changed(indices, half).reshape(B, L) for half in (~has_bit, has_bit))
-            own = own & torch.where(has_bit, with_bit, without)
+        own, one = torch.full_like(depends, n == count), ~depends
+        for bit in range(max(1, (count - 1).bit_length())):
+            has_bit = (token >> bit & 1).bool()
+            without, with_bit = (self._changed(indices, half) for half in (~has_bit, has_bit))
+            if n == count:
+                own = own & torch.where(has_bit, with_bit, without)
             one = one & (with_bit ^ without)
             source = source | (with_bit.long() << bit)
             depends = depends | with_bit | without
-        known = own | one | ~depends
-        if not bool(known.all()):
+        if not bool((own | one | ~depends).all()):
             return None
-        return torch.where(depends, torch.where(own, position, source), _NONE)
+        source = torch.where(own, token, source) if n == count else source
+        return source.masked_fill(~depends, _NONE)
 
     def _changed(self, indices: TokenIds, half: Tensor) -> Tensor:
-        """Return which integers change if some of the tokens, (L,), are exchanged for others.
+        """Return which integers (n,) change if some of the tokens, those in ``half``, are exchanged for others.
 
         Several exchanges are tried, as two changes may cancel in a hash. Integers that cannot be made of the others, or
         are then of another number, depend on all tokens.
         """
-        changed = torch.zeros_like(indices.value, dtype=torch.bool)
+        changed, half = torch.zeros_like(indices.value, dtype=torch.bool), half.reshape(self.tokens.shape)
         for others in _exchanged(self.tokens):
             try:
                 changed |= indices.recipe(torch.where(half, others, self.tokens)) != indices.value
             except (RuntimeError, IndexError, ValueError, TypeError):
-                return torch.ones_like(changed)
-        return changed
+                return torch.ones_like(changed).flatten()
+        return changed.flatten()
 
     def _in_place(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into integers, which are followed from then on; refuse to write into anything else."""
@@ -269,7 +276,7 @@ def _unchanged(ids: Tensor) -> Tensor:
 
 
 def _exchanged(ids: Tensor) -> list[Tensor]:
-    """Return variants of ids (B, L), with another id of the same text at every token, or a neighbour of a single id."""
+    """Return variants of ids, with another id of the same text at every token, or a neighbour of a single id."""
     known = ids.unique()
     if len(known) == 1:
         return [torch.where(ids > 0, ids - 1, ids + 1)]

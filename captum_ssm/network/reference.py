@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.network.inputs import refuse_bad_inputs
+from captum_ssm.network.inputs import refuse_bad_values
 from captum_ssm.network.interface import is_language_model
 
 Baseline = int | float | Tensor
@@ -18,12 +18,12 @@ Baseline = int | float | Tensor
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of some inputs; without a baseline, embeddings of 0.
+    """The reference of one input; without a baseline, vectors of 0.
 
     Args:
-        baseline: For ids: an id that replaces every token; ids or embeddings that broadcast to all inputs; a float for
-            all components. For embeddings and images: a number, or a tensor that broadcasts to them. Or None.
-        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
+        baseline: For ids: an id that replaces every token; ids or embeddings that broadcast to the inputs; a float for
+            all components. For floating-point inputs: a number, or a tensor that broadcasts to them. Or None.
+        inputs: Token ids (B, L) or of any other shape, embeddings (B, L, E), or any floating-point tensor.
         padding: True at padding, (B, L), which keeps its embeddings; None if there is none.
     """
 
@@ -43,7 +43,7 @@ class Reference:
             forward_func: The model, or a callable that runs it.
             args: The additional forward arguments.
         """
-        masked = is_language_model(forward_func) and args and isinstance(args[0], Tensor)
+        masked = baseline is not None and is_language_model(forward_func) and args and isinstance(args[0], Tensor)
         return cls(baseline, inputs, ~args[0].bool() if masked else None)
 
     def check(self, model: nn.Module) -> None:
@@ -73,13 +73,13 @@ class Reference:
                 "positions; or a list of several such baselines."
             )
         if token_ids and not reference.is_floating_point():
-            refuse_bad_inputs(model, reference.expand(shape))
+            refuse_bad_values(model, reference.expand(shape))
         elif not bool(reference.isfinite().all()):
             raise InvalidInputError("The baseline has NaN or infinite entries.")
 
     @property
     def ids(self) -> Tensor | None:
-        """The reference as a text, (B, L), in which padding keeps its ids; None if the baseline is not one of ids."""
+        """The reference as a text in the shape of the inputs, padding with its own ids; None if the baseline is no text."""
         if self.baseline is None or self.inputs.is_floating_point():
             return None
         ids = torch.as_tensor(self.baseline, device=self.inputs.device)
@@ -88,12 +88,14 @@ class Reference:
         ids = ids.to(self.inputs.dtype).expand(self.inputs.shape)
         return ids if self.padding is None else torch.where(self.padding, self.inputs, ids)
 
-    def vectors(self, value: Tensor, looked_up: Tensor | None = None) -> Tensor:
-        """Return the reference of embeddings or pixels; padding is its own reference.
+    def vectors(self, value: Tensor, looked_up: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Return the reference of vectors; padding is its own reference.
 
         Args:
-            value: The embeddings (B, L, E) or pixels (B, C, H, W) of the inputs.
-            looked_up: The embeddings of the reference's ids, (B, L, E), if it is a text.
+            value: Floating-point inputs, or the embeddings (..., E) of ids (...), or with ``tokens`` any (n, E).
+            looked_up: The embeddings of the reference's ids, in the shape of ``value``, if it is a text.
+            tokens: The number of the token (n,) among all that each vector belongs to; a vector of none, negative, is
+                its own reference.
 
         Returns:
             A tensor of the shape and type of ``value``.
@@ -101,17 +103,19 @@ class Reference:
         Raises:
             InvalidInputError: If the baseline's embeddings have another width than the model's.
         """
-        if self.baseline is None:
-            return torch.zeros_like(value)
         if looked_up is not None:
             return looked_up.to(value)
-        reference = torch.as_tensor(self.baseline, device=value.device)
+        reference = torch.as_tensor(0 if self.baseline is None else self.baseline, device=value.device)
         if reference.dim() > 0 and reference.shape[-1] not in (1, value.shape[-1]):
             raise InvalidInputError(
                 f"The baseline's embeddings have {reference.shape[-1]} components, the model's {value.shape[-1]}."
             )
-        reference = reference.to(value).expand_as(value)
-        return reference if self.padding is None else torch.where(self.padding[..., None], value.detach(), reference)
+        each = value.shape if tokens is None else (*self.inputs.shape, value.shape[-1])
+        reference, keep = reference.to(value).expand(each), self.padding
+        if tokens is not None:
+            reference = reference.flatten(0, -2)[tokens]
+            keep = tokens < 0 if keep is None else keep.flatten()[tokens] | (tokens < 0)
+        return reference if keep is None else torch.where(keep[..., None], value.detach(), reference)
 
 
 def expanded_baseline(baseline: Any, inputs: Tensor) -> Any:

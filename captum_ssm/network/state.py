@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.mixers import known_mixers
 
 _ABSENT = object()
 OF_TORCH = frozenset(vars(nn.Module()))
@@ -117,7 +117,7 @@ class State:
             for module, now, old in zip(self.modules, self._now, self._attributes)
             if any(key not in OF_TORCH and _has_tensor(value) for key, value in [*now.items(), *old.items()])
         }
-        return [mixer for mixer in dict.fromkeys(find_mixers(model).values()) if modules & set(mixer.modules())]
+        return [mixer for mixer in dict.fromkeys(known_mixers(model).values()) if modules & set(mixer.modules())]
 
     def restore(self) -> None:
         """Bring back the contents that were saved, and the tensors that modules held; with contents the flags too."""

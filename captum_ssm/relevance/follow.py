@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import unchecked_chain
+from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Chain, Flip, Operator, Sum
 from captum_ssm.relevance.call import constants
@@ -92,6 +93,8 @@ def follow(
 ) -> Iterator[None]:
     """Let traced tensors flow through a model while the context is open.
 
+    The mixers that are known run by their decomposition; all else is followed function by function.
+
     Args:
         model: The model. It is as before when the context is left, also after an error.
         check: See :class:`FollowedMixers`.
@@ -105,7 +108,7 @@ def follow(
         None.
 
     Raises:
-        UnsupportedModelError: If the model has no supported mixer, or no blocks to checkpoint.
+        UnsupportedModelError: If the model has no blocks to checkpoint.
     """
     plain, rerun = PlainArguments.of(model), Checkpoints()
     mixers = FollowedMixers(plain, check, follow_gates, skips, on_factor, rerun)
@@ -113,7 +116,8 @@ def follow(
         substitute_rules(model, plain, stack)
         if checkpoints:
             rerun.attach(model, stack)
-        stack.enter_context(record_mixers(model, replacement=mixers, prepare=plain))
+        if known_mixers(model):
+            stack.enter_context(record_mixers(model, replacement=mixers, prepare=plain))
         yield
 
 

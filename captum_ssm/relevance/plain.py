@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from captum_ssm.network.interface import floating_type
 from captum_ssm.network.lookups import TokenIds
 from captum_ssm.relevance.traced import Traced
 
@@ -26,7 +27,7 @@ class PlainArguments:
     @classmethod
     def of(cls, model: nn.Module) -> PlainArguments:
         """Return the arguments of this model, in the type of its first floating-point parameter."""
-        return cls(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+        return cls(floating_type(model))
 
     def __call__(self, nested: Any) -> Any:
         """Return a nest of arguments with constants in the model's type, also if the explanation's type has spread."""

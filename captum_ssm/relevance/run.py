@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import CompletenessError, InvalidInputError
-from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
-from captum_ssm.network.lookups import Lookups, Table
 from captum_ssm.network.reference import Reference
+from captum_ssm.network.interface import floating_type
 from captum_ssm.relevance.difference import VALUE_SHARE, Difference
+from captum_ssm.relevance.explained_input import ExplainedInput
+from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.follow import follow
 from captum_ssm.relevance.frozen import Frozen, GateRule
 from captum_ssm.relevance.rule import Rule
@@ -48,49 +50,6 @@ class Options:
     separate_skip: bool = False
     checkpoints: bool = False
     tolerance: float | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The relevance of some examples, and everything that belongs to its sum.
-
-    Args:
-        relevance: Relevance of the embeddings (B, L, E) or pixels (B, C, H, W), or of a probed tensor.
-        terms: Relevance that belongs to no token by name, each (B,).
-        delta: The sum of all relevance and terms less the difference that they explain, (B,).
-        completeness: The largest error of that sum, relative to the sum of the absolute relevances.
-        decisions: Names of the functions whose decision the reference would have made otherwise.
-        fidelity: Relative error of every layer's decomposition by layer name.
-    """
-
-    relevance: Tensor
-    terms: dict[str, Tensor]
-    delta: Tensor
-    completeness: float
-    decisions: set[str]
-    fidelity: dict[str, float]
-
-    @staticmethod
-    def mean(explanations: Sequence[Explanation]) -> Explanation:
-        """Return the mean over several references of the same examples."""
-        return Explanation._merged(explanations, lambda tensors: torch.stack(tensors).mean(0))
-
-    @staticmethod
-    def joined(explanations: Sequence[Explanation]) -> Explanation:
-        """Return one explanation of the examples of several batches."""
-        return Explanation._merged(explanations, torch.cat)
-
-    @staticmethod
-    def _merged(parts: Sequence[Explanation], merge: Callable[[list[Tensor]], Tensor]) -> Explanation:
-        names = dict.fromkeys(name for part in parts for name in part.terms)
-        return Explanation(
-            merge([part.relevance for part in parts]),
-            {name: merge([part.terms.get(name, torch.zeros_like(part.delta)) for part in parts]) for name in names},
-            merge([part.delta for part in parts]),
-            max(part.completeness for part in parts),
-            set[str]().union(*(part.decisions for part in parts)),
-            {name: max(part.fidelity[name] for part in parts) for name in parts[0].fidelity},
-        )
 
 
 class Probe:
@@ -125,22 +84,22 @@ class Run:
     """One forward and one backward pass over some examples, with a reference or with frozen gates.
 
     Args:
-        model: The model that holds the mixers.
+        model: The model, whose known layers run by their decomposition.
         forward_func: The model, or a callable that runs it.
-        score: From the model's output to the explained score of each example, (B,).
-        inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
+        score: From the model's output to the explained score of each example, (B,), or of the batch.
+        inputs: The inputs that are explained, each of which begins with the batch.
         args: The additional forward arguments.
-        reference: The reference of the inputs; without a baseline the gates are frozen.
+        references: The reference of each input; without baselines the gates are frozen.
         options: The method's options.
-        probe: Collects tensors inside the model whose relevance is wanted; None for that of the embeddings.
+        probe: Collects tensors inside the model whose relevance is wanted; None for that of the inputs.
     """
 
     model: nn.Module
     forward_func: Callable[..., Any]
     score: Callable[[Tensor], Tensor]
-    inputs: Tensor
+    inputs: tuple[Tensor, ...]
     args: tuple[Any, ...]
-    reference: Reference
+    references: tuple[Reference, ...]
     options: Options
     probe: Probe | None = None
     fidelity: dict[str, float] = field(default_factory=dict)
@@ -148,9 +107,8 @@ class Run:
     def __post_init__(self) -> None:
         options = self.options
         self.rule: Rule = Frozen(options.gate_rule) if self._is_frozen else Difference(options.value_share)
-        self._leaves: list[_Leaf] = []
+        self._inputs = [ExplainedInput(x, reference, self.rule) for x, reference in zip(self.inputs, self.references)]
         self._skips: list[Traced] = []
-        self._tables: set[Table] = set()
 
     def explain(self, *, with_delta: bool = False) -> Explanation:
         """Run forward and backward, and compare the sum with the model's own output.
@@ -165,38 +123,32 @@ class Run:
             The explanation of these examples.
 
         Raises:
-            InvalidInputError: If the score does not depend on the inputs through the model.
+            InvalidInputError: If the score does not depend on the inputs, or is neither one for each example nor one.
             FidelityError: If a layer's decomposition misses the layer's own output, or the relevance does not add up.
             UnsupportedModelError: If the model calls a function that has no rule.
         """
         with torch.enable_grad(), ExitStack() as stack:
             score = self._forward(stack)
-            value, reference = score.value.detach(), score.reference
+            value, reference = score.value.detach().flatten(), score.reference.flatten()
             probed = [t for t in self.probe.tensors if isinstance(t, Traced)] if self.probe is not None else []
-            leaves = [leaf.vectors for leaf in self._leaves]
-            relevances = _relevances(score, [*leaves, *self._skips, *probed])
-        embedded = _joined([leaf.by_token(r) for leaf, r in zip(self._leaves, relevances)])
-        skips = relevances[len(leaves) : len(relevances) - len(probed)]
-        examples = len(embedded)
-        explanation = self._add_up(embedded, skips, value.reshape(examples), reference.reshape(examples), with_delta)
+            leaves = [leaf for explained in self._inputs for leaf in explained.leaves]
+            relevances = iter(_relevances(score, [*leaves, *self._skips, *probed]))
+        of_inputs = tuple(explained.relevance(relevances) for explained in self._inputs)
+        skips = [next(relevances) for _ in self._skips]
+        explanation = self._add_up(of_inputs, skips, value, reference, with_delta)
         if self.probe is None or not self.probe.tensors:
             return explanation
-        return replace(explanation, relevance=self.probe.select(relevances[len(relevances) - len(probed) :]))
+        return replace(explanation, relevance=(self.probe.select(list(relevances)),))
 
     @property
     def _is_frozen(self) -> bool:
         """Whether there is no reference, so that the gates are frozen."""
-        return self.reference.baseline is None
+        return self.references[0].baseline is None
 
     def _forward(self, stack: ExitStack) -> Traced:
         """Run the model on inputs and reference; ``stack`` holds the hooks until the gradient is there."""
-        options, inputs, leaves = self.options, self.inputs, self._leaves
-        if inputs.is_floating_point():
-            inputs = self._start(inputs, None, None)
-        else:
-            decisions = self.rule.changed_decisions
-            lookups = Lookups(inputs, self.reference.ids, self._start, decisions=decisions, found=self._tables)
-            inputs = lookups.ids
+        options = self.options
+        inputs = [explained.enter() for explained in self._inputs]
         if self.probe is not None:
             self.probe.attach(stack)
         follow_gates = not self._is_frozen or options.gate_rule == "half"
@@ -204,24 +156,23 @@ class Run:
         on_factor = None if self.probe is None else self.probe.on_factor
         stack.enter_context(follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor))
         score = self._traced_score(inputs)
-        followed = leaves and self.fidelity  # some vectors of the inputs, and a layer of this model
-        if not followed or not isinstance(score, Traced) or not score.value.requires_grad:
+        if not isinstance(score, Traced) or not score.value.requires_grad:
             raise InvalidInputError(
-                "The explained score does not depend on the inputs through the model. Check that forward_func runs "
-                "this model itself, in this thread, on the inputs as they are, not stacked with other texts in one "
-                "batch, and that the target is read from its output."
+                "The explained score does not depend on the inputs through the model, as far as functions of torch "
+                "tell. Check that forward_func runs this model itself, in this thread, on the inputs as they are, and "
+                "that the target is read from its output."
             )
-        if score.value.numel() != len(self.inputs):
+        if score.value.numel() not in (1, len(self.inputs[0])):
             raise InvalidInputError(
-                f"forward_func returns {score.value.numel()} score for {len(self.inputs)} examples, but relevance adds "
-                "up to the score of each. Return one score for each example, or explain one example at a time."
+                f"forward_func returns {score.value.numel()} scores for {len(self.inputs[0])} examples. Return one "
+                "score for each example, or one for the batch."
             )
         return score
 
-    def _traced_score(self, inputs: Tensor) -> Tensor:
+    def _traced_score(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error."""
         try:
-            score = self.score(run_model(self.forward_func, inputs, *self.args))
+            score = self.score(run_model(self.forward_func, *inputs, *self.args))
         except RuntimeError as error:
             if self.rule.escape is not None:
                 raise self.rule.escape from error
@@ -230,29 +181,17 @@ class Run:
             raise self.rule.escape
         return score
 
-    def _start(self, value: Tensor, looked_up: Tensor | None, tokens: Tensor | None) -> Traced:
-        """Return embeddings and their reference as a traced tensor, which the model may change in place.
-
-        Args:
-            value: Embeddings (B, L, E) or pixels.
-            looked_up: The reference's embeddings, if the reference is a text.
-            tokens: The token (B, L) that each embedding belongs to; None if it is the one at the same place.
-        """
-        wide, reference = at_least_float32(value.detach()).requires_grad_(), self.reference.vectors(value, looked_up)
-        self._leaves.append(_Leaf(Traced.of(wide, reference.to(wide), self.rule), tokens))
-        return Traced.of(wide.clone(), reference.to(wide, copy=True), self.rule)
-
     def _add_up(
-        self, embedded: Tensor, skips: Sequence[Tensor], value: Tensor, reference: Tensor, with_delta: bool
+        self, relevance: tuple[Tensor, ...], skips: Sequence[Tensor], value: Tensor, reference: Tensor, with_delta: bool
     ) -> Explanation:
         """Compare the sum of all relevance with the difference that the model itself makes.
 
         Args:
-            embedded: Relevance of the embeddings, (B, L, E), or pixels.
+            relevance: Relevance of the inputs.
             skips: Relevance of the direct paths past the recurrences.
-            value: F(x) of this run, (B,).
+            value: F(x) of this run, (S,): for each example, or one for the batch.
             reference: F(x') of this run, where the reference follows the input's decisions, or with frozen gates the
-                model's constant term, (B,).
+                model's constant term, (S,).
             with_delta: Whether F(x) is that of another run of the model.
 
         Returns:
@@ -261,39 +200,37 @@ class Run:
         Raises:
             CompletenessError: If they differ by more than rounding.
         """
-        tokens, changed = embedded.flatten(1), self.rule.changed_decisions
+
+        def sums(parts: Sequence[Tensor]) -> Tensor:
+            """Return the sum of all parts that belong to each score, (S,)."""
+            total = torch.zeros_like(value)
+            return sum((p.reshape(len(value), -1).sum(1).to(total) for p in parts), total)
+
+        changed = self.rule.changed_decisions
         terms = {"bias": reference} if self._is_frozen else {}
         if self.options.separate_skip:
-            terms["skip"] = sum((r.flatten(1).sum(1) for r in skips), torch.zeros_like(value))
+            terms["skip"] = sums(skips)
         if with_delta or (changed and not self._is_frozen):
             value = self._plain_score(self.inputs).to(value).reshape(value.shape)
         difference = value
         if not self._is_frozen:
-            plain_reference = self._plain_reference().to(value).reshape(value.shape)
+            plain_inputs = [explained.plain_reference() for explained in self._inputs]
+            plain_reference = self._plain_score(plain_inputs).to(value).reshape(value.shape)
             difference = value - plain_reference
             if changed:
                 terms["decisions"] = reference - plain_reference
-        missing = tokens.sum(1) + sum(terms.values()) - difference
-        scale = tokens.abs().sum(1) + value.abs() + reference.abs()
+        missing = sums(relevance) + sum(terms.values()) - difference
+        scale = sums([r.abs() for r in relevance]) + value.abs() + reference.abs()
         error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        allowed = max(COMPLETENESS.get(next(self.model.parameters()).dtype, 1e-3), self.options.tolerance or 0)
+        allowed = max(COMPLETENESS.get(floating_type(self.model), 1e-3), self.options.tolerance or 0)
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
-        return Explanation(embedded, terms, missing, error, changed, self.fidelity)
+        return Explanation(relevance, terms, missing, error, changed, self.fidelity)
 
-    def _plain_reference(self) -> Tensor:
-        """Return the score that the model itself gives for the reference, (B,)."""
-        if self.inputs.is_floating_point():
-            return self._plain_score(self.reference.vectors(self.inputs).to(self.inputs))
-        if self.reference.ids is not None:
-            return self._plain_score(self.reference.ids)
-        lookups = Lookups(self.inputs, None, lambda value, *_: self.reference.vectors(value).to(value), self._tables)
-        return self._plain_score(lookups.ids)
-
-    def _plain_score(self, inputs: Tensor) -> Tensor:
-        """Return the score that the model itself gives, (B,)."""
+    def _plain_score(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the score that the model itself gives, (S,)."""
         with torch.no_grad():
-            return self.score(run_model(self.forward_func, inputs, *self.args))
+            return self.score(run_model(self.forward_func, *inputs, *self.args))
 
     def _check_layer(self, call: LayerCall, y: Tensor | None) -> None:
         """Compare a layer's own output with that of its decomposition, ``y``; None if it ran on another input."""
@@ -310,31 +247,6 @@ def _relevances(score: Traced, tensors: Sequence[Traced]) -> list[Tensor]:
         torch.zeros_like(t.reference) if multiplier is None else (t.value.detach() - t.reference) * multiplier
         for t, multiplier in zip(tensors, multipliers)
     ]
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """The beginning of a run: embeddings with their reference.
-
-    Args:
-        vectors: Embeddings (B, L, E), or pixels (B, C, H, W).
-        tokens: The token (B, L) that each embedding belongs to; None if it is the one at the same place.
-    """
-
-    vectors: Traced
-    tokens: Tensor | None
-
-    def by_token(self, relevance: Tensor) -> Tensor:
-        """Return the relevance of the embeddings, (B, L, E), at the place of their tokens."""
-        if self.tokens is None:
-            return relevance
-        return torch.zeros_like(relevance).scatter_add(1, self.tokens[..., None].expand_as(relevance), relevance)
-
-
-def _joined(relevances: Sequence[Tensor]) -> Tensor:
-    """Return the relevance of all embeddings (B, L, components): the sum of those of one width, beside all others."""
-    widths = dict.fromkeys(r.shape[-1] for r in relevances)
-    return torch.cat([torch.stack([r for r in relevances if r.shape[-1] == width]).sum(0) for width in widths], -1)
 
 
 def _lost_paths(model: nn.Module) -> str:

@@ -1,0 +1,52 @@
+"""The relevance of some examples, with all that belongs to its sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The relevance of some examples, and everything that belongs to its sum.
+
+    Args:
+        relevance: Relevance of each input, in its shape, (..., E) for ids (...); or of one probed tensor.
+        terms: Relevance that belongs to no input by name, each (S,): S is B, or 1 if the batch has one score.
+        delta: The sum of all relevance and terms less the difference that they explain, (S,).
+        completeness: The largest error of that sum, relative to the sum of the absolute relevances.
+        decisions: Names of the functions whose decision the reference would have made otherwise.
+        fidelity: Relative error of every layer's decomposition by layer name.
+    """
+
+    relevance: tuple[Tensor, ...]
+    terms: dict[str, Tensor]
+    delta: Tensor
+    completeness: float
+    decisions: set[str]
+    fidelity: dict[str, float]
+
+    @staticmethod
+    def mean(explanations: Sequence[Explanation]) -> Explanation:
+        """Return the mean over several references of the same examples."""
+        return Explanation._merged(explanations, lambda tensors: torch.stack(list(tensors)).mean(0))
+
+    @staticmethod
+    def joined(explanations: Sequence[Explanation]) -> Explanation:
+        """Return one explanation of the examples of several batches."""
+        return Explanation._merged(explanations, lambda tensors: torch.cat(list(tensors)))
+
+    @staticmethod
+    def _merged(parts: Sequence[Explanation], merge: Callable[[Sequence[Tensor]], Tensor]) -> Explanation:
+        names = dict.fromkeys(name for part in parts for name in part.terms)
+        return Explanation(
+            tuple(map(merge, zip(*(part.relevance for part in parts)))),
+            {name: merge([part.terms.get(name, torch.zeros_like(part.delta)) for part in parts]) for name in names},
+            merge([part.delta for part in parts]),
+            max(part.completeness for part in parts),
+            set[str]().union(*(part.decisions for part in parts)),
+            {name: max(part.fidelity[name] for part in parts) for name in parts[0].fidelity},
+        )
