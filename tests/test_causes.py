@@ -153,15 +153,28 @@ def test_a_traced_model_is_named(method: str, ids: Tensor) -> None:
         EVERY[method](lambda ids: traced(ids), model).attribute(ids, 1)
 
 
-@every_method
+@pytest.mark.parametrize("method", ["rollout", "signed"])
 def test_texts_stacked_in_one_batch_are_named(method: str, ids: Tensor) -> None:
     model = build("mamba")
 
     def forward(ids: Tensor) -> Tensor:
         return model(torch.cat([ids, ids.flip(0)]), use_cache=False).logits[: len(ids), -1]
 
-    with pytest.raises((cs.InvalidInputError, cs.UnsupportedModelError), match="stack"):
+    with pytest.raises(cs.UnsupportedModelError, match="stack"):
         EVERY[method](forward, model).attribute(ids, 1)
+
+
+def test_relevance_follows_texts_that_are_stacked_in_one_batch(ids: Tensor) -> None:
+    """A score of the text and of itself turned round, in one run, is the sum of both in two runs."""
+    model = build("mamba")
+
+    def both(ids: Tensor) -> Tensor:
+        return model(torch.cat([ids, ids.flip(1)]), use_cache=False).logits[:, -1].unflatten(0, (2, -1)).sum(0)
+
+    found = EVERY["relevance"](both, model).attribute(ids, 1, baselines=2)
+    one = EVERY["relevance"](model)
+    expected = one.attribute(ids, 1, baselines=2) + one.attribute(ids.flip(1), 1, baselines=2).flip(1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("baseline", [None, 2])
@@ -193,12 +206,15 @@ def test_a_stopped_gradient_is_named(method: str, ids: Tensor) -> None:
         EVERY[method](forward, model).attribute(ids, 1)
 
 
-def test_one_score_for_a_batch_is_named(ids: Tensor) -> None:
+def test_one_score_for_a_batch_is_explained_and_another_number_is_named(ids: Tensor) -> None:
     model = build("mamba")
     method = EVERY["relevance"](lambda ids: model(ids, use_cache=False).logits[:, -1, 1].sum(), model)
-    with pytest.raises(cs.InvalidInputError, match="one score for each example"):
-        method.attribute(ids)
-    torch.testing.assert_close(method.attribute(ids[:1]), EVERY["relevance"](model).attribute(ids[:1], 1))
+    found, delta = method.attribute(ids, baselines=2, return_convergence_delta=True)
+    torch.testing.assert_close(found, EVERY["relevance"](model).attribute(ids, 1, baselines=2))
+    assert delta.shape == (1,) and delta.abs().max() <= 1e-4
+    three = EVERY["relevance"](lambda ids: model(ids, use_cache=False).logits[:, :3, 1].sum(0), model)
+    with pytest.raises(cs.InvalidInputError, match=f"3 scores for {len(ids)} examples"):
+        three.attribute(ids, baselines=2)
 
 
 @every_method

@@ -59,7 +59,7 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
             return _LayerProbe(self.layer_name, self.layer)
         return _FactorProbe(self.layer_name, self.factor)
 
-    def _in_shape(self, relevance: Tensor, shape: ScoreShape) -> Tensor:
+    def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
         return relevance
 
 

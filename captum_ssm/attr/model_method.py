@@ -22,7 +22,8 @@ class ModelMethod(GradientAttribution):
     Args:
         forward_func: A transformers model, any other ``torch.nn.Module``, or any callable that returns an output that
             Captum accepts: one score for each example, or a tensor that ``target`` selects from.
-        model: The model whose layers are explained; needed if ``forward_func`` is not a module.
+        model: The model whose layers are explained; needed if ``forward_func`` is neither a module nor
+            a module's method.
         tolerance: Allowed relative error of the decomposition; None chooses by the model's type
             (:data:`captum_ssm.layers.fidelity.TOLERANCE`).
 
@@ -53,6 +54,9 @@ class ModelMethod(GradientAttribution):
             return self._model
         if isinstance(self.forward_func, nn.Module):
             return self.forward_func
+        owner = getattr(self.forward_func, "__self__", None)  # of a method
+        if isinstance(owner, nn.Module):
+            return owner
         raise InvalidInputError(
             "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
             f"{type(self).__name__}(forward_func, model=model)."

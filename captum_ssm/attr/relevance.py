@@ -14,12 +14,22 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.network.inputs import Target, outside_inference_mode, refuse_bad_state, single_tensor
+from captum_ssm.layers.mixers import known_mixers, refuse_scripted
+from captum_ssm.network.inputs import (
+    Target,
+    input_tensors,
+    outside_inference_mode,
+    refuse_bad_inputs,
+    refuse_bad_state,
+    refuse_bad_values,
+)
+from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
 from captum_ssm.network.turns import unchanged
 from captum_ssm.relevance.difference import VALUE_SHARE
+from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.frozen import GateRule
-from captum_ssm.relevance.run import Explanation, Options, Probe, Run
+from captum_ssm.relevance.run import Options, Probe, Run
 
 Sign = Literal["positive", "negative"] | None
 """Which part of the relevance: the part for the score, the part against it, or their sum."""
@@ -113,6 +123,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         checkpoints: bool = False,
         tolerance: float | None = None,
     ) -> None:
+        self._no_model = nn.Module().eval()
         super().__init__(forward_func, model, tolerance=tolerance)
         if gate_rule not in ("half", "value"):
             raise InvalidInputError(f"gate_rule must be 'half' or 'value', not {gate_rule!r}.")
@@ -145,9 +156,37 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Return the probe of a run, for the relevance of tensors inside the model; here the embeddings' is wanted."""
         return None
 
-    def _in_shape(self, relevance: Tensor, shape: ScoreShape) -> Tensor:
-        """Return the relevance of the embeddings (B, L, E), or pixels (B, C, H, W), in the shape of the inputs."""
-        return shape.from_components(relevance)
+    @property
+    def model(self) -> nn.Module:
+        """The model whose known layers run by their decomposition; an empty module if it is not known."""
+        try:
+            return super().model
+        except InvalidInputError:
+            return self._no_model
+
+    def refuse_model(self) -> None:
+        """Raise if the model is code of torch.jit; all others can be followed.
+
+        Raises:
+            UnsupportedModelError: With the remedy.
+        """
+        if not known_mixers(self.model):
+            refuse_scripted(self.model)
+
+    def refuse_inputs(self, inputs: Tensor) -> None:
+        """Raise if one of the inputs is empty, NaN or infinite, or has bad ids; a language model takes tokens alone.
+
+        Raises:
+            InvalidInputError: In each of these cases.
+        """
+        if is_language_model(self.forward_func):
+            refuse_bad_inputs(self.model, inputs)
+        else:
+            refuse_bad_values(self.model, inputs)
+
+    def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
+        """Return the relevance of each input in its shape, or in that of its patches."""
+        return tuple(shape.from_components(r) for r, shape in zip(relevance, shapes))
 
     @log_usage
     def attribute(
@@ -156,7 +195,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        baselines: Baseline | tuple[Baseline, ...] | list[Any] | None = None,
+        baselines: Baseline | tuple[Baseline | None, ...] | list[Any] | None = None,
         contrast: Target = None,
         sign: Sign = None,
         patches: bool = False,
@@ -167,49 +206,58 @@ class ImplicitAttentionRelevance(ModelMethod):
         """Return the relevance of each token.
 
         Args:
-            inputs: Token ids (B, L), embeddings (B, L, E), or images (B, C, H, W), or a tuple of one such tensor.
+            inputs: Token ids (B, L), embeddings (B, L, E), images (B, C, H, W), or whatever a model of one's own takes:
+                a tensor of any shape, or a tuple of several, each of which begins with the batch. Integers are ids that
+                are looked up.
             target: The class or token to explain, in any form that Captum takes. For a transformers model an int is a
                 vocabulary entry, read at the last real token, or a class of a classifier.
-            additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask
-                (B, L), 0 at padding.
+            additional_forward_args: Passed on after the inputs, as constants. For a transformers model: its attention
+                mask (B, L), 0 at padding.
             baselines: The reference x'. For ids: an id that replaces every token, such as the mask, pad or unk token
                 (the pad token moves the position that a transformers classifier reads, which is a decision); ids, or
-                embeddings, that broadcast to all inputs; a float for all components. For embeddings and images: a
-                number, or a tensor that broadcasts to all inputs. A list of several is averaged over. None freezes
-                the gates.
+                embeddings, that broadcast to all inputs; a float for all components. For all others a number, or a
+                tensor that broadcasts to the inputs. For several inputs a tuple of one for each. A list of several
+                references is averaged over. None freezes the gates.
             contrast: Explain why the target and not this one, in any form of a target.
             sign: ``"positive"`` or ``"negative"``: only the components of the embeddings that speak for the score, or
                 against it. None: their sum.
             patches: Return the sums over an image's patches rather than its pixels; a pixel that several patches read
                 is shared by them.
-            internal_batch_size: Explain so many examples at a time; all at once by default.
+            internal_batch_size: Explain so many examples at a time; all at once by default. A model that gives one score
+                for a batch is explained batch by batch.
             return_convergence_delta: Return also how far the relevance is from adding up.
             show_progress: Show a progress bar if the call takes more than two seconds.
 
         Returns:
-            Relevance (B, L) for token ids, 0 at padding; for embeddings the relevance of each component (B, L, E); for
-            images of each pixel (B, C, H, W), or with ``patches`` of each patch (B, rows, columns). A tuple if
-            ``inputs`` is one. With ``return_convergence_delta`` also the tensor (B,) of the sum of all relevance and
-            :attr:`terms`, less ``F(x)`` or ``F(x) - F(x')`` as the model itself gives it. In the units of the score.
+            Relevance in the shape of the inputs: of each token, 0 at padding, or of each component or pixel; with
+            ``patches`` of each patch of an image, (B, rows, columns). A tuple if ``inputs`` is one. With
+            ``return_convergence_delta`` also the tensor (B,) of the sum of all relevance and :attr:`terms`, less
+            ``F(x)`` or ``F(x) - F(x')`` as the model itself gives it; (1,) if the model gives one score for the batch.
+            In the units of the score.
 
         Raises:
             AssertionError: If ``target`` does not fit the output.
             InvalidInputError: If the inputs or baselines are empty, out of range or of the wrong type.
             ModelStateError: If the model is training, has a warm cache, or gives NaN or infinity.
-            UnsupportedModelError: If the model has no supported layer, or calls a function that has no rule.
+            UnsupportedModelError: If the model calls a function that has no rule, or code that torch does not show.
             FidelityError: If a layer's decomposition misses the layer's own output, or the relevance does not add up.
         """
         with torch.inference_mode(False), unchanged(self.model, self.forward_func, inputs):
-            tokens = single_tensor(inputs)
+            tensors = input_tensors(inputs)
             args = format_additional_forward_args(additional_forward_args)
             if sign not in (None, "positive", "negative"):
                 raise InvalidInputError(f"sign must be 'positive', 'negative' or None, not {sign!r}.")
             references = baselines if isinstance(baselines, list) else [baselines]
             if not references:
                 raise InvalidInputError("baselines is an empty list; pass at least one, or None to freeze the gates.")
-            shape = ScoreShape(self.model, self.forward_func, tokens, args, patches)
+            if len(tensors) > 1 and is_language_model(self.forward_func):
+                raise InvalidInputError(
+                    f"This model takes one tensor of tokens, not {len(tensors)}: pass its mask as "
+                    "additional_forward_args."
+                )
+            shapes = [ScoreShape(self.model, self.forward_func, x, args, patches) for x in tensors]
             explanations: list[Explanation] = []
-            batches = list(self.batches(tokens, args, (target, contrast), None, internal_batch_size))
+            batches = list(self.batches(tensors, args, (target, contrast), None, internal_batch_size))
             with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as advance:
                 for batch, select in batches:
                     of_batch = []
@@ -219,7 +267,7 @@ class ImplicitAttentionRelevance(ModelMethod):
                             select(target),
                             select(contrast),
                             select(args) or (),
-                            select(expanded_baseline(baseline, tokens)),
+                            [select(expanded_baseline(b, x)) for b, x in zip(_one_each(baseline, tensors), tensors)],
                         )
                         of_batch.append(run.explain(with_delta=return_convergence_delta))
                         advance()
@@ -227,28 +275,47 @@ class ImplicitAttentionRelevance(ModelMethod):
             explanation = Explanation.joined(explanations)
         self.terms, self.completeness = explanation.terms, explanation.completeness
         self.held, self.fidelity = explanation.decisions, explanation.fidelity
-        relevance = _of_sign(explanation.relevance, sign)
-        result = format_output(is_tuple(inputs), (self._in_shape(relevance, shape).contiguous(),))
+        relevance = tuple(_of_sign(r, sign) for r in explanation.relevance)
+        result = format_output(is_tuple(inputs), tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
         return (result, explanation.delta) if return_convergence_delta else result
 
     def _run(
         self,
-        inputs: Tensor,
+        inputs: tuple[Tensor, ...],
         target: Target,
         contrast: Target,
         args: tuple[Any, ...],
-        baseline: Baseline | None,
+        baselines: Sequence[Baseline | None],
     ) -> Run:
-        """Return the run of one batch with one reference, its arguments checked."""
+        """Return the run of one batch with one reference for each input, its arguments checked."""
         self.refuse_replaced_gradient()
         refuse_bad_state(self.model)
         target, contrast = outside_inference_mode(target), outside_inference_mode(contrast)
         args = tuple(map(outside_inference_mode, args))
-        reference = Reference.of(baseline, inputs, self.forward_func, args)
-        reference.check(self.model)
+        references = tuple(Reference.of(b, x, self.forward_func, args) for b, x in zip(baselines, inputs))
+        for reference in references:
+            reference.check(self.model)
         score = partial(self.explained_score, target=target, contrast=contrast)
         options = Options(self.gate_rule, self.value_share, bool(self.apart), self.checkpoints, self.tolerance)
-        return Run(self.model, self.forward_func, score, inputs, args, reference, options, self.probe())
+        return Run(self.model, self.forward_func, score, inputs, args, references, options, self.probe())
+
+
+def _one_each(baseline: Any, inputs: tuple[Tensor, ...]) -> tuple[Baseline | None, ...]:
+    """Return a baseline for each input: those of a tuple, or one for all.
+
+    Raises:
+        InvalidInputError: If there are not as many as inputs, or some are missing.
+    """
+    if isinstance(baseline, Tensor) and len(inputs) > 1:
+        baseline = (baseline,)
+    each = baseline if isinstance(baseline, tuple) else (baseline,) * len(inputs)
+    if len(each) != len(inputs):
+        raise InvalidInputError(
+            f"There are {len(each)} baselines for {len(inputs)} inputs. Pass a tuple of one for each, or one number."
+        )
+    if len({b is None for b in each}) > 1:
+        raise InvalidInputError("Some inputs have a baseline and others none. Pass one for each, or none at all.")
+    return each
 
 
 def _of_sign(relevance: Tensor, sign: Sign) -> Tensor:

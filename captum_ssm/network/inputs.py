@@ -132,13 +132,15 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
 
 
 def refuse_bad_values(model: nn.Module, inputs: Tensor) -> None:
-    """Raise if the inputs are empty, NaN or infinite, or name tokens that the model does not have.
+    """Raise if the inputs are empty, NaN, infinite or complex, or name tokens that the model does not have.
 
     Raises:
         InvalidInputError: In each of these cases.
     """
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
+    if inputs.is_complex():
+        raise InvalidInputError("inputs is complex; pass torch.view_as_real(inputs), and let forward_func undo it.")
     if inputs.is_floating_point():
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")

@@ -21,8 +21,8 @@ Table = tuple[int, torch.Size]
 
 Replacement = Callable[[Tensor, "Tensor | None", "Tensor | None"], Tensor]
 """The tensor that the model goes on with, given the vectors (n, E) that it looked up, those of the reference's ids or
-None, and the number of the token (n,) that each of them belongs to, negative for a constant one. None for the last: there
-is a vector for each token at its place, (..., E) for ids of shape (...)."""
+None, and the number of the token (n,) that each of them belongs to, negative for none. None for the last: there is a
+vector for each token at its place, (..., E) for ids of shape (...)."""
 
 
 @dataclass

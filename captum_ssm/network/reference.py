@@ -79,7 +79,7 @@ class Reference:
 
     @property
     def ids(self) -> Tensor | None:
-        """The reference as a text in the shape of the inputs, padding with its own ids; None if the baseline is no text."""
+        """The reference as a text in the shape of the inputs, padding with its own ids; None if it is no text."""
         if self.baseline is None or self.inputs.is_floating_point():
             return None
         ids = torch.as_tensor(self.baseline, device=self.inputs.device)
@@ -122,14 +122,13 @@ def expanded_baseline(baseline: Any, inputs: Tensor) -> Any:
     """Return the baseline for all examples, so that it can be cut into batches with them.
 
     Args:
-        baseline: A number, a tensor, or a tuple of one of them, which Captum's methods also take.
+        baseline: A number, a tensor, or None.
         inputs: The inputs of all examples.
 
     Returns:
         A tensor in the shape of the inputs, (B, L, E) for embeddings in place of ids. A number, and a tensor that does
         not fit (which :meth:`Reference.check` refuses), stay unchanged.
     """
-    baseline = baseline[0] if isinstance(baseline, tuple) and len(baseline) == 1 else baseline
     if not isinstance(baseline, Tensor) or baseline.dim() == 0:
         return baseline
     vectors = baseline.is_floating_point() and not inputs.is_floating_point()

@@ -32,7 +32,7 @@ class ExplainedInput:
     _tables: set[Table] = field(default_factory=set, init=False)
 
     def enter(self) -> Tensor:
-        """Return what the model runs on: a traced tensor, or ids whose lookups give traced tensors."""
+        """Return the input that the model runs on: a traced tensor, or ids whose lookups give traced tensors."""
         if self.value.is_floating_point():
             return self._start(self.value, None, None)
         decisions = self.rule.changed_decisions

@@ -15,8 +15,8 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
-from captum_ssm.network.reference import Reference
 from captum_ssm.network.interface import floating_type
+from captum_ssm.network.reference import Reference
 from captum_ssm.relevance.difference import VALUE_SHARE, Difference
 from captum_ssm.relevance.explained_input import ExplainedInput
 from captum_ssm.relevance.explanation import Explanation
