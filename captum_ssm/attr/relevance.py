@@ -223,8 +223,8 @@ class ImplicitAttentionRelevance(ModelMethod):
                 against it. None: their sum.
             patches: Return the sums over an image's patches rather than its pixels; a pixel that several patches read
                 is shared by them.
-            internal_batch_size: Explain so many examples at a time; all at once by default. A model with one score for a
-                batch is explained batch by batch.
+            internal_batch_size: Explain so many examples at a time; all at once by default. A model with one score for
+                a batch is explained batch by batch.
             return_convergence_delta: Return also how far the relevance is from adding up.
             show_progress: Show a progress bar if the call takes more than two seconds.
 

@@ -43,13 +43,12 @@ def decoded(observed: Tensor, length: int) -> Tensor:
     Returns:
         (B, P): a number, :data:`NONE` or :data:`SEVERAL`.
     """
-    codes = token_codes(length).to(observed.device)
-    bits = codes.sum(1).max() if codes.shape[1] else 0
-    found = observed.sum(-1)
-    common = observed.float() @ codes.float().T  # (B, P, L)
-    exact = common.eq(bits) & found.eq(bits).unsqueeze(-1)
-    number = torch.where(exact.any(-1), exact.int().argmax(-1), torch.full_like(found, SEVERAL))
-    return number.masked_fill(found.eq(0), NONE)
+    powers = 2 ** torch.arange(observed.shape[-1], device=observed.device)
+    codes, numbers = (token_codes(length).to(observed.device) * powers).sum(-1).sort()
+    found = (observed * powers).sum(-1)  # (B, P)
+    place = torch.searchsorted(codes, found).clamp_max(length - 1)
+    number = torch.where(codes[place] == found, numbers[place], SEVERAL)
+    return number.masked_fill(~observed.any(-1), NONE)
 
 
 def sources(readers: Tensor, places: Tensor, length: int) -> Tensor:
