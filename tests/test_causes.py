@@ -76,27 +76,47 @@ class QuantLinear(nn.Module):
         return nn.functional.linear(x, self.qweight[0], self.bias)
 
 
-@every_method
-@pytest.mark.parametrize(
-    ("stand_in", "remedy"),
-    [
-        (LoraLinear, "merge_and_unload"),
-        (MergedInPlace, "merge_and_unload"),
-        (Linear4bit, "without quantization"),
-        (QuantLinear, "without quantization"),
-    ],
-)
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5"])
-def test_a_part_that_stands_in_for_a_weight_is_named(
-    name: str, stand_in: Any, remedy: str, method: str, ids: Tensor
-) -> None:
+REMEDIES: dict[Any, str] = {
+    LoraLinear: "merge_and_unload",
+    MergedInPlace: "merge_and_unload",
+    Linear4bit: "without quantization",
+    QuantLinear: "without quantization",
+}
+every_stand_in = pytest.mark.parametrize("stand_in", REMEDIES)
+
+
+def with_stand_ins(name: str, stand_in: Any) -> nn.Module:
+    """A model of a family whose projections are no plain weights."""
     model = build(name)
     for layer in list(model.modules()):
         for child in ("in_proj", "in_proj_qkv", "out_proj"):
             if isinstance(getattr(layer, child, None), nn.Linear):
                 setattr(layer, child, stand_in(getattr(layer, child)).eval())
-    with pytest.raises(cs.UnsupportedModelError, match=f"{stand_in.__name__}.*{remedy}"):
-        EVERY[method](model).attribute(ids, 1)
+    return model
+
+
+@pytest.mark.parametrize("method", ["rollout", "signed"])
+@every_stand_in
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5"])
+def test_a_part_that_stands_in_for_a_weight_is_named(name: str, stand_in: Any, method: str, ids: Tensor) -> None:
+    with pytest.raises(cs.UnsupportedModelError, match=f"{stand_in.__name__}.*{REMEDIES[stand_in]}"):
+        EVERY[method](with_stand_ins(name, stand_in)).attribute(ids, 1)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@every_stand_in
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5"])
+def test_relevance_follows_what_stands_in_for_a_weight(
+    name: str, stand_in: Any, checkpoints: bool, ids: Tensor
+) -> None:
+    model = with_stand_ins(name, stand_in)
+    method = cs.ImplicitAttentionRelevance(model, checkpoints=checkpoints)
+    scores = method.attribute(ids, 1, baselines=2)
+    with torch.no_grad():
+        difference = [model(text, use_cache=False).logits[:, -1, 1] for text in (ids, torch.full_like(ids, 2))]
+    total = scores.sum(1) + sum(method.terms.values())
+    torch.testing.assert_close(total, difference[0] - difference[1], atol=1e-4, rtol=1e-4)
+    assert any(stand_in.__name__ in way for way in method.followed.values())
 
 
 @every_method

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_ssm._captum import LayerAttribution, NeuronAttribution, format_additional_forward_args, log_usage
+from captum_ssm.attr.any_model import AnyModelMethod
 from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
 from captum_ssm.attr.score_shape import ScoreShape
@@ -135,7 +136,7 @@ class _FactorProbe(_InnerProbe):
         return f"has no factor {self.factor!r}{known}"
 
 
-class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
+class NeuronImplicitAttentionRelevance(AnyModelMethod, NeuronAttribution):
     """Relevance of a neuron: which tokens an activation inside the model comes from.
 
     Args:
@@ -172,7 +173,7 @@ class NeuronImplicitAttentionRelevance(ModelMethod, NeuronAttribution):
         """Return the relevance of each token for the neuron.
 
         Args:
-            inputs: Token ids (B, L), or embeddings (B, L, E), or a tuple of one such tensor.
+            inputs: Those of :meth:`ImplicitAttentionRelevance.attribute`.
             neuron_selector: Where the neuron is in the layer's output, without the axis of examples, such as
                 ``(token, channel)``; or a function of the whole output that returns one number for each example.
             additional_forward_args: Passed on after the inputs. For a transformers model: its attention mask (B, L).

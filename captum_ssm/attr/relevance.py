@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import format_additional_forward_args, format_output, is_tuple, log_usage
 from captum_ssm._progress import progress_bar
-from captum_ssm.attr.model_method import ModelMethod
+from captum_ssm.attr.any_model import AnyModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.layers.mixers import known_mixers, refuse_scripted
 from captum_ssm.network.inputs import (
     Target,
     input_tensors,
     outside_inference_mode,
-    refuse_bad_inputs,
     refuse_bad_state,
-    refuse_bad_values,
 )
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
@@ -35,7 +32,7 @@ Sign = Literal["positive", "negative"] | None
 """Which part of the relevance: the part for the score, the part against it, or their sum."""
 
 
-class ImplicitAttentionRelevance(ModelMethod):
+class ImplicitAttentionRelevance(AnyModelMethod):
     """Relevance that adds up: a score for each token, whose sum is the explained score or difference.
 
     Without ``baselines``, *frozen gates*: given its gates a gated-linear network is affine in its embeddings, so the
@@ -52,8 +49,11 @@ class ImplicitAttentionRelevance(ModelMethod):
     The second is DeepLIFT's rescale rule, extended to products: by the Shapley value of their factors, ``p = q = 1/2``
     (or of three where a recurrence is fed with delta, B and x), but for a value and its reader, which
     ``value_share`` divides. It is exact for each function, though not the Shapley value of the model. The first is
-    layer-wise relevance propagation. Layers run by their decomposition, in linear time, whichever kernel the model
-    itself uses; all between them is followed function by function as the model's own code calls it. A function without
+    layer-wise relevance propagation.
+
+    Any model can be explained, with known layers or none. Those that an adapter knows run by their decomposition, in
+    linear time, whichever kernel the model itself uses; all else is followed function by function as the model's own
+    code calls it, a loop over tokens step by step. :attr:`followed` says which layer went which way. A function without
     a rule is refused by name (:func:`captum_ssm.register_rule`).
 
     With a reference, each call runs the model itself on it, and refuses relevance that does not sum to the difference
@@ -88,6 +88,8 @@ class ImplicitAttentionRelevance(ModelMethod):
             relevance without its sign. With a reference, the difference is to the model's own run on it.
         held: After a call, names of the functions whose decision the reference would have made otherwise.
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
+        followed: After a call, by name of each layer that an adapter knows: ``"decomposition"``, or why it was followed
+            function by function instead, as all other layers are.
 
     Cost: frozen gates: one run of the model, one of its decomposition for the score and one for the bias, and one
     backwards. Difference: two runs of the model, two of its decomposition, one backwards. All O(L·D·N).
@@ -123,7 +125,6 @@ class ImplicitAttentionRelevance(ModelMethod):
         checkpoints: bool = False,
         tolerance: float | None = None,
     ) -> None:
-        self._no_model = nn.Module().eval()
         super().__init__(forward_func, model, tolerance=tolerance)
         if gate_rule not in ("half", "value"):
             raise InvalidInputError(f"gate_rule must be 'half' or 'value', not {gate_rule!r}.")
@@ -142,6 +143,7 @@ class ImplicitAttentionRelevance(ModelMethod):
         self.terms: dict[str, Tensor] = {}
         self.completeness = 0.0
         self.held: set[str] = set()
+        self.followed: dict[str, str] = {}
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -155,34 +157,6 @@ class ImplicitAttentionRelevance(ModelMethod):
     def probe(self) -> Probe | None:
         """Return the probe of a run, for the relevance of tensors inside the model; here the embeddings' is wanted."""
         return None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model whose known layers run by their decomposition; an empty module if it is not known."""
-        try:
-            return super().model
-        except InvalidInputError:
-            return self._no_model
-
-    def refuse_model(self) -> None:
-        """Raise if the model is code of torch.jit; all others can be followed.
-
-        Raises:
-            UnsupportedModelError: With the remedy.
-        """
-        if not known_mixers(self.model):
-            refuse_scripted(self.model)
-
-    def refuse_inputs(self, inputs: Tensor) -> None:
-        """Raise if one of the inputs is empty, NaN or infinite, or has bad ids; a language model takes tokens alone.
-
-        Raises:
-            InvalidInputError: In each of these cases.
-        """
-        if is_language_model(self.forward_func):
-            refuse_bad_inputs(self.model, inputs)
-        else:
-            refuse_bad_values(self.model, inputs)
 
     def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
         """Return the relevance of each input in its shape, or in that of its patches."""
@@ -275,6 +249,7 @@ class ImplicitAttentionRelevance(ModelMethod):
             explanation = Explanation.joined(explanations)
         self.terms, self.completeness = explanation.terms, explanation.completeness
         self.held, self.fidelity = explanation.decisions, explanation.fidelity
+        self.followed = explanation.followed
         relevance = tuple(_of_sign(r, sign) for r in explanation.relevance)
         result = format_output(is_tuple(inputs), tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
         return (result, explanation.delta) if return_convergence_delta else result

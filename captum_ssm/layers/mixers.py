@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +32,24 @@ class Support(NamedTuple):
 class _Registered(NamedTuple):
     adapter: Adapter
     support: Support
+    parts: tuple[str, ...]
 
 
 _ADAPTERS = Registry[_Registered]("An adapter", "captum_ssm.unregister")
 
 
-def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[[Adapter], Adapter]:
-    """Register an adapter for layers of these class names, and of classes derived from them.
+def register(
+    *classes: type[nn.Module] | str, kernel: str = "", family: str = "", parts: Sequence[str] = ()
+) -> Callable[[Adapter], Adapter]:
+    """Register an adapter for layers of these classes, and of classes derived from them.
 
     Args:
-        class_names: Names of the layer's class (no module path: libraries move classes about).
+        classes: The layer's class; or its name, ``"Mamba"``; or its name with that of its module, or of a package
+            around it, in front: ``"mamba_ssm.Mamba"``. The class itself counts before its names, and a longer name
+            before a shorter one, so that libraries may have different classes of one name.
         kernel: How the layer mixes tokens, for :func:`supported`.
         family: The model type that has these layers, for :func:`supported`.
+        parts: Names of attributes that the layer must have to be one of these: for a common name.
 
     Returns:
         A decorator for ``decompose(mixer, x, kwargs) -> Chain``. The function gets the layer, its input
@@ -63,21 +71,22 @@ def register(*class_names: str, kernel: str = "", family: str = "") -> Callable[
     """
 
     def decorate(adapter: Adapter) -> Adapter:
-        _ADAPTERS.refuse_taken(*class_names)
-        for name in class_names:
-            _ADAPTERS.add(name, _Registered(adapter, Support(name, kernel, family)), owner=adapter)
+        _ADAPTERS.refuse_taken(*classes, owner=adapter)
+        for named in classes:
+            layer = named.rpartition(".")[2] if isinstance(named, str) else named.__name__
+            _ADAPTERS.add(named, _Registered(adapter, Support(layer, kernel, family), tuple(parts)), owner=adapter)
         return adapter
 
     return decorate
 
 
-def unregister(class_name: str) -> None:
-    """Remove the adapter of this class name.
+def unregister(cls: type[nn.Module] | str) -> None:
+    """Remove the adapter of this class, or name.
 
     Raises:
         KeyError: If none is registered.
     """
-    _ADAPTERS.remove(class_name)
+    _ADAPTERS.remove(cls)
 
 
 def supported() -> list[Support]:
@@ -98,7 +107,7 @@ def supported_families() -> str:
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter of the module's class or of the nearest class that it derives from, or None."""
     entry = _ADAPTERS.of_class(module)
-    return None if entry is None else entry.adapter
+    return None if entry is None or not all(hasattr(module, part) for part in entry.parts) else entry.adapter
 
 
 def known_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,7 +118,7 @@ def known_mixers(model: nn.Module) -> dict[str, nn.Module]:
     mixers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}.") or not outer for outer in mixers)
-        if not inside and _ADAPTERS.of_class(module) is not None:
+        if not inside and find_adapter(module) is not None:
             mixers[name] = module
     return mixers
 
@@ -137,7 +146,7 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     mixers = known_mixers(model)
     if not mixers:
         refuse_scripted(model)
-        alike = sorted({type(m).__name__ for m in model.modules() if _looks_like_mixer(type(m).__name__)})
+        alike = sorted({type(module).__name__ for module in model.modules() if _mixes_by_its_code(module)})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that captum_ssm can decompose. Layers that look like token "
             f"mixers: {', '.join(alike) or 'none'}. Supported: {supported_families()}. For a layer of your own, "
@@ -147,6 +156,20 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     return mixers
 
 
-def _looks_like_mixer(class_name: str) -> bool:
-    parts = ("Mixer", "Attention", "DeltaNet", "ShortConv", "Recurrent", "Rglru", "LSTM", "GRU", "RNN", "SSM")
-    return any(part in class_name for part in parts) or class_name in ("Mamba", "Mamba2", "Mamba3", "xLSTMLayer")
+_MIXING = re.compile(
+    r"scan|cumsum|cumprod|conv1d|fft|softmax|scaled_dot_product|recurren|attention|lstm|gru|for \w+ in range\(",
+    re.IGNORECASE,
+)
+"""Parts of code that mixes tokens: recurrences and their kernels, convolutions, attention, loops over tokens."""
+
+
+def _mixes_by_its_code(module: nn.Module) -> bool:
+    """Whether the code of a module's own class, not of torch's, or of a recurrent network of torch, mixes tokens."""
+    if isinstance(module, nn.RNNBase):
+        return True
+    if type(module).__module__.startswith("torch.") or any(_mixes_by_its_code(child) for child in module.children()):
+        return False
+    try:
+        return _MIXING.search(inspect.getsource(type(module).forward)) is not None
+    except (OSError, TypeError):  # no source is at hand
+        return False

@@ -20,6 +20,7 @@ class Explanation:
         completeness: The largest error of that sum, relative to the sum of the absolute relevances.
         decisions: Names of the functions whose decision the reference would have made otherwise.
         fidelity: Relative error of every layer's decomposition by layer name.
+        followed: By name of each known layer how it was followed, see :func:`~captum_ssm.relevance.follow.follow`.
     """
 
     relevance: tuple[Tensor, ...]
@@ -28,6 +29,7 @@ class Explanation:
     completeness: float
     decisions: set[str]
     fidelity: dict[str, float]
+    followed: dict[str, str]
 
     @staticmethod
     def mean(explanations: Sequence[Explanation]) -> Explanation:
@@ -48,5 +50,6 @@ class Explanation:
             merge([part.delta for part in parts]),
             max(part.completeness for part in parts),
             set[str]().union(*(part.decisions for part in parts)),
-            {name: max(part.fidelity[name] for part in parts) for name in parts[0].fidelity},
+            {name: max(part.fidelity.get(name, 0.0) for part in parts) for name in parts[0].fidelity},
+            {name: way for part in parts for name, way in part.followed.items()},
         )

@@ -11,8 +11,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.call import LayerCall
+from captum_ssm.errors import FidelityError, UnsupportedModelError
+from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.network.recording import record_mixers
@@ -24,10 +24,16 @@ from captum_ssm.relevance.plain import PlainArguments
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced, traced
 
+DECOMPOSITION = "decomposition"
+"""How a mixer was followed: as its adapter decomposes it."""
+
 
 @dataclass(frozen=True)
 class FollowedMixers:
     """How the mixers of a model are followed: each runs by its decomposition, checked by its own code.
+
+    A mixer that is not what its adapter knows, such as one with the matrices of a fine-tuning, or another library's
+    class of the same name, is followed function by function instead, which is as exact and takes longer.
 
     Args:
         plain: Turns traced arguments into those of the mixer's own code.
@@ -37,6 +43,7 @@ class FollowedMixers:
         skips: Gets the direct paths past the recurrences, as inputs of their own; None leaves them in the flow.
         on_factor: Called with a mixer's name, the name of each factor of its chain, and the input of the factor.
         checkpoints: The checkpointed blocks, if there are any.
+        followed: Gets by name of each mixer how it was followed: by its decomposition, or why not.
     """
 
     plain: PlainArguments
@@ -45,16 +52,42 @@ class FollowedMixers:
     skips: list[Traced] | None = None
     on_factor: Callable[[str, str, Tensor], None] | None = None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    followed: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, call: LayerCall) -> Tensor:
-        """Return the output of a mixer's decomposition, traced if its input is.
+        """Return the output of a mixer, traced if its input is.
 
         Raises:
-            UnsupportedModelError: If another argument than the input depends on the tokens.
-            FidelityError: If the decomposition misses the mixer's own output.
+            UnsupportedModelError: If neither the adapter knows the mixer nor its functions have rules.
+            FidelityError: If the mixer is probed, and its decomposition misses its own output.
         """
         if not traced((call.x, call.kwargs)):
             return call.y
+        known = self.followed.get(call.name) if self.checkpoints.is_rerun else None
+        try:
+            y = self._by_decomposition(call)  # when a block runs again too: it has to keep the same tensors
+            self.followed[call.name] = known or DECOMPOSITION
+        except (FidelityError, UnsupportedModelError) as error:
+            if self.skips is not None or self.on_factor is not None:  # asked for parts of the decomposition
+                raise
+            self.followed[call.name] = str(error)
+        return y if self.followed[call.name] == DECOMPOSITION else self._by_functions(call)
+
+    def _by_functions(self, call: LayerCall) -> Tensor:
+        """Return the output of a mixer's own code, function by function."""
+        x = call.x if call.own_input is None else call.own_input
+        arguments = {name: value for name, value in call.kwargs.items() if name != "source"}
+        y: Tensor = first_output(call.mixer.forward(x, **arguments))
+        return y
+
+    def _by_decomposition(self, call: LayerCall) -> Tensor:
+        """Return the output of a mixer's decomposition, checked.
+
+        Raises:
+            UnsupportedModelError: If another argument than the input depends on the tokens, or the adapter does not
+                know the mixer.
+            FidelityError: If the decomposition misses the mixer's own output.
+        """
         if not isinstance(call.x, Traced) or traced(call.kwargs):
             raise UnsupportedModelError(
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
@@ -90,7 +123,7 @@ def follow(
     checkpoints: bool = False,
     skips: list[Traced] | None = None,
     on_factor: Callable[[str, str, Tensor], None] | None = None,
-) -> Iterator[None]:
+) -> Iterator[dict[str, str]]:
     """Let traced tensors flow through a model while the context is open.
 
     The mixers that are known run by their decomposition; all else is followed function by function.
@@ -105,7 +138,7 @@ def follow(
         on_factor: Called with the input of each factor of a mixer's chain.
 
     Yields:
-        None.
+        By name of each known mixer how it was followed: :data:`DECOMPOSITION`, or why not.
 
     Raises:
         UnsupportedModelError: If the model has no blocks to checkpoint.
@@ -118,7 +151,7 @@ def follow(
             rerun.attach(model, stack)
         if known_mixers(model):
             stack.enter_context(record_mixers(model, replacement=mixers, prepare=plain))
-        yield
+        yield mixers.followed
 
 
 def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor:

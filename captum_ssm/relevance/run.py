@@ -103,6 +103,7 @@ class Run:
     options: Options
     probe: Probe | None = None
     fidelity: dict[str, float] = field(default_factory=dict)
+    followed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -154,7 +155,9 @@ class Run:
         follow_gates = not self._is_frozen or options.gate_rule == "half"
         skips = self._skips if options.separate_skip else None
         on_factor = None if self.probe is None else self.probe.on_factor
-        stack.enter_context(follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor))
+        self.followed = stack.enter_context(
+            follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor)
+        )
         score = self._traced_score(inputs)
         if not isinstance(score, Traced) or not score.value.requires_grad:
             raise InvalidInputError(
@@ -225,7 +228,7 @@ class Run:
         allowed = max(COMPLETENESS.get(floating_type(self.model), 1e-3), self.options.tolerance or 0)
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
-        return Explanation(relevance, terms, missing, error, changed, self.fidelity)
+        return Explanation(relevance, terms, missing, error, changed, self.fidelity, self.followed)
 
     def _plain_score(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the score that the model itself gives, (S,)."""

@@ -15,7 +15,7 @@ from captum_ssm.layers.token_shift import token_shift
 from captum_ssm.operators import Chain, Diagonal, Operator
 
 
-@register("RWKV6FeedForward", kernel="token shift", family="fla")
+@register("fla.RWKV6FeedForward", kernel="token shift", family="fla")
 def channel_mix6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the channel mixing of RWKV-6.
 
@@ -42,7 +42,7 @@ def channel_mix6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return Chain({"gate": Diagonal(gate), **factors})
 
 
-@register("RWKV7FeedForward", kernel="token shift", family="fla")
+@register("fla.RWKV7FeedForward", kernel="token shift", family="fla")
 def channel_mix7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the channel mixing of RWKV-7.
 

@@ -18,7 +18,7 @@ from captum_ssm.layers.parameters import low_rank, parameters, projection
 from captum_ssm.operators import Chain, Diagonal, Operator
 
 
-@register("DeltaNet", kernel="delta rule", family="fla")
+@register("fla.DeltaNet", kernel="delta rule", family="fla")
 def delta_net(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a DeltaNet: the delta rule without decays.
 
@@ -57,7 +57,7 @@ def delta_net(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return _delta_layer(mixer, weights, masked, mask, scaled(queries), scaled(keys), v, a, beta, gate)
 
 
-@register("GatedDeltaNet", kernel="GDN", family="fla")
+@register("fla.GatedDeltaNet", kernel="GDN", family="fla")
 def gated_delta_net(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a Gated DeltaNet: the delta rule with one decay for each head.
 
@@ -91,7 +91,7 @@ def gated_delta_net(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return _delta_layer(mixer, weights, masked, mask, q, k, v, a, beta, gate)
 
 
-@register("KimiDeltaAttention", kernel="KDA", family="fla")
+@register("fla.KimiDeltaAttention", kernel="KDA", family="fla")
 def kimi_delta(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a Kimi delta attention: the delta rule with a decay for each state.
 

@@ -21,7 +21,7 @@ _HGRN2_EPS = 1e-5
 """Added to the mean square in the norm of HGRN2, regardless of the layer's configuration."""
 
 
-@register("MultiScaleRetention", kernel="retention", family="fla")
+@register("fla.MultiScaleRetention", kernel="retention", family="fla")
 def retention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a multi-scale retention: linear attention with one constant decay for each head.
 
@@ -56,7 +56,7 @@ def retention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return _gated_layer(mixer, x, kwargs, decays, turn)
 
 
-@register("GatedLinearAttention", kernel="GLA", family="fla")
+@register("fla.GatedLinearAttention", kernel="GLA", family="fla")
 def gla(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a gated linear attention: linear attention with a decay for each state.
 
@@ -89,7 +89,7 @@ def gla(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return _gated_layer(mixer, x, kwargs, decays)
 
 
-@register("HGRN2Attention", kernel="HGRN2", family="fla")
+@register("fla.HGRN2Attention", kernel="HGRN2", family="fla")
 def hgrn2(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose an HGRN2 layer: linear attention whose keys are one minus the decays.
 

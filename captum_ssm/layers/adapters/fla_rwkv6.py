@@ -17,7 +17,7 @@ from captum_ssm.layers.token_shift import previous
 from captum_ssm.operators import Centre, Chain, Diagonal, Operator, Scan
 
 
-@register("RWKV6Attention", kernel="WKV-6", family="fla")
+@register("fla.RWKV6Attention", kernel="WKV-6", family="fla")
 def wkv6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the time mixing of RWKV-6.
 

@@ -24,7 +24,7 @@ _TINY = 1e-24
 """Added to the squared length of a key, which may be 0, where the layer takes torch's ``normalize``."""
 
 
-@register("RWKV7Attention", kernel="WKV-7", family="fla")
+@register("fla.RWKV7Attention", kernel="WKV-7", family="fla")
 def wkv7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the time mixing of RWKV-7.
 

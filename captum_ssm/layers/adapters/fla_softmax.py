@@ -18,7 +18,7 @@ from captum_ssm.layers.rotary import rotary_angles, rotate
 from captum_ssm.operators import Attention, Chain, Diagonal
 
 
-@register("Attention", kernel="softmax attention", family="fla")
+@register("fla.Attention", kernel="softmax attention", family="fla")
 def softmax_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a softmax attention with rotary positions, whose query heads share keys and values in groups.
 

@@ -19,7 +19,7 @@ from captum_ssm.layers.rotary import rotate
 from captum_ssm.operators import Chain, Diagonal, Operator, Scan
 
 
-@register("Mamba3", kernel="Mamba-3", family="mamba_ssm")
+@register("Mamba3", kernel="Mamba-3", family="mamba_ssm", parts=("in_proj", "is_mimo", "num_rope_angles"))
 def mamba3(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a Mamba-3 layer with one input and one output.
 

@@ -20,7 +20,7 @@ from captum_ssm.layers.rotary import rotary_angles, rotate
 from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
 
 
-@register("MHA", kernel="softmax attention", family="mamba_ssm")
+@register("MHA", kernel="softmax attention", family="mamba_ssm", parts=("in_proj", "rotary_emb_dim", "mlp_dim"))
 def native_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose a softmax attention, which may convolve queries, keys and values, and have a gated MLP beside it.
 

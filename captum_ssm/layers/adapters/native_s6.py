@@ -16,7 +16,9 @@ from captum_ssm.layers.selective_scan import one_head, selective_factors, select
 from captum_ssm.operators import Chain, Diagonal, Sum
 
 
-@register("Mamba", kernel="S6", family="mamba_ssm")
+@register(
+    "Mamba", kernel="S6", family="mamba_ssm", parts=("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj")
+)
 def native_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the Mamba layer of a native package, which is laid out as the one of transformers.
 

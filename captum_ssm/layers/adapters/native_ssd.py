@@ -15,7 +15,7 @@ from captum_ssm.layers.state_space_duality import OutputNorm, SSDOptions, ssd_la
 from captum_ssm.operators import Chain
 
 
-@register("Mamba2", kernel="SSD", family="mamba_ssm")
+@register("Mamba2", kernel="SSD", family="mamba_ssm", parts=("in_proj", "conv1d", "dt_bias", "A_log", "out_proj"))
 def native_mamba2(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the Mamba2 layer of a native package, which may have no norm, and gated channels beside it.
 
@@ -47,7 +47,7 @@ def native_mamba2(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return ssd_layer(x, kwargs, weights, SSDOptions(mixer.activation, groups, mixer.dt_limit, norm))
 
 
-@register("Mamba2Simple", kernel="SSD", family="mamba_ssm")
+@register("Mamba2Simple", kernel="SSD", family="mamba_ssm", parts=("in_proj", "conv1d", "dt_bias", "A_log"))
 def native_mamba2_simple(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the simple Mamba-2 layer of mamba_ssm.
 
