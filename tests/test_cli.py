@@ -627,13 +627,19 @@ def test_every_single_word_is_explained(run: Any, checkpoint: Path) -> None:
         assert run(word, "--model", checkpoint).status == 0
 
 
-def test_a_model_without_supported_layers_is_refused(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_without_supported_layers_is_explained_by_relevance_alone(
+    run: Any, checkpoint: Path, tmp_path: Path
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path / "gpt2"
     PreTrainedTokenizerFast.from_pretrained(checkpoint).save_pretrained(folder)
     GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16)).save_pretrained(folder)
-    assert_refused(run("a film", "--model", folder), "GPT2Attention", "Supported: .*mamba", "register")
+    shown = run("a film", "--model", folder)
+    assert shown.status == 0 and "function by function" in shown.fact("exactness")
+    shown = run("a film", "--model", folder, "--method", "rollout")
+    assert shown.status == 2 and "Traceback" not in shown.err
+    assert all(part in shown.err for part in ("GPT2Attention", "Supported: ", "mamba", "captum_ssm.register"))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(run: Any, checkpoint: Path) -> None:

@@ -53,10 +53,13 @@ def method_facts(method: ModelMethod, options: argparse.Namespace, source: str) 
     Returns:
         The method with its options, its exactness, and the model, each in words.
     """
-    layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
+    exactness = "no layer is decomposed: all are followed function by function"
+    if method.fidelity:
+        layer, largest = max(method.fidelity.items(), key=lambda item: item[1])
+        exactness = f"largest relative error over {len(method.fidelity)} layers {largest:.1e} ({layer})"
     return {
         "method": f"{type(method).__name__}: {describe_options(method, options)}",
-        "exactness": f"largest relative error over {len(method.fidelity)} layers {largest:.1e} ({layer})",
+        "exactness": exactness,
         "model": source,
     }
 

@@ -23,7 +23,7 @@ from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.follow import follow
 from captum_ssm.relevance.frozen import Frozen, GateRule
 from captum_ssm.relevance.rule import Rule
-from captum_ssm.relevance.traced import Traced
+from captum_ssm.relevance.traced import Traced, refused_access
 
 COMPLETENESS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
 """Allowed error of the sum by the model's type, relative to the sum of the absolute relevances.
@@ -177,8 +177,9 @@ class Run:
         try:
             score = self.score(run_model(self.forward_func, *inputs, *self.args))
         except RuntimeError as error:
-            if self.rule.escape is not None:
-                raise self.rule.escape from error
+            escape = self.rule.escape or refused_access(error)
+            if escape is not None:
+                raise escape from error
             raise
         if self.rule.escape is not None:
             raise self.rule.escape

@@ -20,7 +20,8 @@ class Traced(Tensor):
     """A value of a running model with the reference that it is compared with.
 
     To the model it looks like its value, which answers questions about shape and type. Every torch function of it goes
-    to its rule. An operation that reaches it past torch's functions, as from a scripted function or vmap, is refused.
+    to its rule. An operation that reaches it past torch's functions, as from a scripted function or vmap, is refused;
+    and it has no data of its own, so that a kernel which reads its memory meets an error and not the value.
 
     Attributes:
         value: Part of the graph of the explanation: its gradient is the multiplier of its difference to the reference.
@@ -38,7 +39,10 @@ class Traced(Tensor):
     @classmethod
     def of(cls, value: Tensor, reference: Tensor, rule: Handler, origin: Origin | None = None) -> Traced:
         """Return the pair of a value and a reference."""
-        return cls._make_subclass(cls, value)._hold(value, reference, rule, origin)
+        outside = cls._make_wrapper_subclass(
+            cls, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
+        )
+        return outside._hold(value, reference, rule, origin)
 
     @classmethod
     def adopt(cls, plain: Tensor, rule: Handler, dtype: torch.dtype) -> Traced:
@@ -90,10 +94,7 @@ class Traced(Tensor):
         Raises:
             UnsupportedModelError: Always.
         """
-        error = UnsupportedModelError(
-            f"Code past torch's functions, such as a scripted or traced function, vmap or a kernel, called {func} on "
-            "the tokens, which cannot be followed there. Let the model run it as functions of torch."
-        )
+        error = _escape(f"called {func} on the tokens")
         for pair in traced((args, kwargs)):
             vars(pair.rule).update(escape=error)
         raise error
@@ -102,6 +103,22 @@ class Traced(Tensor):
 for _row in FUNCTIONS:
     if _row.kind == "form":  # answered by the value, without the cost of a call of the rule
         setattr(Traced, _row.name, property(attrgetter(f"value.{_row.name}")))
+
+
+def refused_access(error: RuntimeError) -> UnsupportedModelError | None:
+    """Return the error of code that reads the memory of a traced tensor, which has none; None for other errors."""
+    return _escape("reads the memory of the tokens") if any(part in str(error) for part in _NO_DATA) else None
+
+
+_NO_DATA = ("its data is not allocated yet", "an invalid python storage", "doesn't have storage")
+"""Parts of torch's messages about a tensor without memory."""
+
+
+def _escape(happened: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Code past torch's functions, such as a scripted or traced function, vmap or a kernel, {happened}, which "
+        "cannot be followed there. Let the model run it as functions of torch."
+    )
 
 
 def traced(nested: Any) -> list[Traced]:
