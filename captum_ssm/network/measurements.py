@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.network.threads import is_passing, original
+from captum_ssm.network.threads import Substituted, is_passing, original
 
 Measurement = TypeVar("Measurement")
 
@@ -26,6 +26,11 @@ LARGEST_ARGUMENT = 2**16
 
 _ARGUMENTS = 16
 """For how many different arguments of one function the measurements are kept."""
+
+_KINDS = (bool, str, FunctionType, MethodType, Substituted)
+"""Types of the attributes of a module that are compared."""
+
+_SIMPLE = (bool, int, float, str, bytes, torch.dtype, torch.device)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -113,15 +118,15 @@ def _norms(tensors: list[Tensor]) -> tuple[float, ...]:
 
 def _hooks(module: nn.Module) -> tuple[Hashable, ...]:
     """Return the functions that are hooked to a module for longer than a call of ours."""
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    attributes = vars(module)
+    hooks = [hook for name in _HOOKS if attributes[name] for hook in attributes[name].values()]
     return tuple(_value_state(hook) for hook in hooks if not is_passing(hook))
 
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
     """Return the flags and functions among a module's attributes; numbers may count its calls."""
-    kinds = (bool, str, FunctionType, MethodType)
-    attributes = [(name, original(value)) for name, value in vars(module).items()]
-    return tuple((name, _value_state(value)) for name, value in attributes if isinstance(value, kinds))
+    attributes = [(name, original(value)) for name, value in vars(module).items() if isinstance(value, _KINDS)]
+    return tuple([(name, _value_state(value)) for name, value in attributes])
 
 
 def _value_state(value: Any) -> Hashable:
@@ -130,7 +135,7 @@ def _value_state(value: Any) -> Hashable:
     Raises:
         UnknownStateError: If the value cannot be compared.
     """
-    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+    if value is None or isinstance(value, _SIMPLE):
         return type(value), value
     if isinstance(value, Tensor):
         return _tensor_state(value)

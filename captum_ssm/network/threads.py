@@ -104,7 +104,7 @@ def hook_for_others(register: Callable[..., RemovableHandle], function: Callable
     stack.callback(handle.remove)
 
 
-class _Substituted:
+class Substituted:
     """A function that is another one in some threads.
 
     Args:
@@ -118,6 +118,7 @@ class _Substituted:
         self.substitutes: dict[int, list[Callable[..., Any]]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of the function that this thread sees."""
         return self.seen_by(current_thread())(*args, **kwargs)
 
     def seen_by(self, thread: int) -> Callable[..., Any]:
@@ -147,14 +148,14 @@ def substitute(
     thread = current_thread()
     with _LOCK:
         shared = vars(home).get(name)
-        if not isinstance(shared, _Substituted):
-            shared = _Substituted(getattr(home, name), is_own=name in vars(home))
+        if not isinstance(shared, Substituted):
+            shared = Substituted(getattr(home, name), is_own=name in vars(home))
         shared.substitutes.setdefault(thread, []).append(make(shared.seen_by(thread)))
         setattr(home, name, shared)
     stack.callback(_withdraw, home, name, shared, thread)
 
 
-def _withdraw(home: Any, name: str, shared: _Substituted, thread: int) -> None:
+def _withdraw(home: Any, name: str, shared: Substituted, thread: int) -> None:
     """Withdraw the latest substitute of a thread; the last one leaves the object as it was."""
     with _LOCK:
         own = shared.substitutes[thread]
@@ -171,9 +172,9 @@ def _withdraw(home: Any, name: str, shared: _Substituted, thread: int) -> None:
 
 def is_substituted(function: Any) -> bool:
     """Whether some threads see a substitute of a function."""
-    return isinstance(function, _Substituted)
+    return isinstance(function, Substituted)
 
 
 def original(function: Any) -> Any:
     """Return the function of which some threads see a substitute; any other value unchanged."""
-    return function.original if isinstance(function, _Substituted) else function
+    return function.original if isinstance(function, Substituted) else function
