@@ -14,7 +14,20 @@ the closed form of its difference quotient, a definition in :mod:`~captum_ssm.re
 take each row to the function that it names, and each slope to the quotient.
 """
 
-from captum_ssm.relevance.functions import composed, primitives  # noqa: F401  (they declare the rows)
+from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the rows)
+    complex_numbers,
+    composed,
+    losses,
+    normalization,
+    order,
+    pooling,
+    powers,
+    primitives,
+    recurrent,
+    refused,
+    statistics,
+    sums_of_products,
+)
 from captum_ssm.relevance.functions.external import EXTERNAL_CODE
 from captum_ssm.relevance.functions.registration import register_rule, unregister_rule
 from captum_ssm.relevance.functions.table import FUNCTIONS, Callee, Function, Kind, Origin
