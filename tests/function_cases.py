@@ -112,7 +112,7 @@ LINEAR: dict[str, Any] = {
     "swapaxes": lambda x: torch.swapaxes(x, 0, 1),
     "swapdims": lambda x: torch.swapdims(x, 0, 1),
     "transposed": lambda x: [x[0].t(), x[0].T, x.mT, x[0].H, x.mH, x.adjoint()],
-    "flip": lambda x: [x.flip(1), x.fliplr(), x.flipud(), x.rot90(1, (1, 2)), x.rot90(2)],
+    "flip": lambda x: [x.flip(1), x.fliplr(), x.flipud(), x.rot90(1, (1, 2)), x.rot90(2), reversed(x)],
     "roll": lambda x: x.roll((1, 2), (1, 2)),
     "repeat": lambda x: [x.repeat(1, 2, 1), x.tile(2), x.repeat_interleave(2, 1)],
     "split": lambda x: [*x.split(2, 1), *x.split([1, 3], -1), *x.tensor_split(2, 2), *x.chunk(2, -1)],
@@ -370,6 +370,7 @@ COMPOSED: dict[str, Case] = {
     "linalg norm": Case(lambda x: [torch.linalg.norm(x), torch.linalg.norm(x[0], "fro"), torch.linalg.norm(x, 1, -1)]),
     "matrix_norm": Case(lambda x: [torch.linalg.matrix_norm(x), torch.frobenius_norm(x, [1, 2], False)]),
     "vector_norm": Case(lambda x: torch.linalg.vector_norm(x, 3, dim=1)),
+    "renorm": Case(lambda x: [x.renorm(2, 1, 1.5), torch.norm_except_dim(x, 2, 1), torch.norm_except_dim(x, 2, -1)]),
     "normalize": Case(lambda x: F.normalize(x, 1, -1)),
     "dist": Case(lambda x, y: torch.dist(x, y, 3), ((3, 4), (3, 4))),
     "cosine_similarity": Case(lambda x, y: F.cosine_similarity(x, y, -1), ((3, 4), (3, 4))),
@@ -403,6 +404,7 @@ COMPOSED: dict[str, Case] = {
         ((2, 3, 4), (2, 3, 4)),
     ),
     "set": Case(lambda x, y: written(x * 1, y), ((2, 3, 4), (2, 4))),
+    "set complex numbers": Case(lambda x, y: complex_writing(x, y), ((2, 3, 4), (2, 3, 4))),
 }  # fmt: skip
 """Functions that are written in others."""
 
@@ -410,6 +412,16 @@ COMPOSED: dict[str, Case] = {
 def written(x: Tensor, y: Tensor) -> Tensor:
     x[:, 1] = y
     return x
+
+
+def complex_writing(x: Tensor, y: Tensor) -> Tensor:
+    z = torch.full((2, 3, 4), 1j, dtype=x.dtype.to_complex())
+    z[:, 1] = x[:, 0]
+    z.real[:, 0] = y[:, 1]
+    z[:, 2].mul_(torch.complex(x[:, 1], y[:, 2]))
+    parts = torch.zeros(3, 4, 2, dtype=x.dtype)
+    torch.view_as_complex(parts)[1:].copy_(z[0, 1:])
+    return z[1] + torch.view_as_complex(parts)
 
 
 # --- Attention and recurrent networks -----------------------------------------------------------------------------
@@ -484,6 +496,10 @@ def reductions(loss: Callable[..., Tensor], *constants: Any, **options: Any) -> 
     return lambda *tensors: [loss(*tensors, *constants, reduction=name, **options) for name in REDUCTIONS]
 
 
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return F.linear_cross_entropy(x, weight, CLASSES, linear_bias=bias, ignore_index=1, label_smoothing=0.1)
+
+
 TWO = ((3, 4), (3, 4))
 LOSSES: dict[str, Case] = {
     "mse_loss": Case(lambda x, y, w: [*reductions(F.mse_loss)(x, y), F.mse_loss(x, y, weight=w.abs())], (*TWO, (3, 4))),
@@ -528,6 +544,10 @@ LOSSES: dict[str, Case] = {
         lambda x, y: [reductions(F.cross_entropy, label_smoothing=s)(x, y.softmax(1)) for s in (0.0, 0.1)][-1], TWO
     ),
     "cross_entropy of images": Case(lambda x: F.cross_entropy(x, torch.arange(8).view(2, 4) % 3), ((2, 3, 4),)),
+    "linear_cross_entropy": Case(
+        lambda x, w, b: [*reductions(F.linear_cross_entropy, CLASSES)(x, w), linear_cross_entropy(x, w, b)],
+        ((3, 5), (4, 5), (4,)),
+    ),
     "multi_margin_loss": Case(
         lambda x: [*reductions(F.multi_margin_loss, CLASSES)(x),
                    F.multi_margin_loss(x, CLASSES, 2, 0.5, like([1, 2, 3, 4], x))],
@@ -537,10 +557,11 @@ LOSSES: dict[str, Case] = {
 }  # fmt: skip
 """Losses."""
 
+GROUPS = (PRODUCTS, CHOICES, COMPOSED, LAYERS, LOSSES)
 CASES: dict[str, Case] = {
     **{f"{name} (linear)": Case(function) for name, function in LINEAR.items()},
     **{f"{name} (image)": Case(function, (IMAGE,)) for name, function in IMAGES.items()},
     **{f"{name} (complex)": Case(function) for name, function in FOURIER.items()},
-    **PRODUCTS, **CHOICES, **COMPOSED, **LAYERS, **LOSSES,
-}  # fmt: skip
+    **{name: case for group in GROUPS for name, case in group.items()},
+}
 """All of them, by what they are called."""

@@ -123,9 +123,8 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
-        sees_none = (scores == -torch.inf).all(-1, keepdim=True)
-        scores = scores.masked_fill(sees_none, 0)  # a query that sees no key reads nothing
-        return (F.softmax(scores, dim=-1) * ~sees_none) @ v
+        sees_none = (~attn_mask if boolean else attn_mask == -torch.inf).all(-1, keepdim=True)
+        return (F.softmax(scores.masked_fill(sees_none, 0), dim=-1) * ~sees_none) @ v
     return F.softmax(scores, dim=-1) @ v
 
 

@@ -186,6 +186,18 @@ def _cross_entropy(
     return (1 - label_smoothing) * loss + label_smoothing / C * reduced(smooth, reduction)
 
 
+@composed("linear_cross_entropy")
+def _linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: Any = None,
+) -> Tensor:  # fmt: skip
+    if linear_weight.dim() != 2:
+        raise NotImplementedError("classes along several axes")
+    logits, hidden = F.linear(input, linear_weight, linear_bias), -100 if ignore_index is None else ignore_index
+    return _cross_entropy(logits, target, weight, None, hidden, None, reduction, label_smoothing)
+
+
 @composed("multi_margin_loss")
 def _multi_margin(
     input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, *reduction: Any,

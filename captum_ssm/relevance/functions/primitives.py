@@ -59,7 +59,7 @@ _declare("linear", "rsub subtract neg negative positive cumsum diff deg2rad rad2
 _declare("linear", "view reshape flatten unflatten ravel expand broadcast_to squeeze unsqueeze")
 _declare("linear", "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid as_strided")
 _declare("linear", "transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint")
-_declare("linear", "flip fliplr flipud rot90 roll repeat tile repeat_interleave channel_shuffle")
+_declare("linear", "flip fliplr flipud reversed rot90 roll repeat tile repeat_interleave channel_shuffle")
 _declare("linear", "split split_with_sizes tensor_split chunk dsplit hsplit vsplit unbind unfold fold")
 _declare(
     "linear", "unsafe_chunk unsafe_split unsafe_split_with_sizes cat concat concatenate stack hstack vstack dstack"
@@ -148,7 +148,7 @@ _declare("elementwise", "softshrink hardshrink threshold")
 _declare("constant", "zeros_like ones_like empty_like full_like rand_like randn_like")
 _declare("constant", "new_zeros new_ones new_empty new_full")
 _declare("cast", "to type_as", constants_from=1)
-_declare("cast", "cpu cuda type float double half bfloat16 cfloat cdouble chalf pin_memory")
+_declare("cast", "cpu cuda type float double half bfloat16 cfloat cdouble chalf pin_memory ipu mtia xpu")
 _declare("form", "shape dtype device ndim ndimension dim size numel nelement is_floating_point is_complex layout")
 _declare("form", "itemsize element_size nbytes stride storage_offset is_contiguous get_device")
 _declare("form", "is_cpu is_cuda is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_vulkan is_xla is_xpu is_pinned")

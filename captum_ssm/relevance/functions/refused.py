@@ -33,9 +33,7 @@ REASONS: dict[str, str] = {
         special_shifted_chebyshev_polynomial_w special_spherical_bessel_j0 special_zeta""",
     "it counts or picks entries, in a number that the input decides": """
         histc histogram histogramdd hash_tensor unique unique_consecutive nanquantile frexp""",
-    "write it as a sum over all outcomes, or explain the logits": """
-        ctc_loss multilabel_margin_loss linear_cross_entropy embedding_bag renorm norm_except_dim
-        index_reduce""",
+    "no definition in other functions has been written": "ctc_loss embedding_bag index_reduce multilabel_margin_loss",
     "its sequences are packed; pad them instead": "pack_padded_sequence pad_packed_sequence",
     "it works on integers, or on a sparse, nested or quantized tensor": """
         choose_qparams_optimized coalesce dequantize fake_quantize_per_channel_affine
@@ -50,7 +48,7 @@ REASONS: dict[str, str] = {
         crow_indices crow_indices_copy row_indices row_indices_copy nnz nested_tensor_size
         nested_tensor_storage_offsets nested_tensor_strides q_per_channel_axis q_per_channel_scales
         q_per_channel_zero_points q_scale q_zero_point qscheme sym_float sym_int sym_ite sym_max sym_min
-        sym_not sym_sqrt sym_sum iand ior ixor lshift rshift ilshift rlshift rrshift ror rxor""",
+        sym_not sym_sqrt sym_sum iand ior ixor lshift rshift ilshift irshift rlshift rrshift ror rxor""",
     "a kernel of one device or of autograd: call the function that torch.nn.functional has": """
         batch_norm_backward_elemt batch_norm_backward_reduce batch_norm_elemt batch_norm_gather_stats
         batch_norm_gather_stats_with_counts batch_norm_stats batch_norm_update_stats miopen_batch_norm
@@ -67,7 +65,7 @@ DECISIONS = """
     bitwise_right_shift bitwise_xor bool bucketize byte char contains count_nonzero eq equal ge greater
     greater_equal gt int invert isclose isfinite isin isinf isnan isneginf isposinf isreal item le len less
     less_equal logical_and logical_not logical_or logical_xor long lt ne nonzero nonzero_static not_equal one_hot
-    searchsorted short signbit tolist and or xor gcd lcm unravel_index is_nonzero
+    searchsorted short signbit tolist and or xor gcd lcm unravel_index is_nonzero index repr format rand
 """
 """Names of functions whose results are positions, truth values or numbers of Python, which the input decides."""
 

@@ -109,6 +109,16 @@ def _dist(x: Tensor, y: Tensor, p: float = 2) -> Tensor:
     return norm(x - y, p)
 
 
+@composed("norm_except_dim")
+def _norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
+    return norm(v, pow) if dim == -1 else norm(v, pow, [d for d in range(v.dim()) if d != dim], keepdim=True)
+
+
+@composed("renorm")
+def _renorm(x: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    return x * (maxnorm / (_norm_except_dim(x, p, dim % x.dim()) + 1e-7)).clamp_max(1)
+
+
 @composed("normalize")
 def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: Any) -> Tensor:
     return x / norm(x, p, dim, keepdim=True).clamp_min(eps)
