@@ -212,7 +212,8 @@ FOURIER: dict[str, Any] = {
     "prod": lambda x: complex_pair(x).prod(1),
     "mean": lambda x: complex_pair(x).mean(1),
     "matmul": lambda x: complex_pair(x) @ complex_pair(x).mH,
-    "cast": lambda x: [x.to(torch.complex128) * 2, x.cdouble() + 1j, complex_pair(x).to(torch.complex128)],
+    "cast": lambda x: [x.to(torch.complex128) * 2, x.cdouble() + 1j, complex_pair(x).to(torch.complex128),
+                       complex_pair(x).to(torch.float64), complex_pair(x).double() + x[..., 2:]],
     "cast to real": lambda x: complex_pair(x).conj().real.double(),
 }  # fmt: skip
 """Complex functions of one tensor (2, 3, 4)."""
@@ -308,7 +309,7 @@ CHOICES: dict[str, Case] = {
     "minimum": Case(lambda x, y: [torch.minimum(x, y), torch.fmin(x, y)], ((3, 4), (4,))),
     "clamp": Case(lambda x, a, b: torch.clamp(x, a - 1, b + 1), ((3, 4), (4,), (4,))),
     "clamp_min": Case(lambda x, y: [torch.clamp_min(x, y), torch.clamp_max(x, y)], ((3, 4), (4,))),
-    "amax": Case(lambda x: [x.amax(1), x.amax((0, 2), True), x.amax(), x.amin(-1), x.amin((0, 1))]),
+    "amax": Case(lambda x: [x.amax(1), x.amax((2, 0), True), x.amax(), x.amin(-1), x.amin((0, 1))]),
     "aminmax": Case(lambda x: [*torch.aminmax(x), *x.aminmax(dim=1, keepdim=True)]),
     "median": Case(lambda x: [x.median(), x.median(1).values, x.nanmedian(-1).values]),
     "mode": Case(lambda x: x.mode(-1).values),
@@ -370,7 +371,7 @@ COMPOSED: dict[str, Case] = {
     "linalg norm": Case(lambda x: [torch.linalg.norm(x), torch.linalg.norm(x[0], "fro"), torch.linalg.norm(x, 1, -1)]),
     "matrix_norm": Case(lambda x: [torch.linalg.matrix_norm(x), torch.frobenius_norm(x, [1, 2], False)]),
     "vector_norm": Case(lambda x: torch.linalg.vector_norm(x, 3, dim=1)),
-    "renorm": Case(lambda x: [x.renorm(2, 1, 1.5), torch.norm_except_dim(x, 2, 1), torch.norm_except_dim(x, 2, -1)]),
+    "renorm": Case(lambda x: [x.renorm(2, 1, 2.8), x.renorm(1, -1, 3.0), torch.norm_except_dim(x, 2, 1), torch.norm_except_dim(x, 2, -1)]),
     "normalize": Case(lambda x: F.normalize(x, 1, -1)),
     "dist": Case(lambda x, y: torch.dist(x, y, 3), ((3, 4), (3, 4))),
     "cosine_similarity": Case(lambda x, y: F.cosine_similarity(x, y, -1), ((3, 4), (3, 4))),
