@@ -41,8 +41,6 @@ class Case:
         return (every, *alone) if self.traced is None else self.traced
 
 
-ONCE = ((0,), (1,))
-"""Each of two tensors, but not both."""
 IMAGE, VOLUME, LINE = (2, 4, 6, 6), (1, 2, 4, 4, 4), (2, 4, 8)
 MASK = torch.arange(24).view(2, 3, 4) % 3 == 0
 NUMBERS = torch.tensor([[[0, 2, 1, 3]], [[7, 5, 4, 6]]])
@@ -136,7 +134,6 @@ LINEAR: dict[str, Any] = {
     "select_scatter": lambda x: torch.zeros_like(x).select_scatter(x[:, 0] * 2, 1, 1),
     "slice_scatter": lambda x: torch.ones_like(x).slice_scatter(x[:, :2], 1, 1, 3),
     "diagonal_scatter": lambda x: torch.ones_like(x[0]).diagonal_scatter(x[1, :, 0], 0),
-    "as_strided_scatter": lambda x: torch.ones_like(x).as_strided_scatter(x[0, :2, :2], (2, 2), (1, 2), 0),
     "fill_diagonal": lambda x: (x[0] * 1).fill_diagonal_(2.0),
     "fill": lambda x: [torch.fill(x, 2.0) + x, (x * 1).fill_(3.0) + x, (x * 1).zero_() + x, torch.clone(x)],
     "masked_fill": lambda x: [x.masked_fill(MASK, 0.5), x.masked_select(MASK), x.contiguous(), x.nan_to_num()],
@@ -148,7 +145,7 @@ LINEAR: dict[str, Any] = {
         torch.view_copy(x, (4, 6)), torch.unsqueeze_copy(x, 0),
         *torch.split_copy(x, 2, 2), *torch.split_with_sizes_copy(x, [1, 3], 2),
     ],
-    "embedding": lambda x: F.embedding(PLACES, x[0]),
+    "embedding": lambda x: [F.embedding(PLACES, x[0]), torch.embedding(x[0], PLACES)],
     "affine_grid": lambda x: [F.affine_grid(x[:, :2, :3], [2, 1, 3, 3]),
                               torch.affine_grid_generator(x[:, :2, :3], [2, 1, 3, 3], True)],
     "requires_grad": lambda x: (x * 1).requires_grad_() + 1,
@@ -206,11 +203,12 @@ FOURIER: dict[str, Any] = {
     "sgn": lambda x: [complex_pair(x).sgn(), x.sgn()],
     "exp": lambda x: complex_pair(x).exp(),
     "log": lambda x: complex_pair(x).log(),
-    "square": lambda x: [complex_pair(x).square(), complex_pair(x) ** 3],
+    "square": lambda x: [complex_pair(x).square(), complex_pair(x) ** 3, complex_pair(x).sqrt()],
+    "pow": lambda x: complex_pair(x) ** -1.5,
     "reciprocal": lambda x: [complex_pair(x).reciprocal(), x[..., :2] / complex_pair(x), 1 / complex_pair(x)],
     "norm": lambda x: complex_pair(x).norm(dim=-1),
     "prod": lambda x: complex_pair(x).prod(1),
-    "mean": lambda x: complex_pair(x).mean(1),
+    "mean": lambda x: [complex_pair(x).mean(1), complex_pair(x).var(1), complex_pair(x)[0].cov()],
     "matmul": lambda x: complex_pair(x) @ complex_pair(x).mH,
     "cast": lambda x: [x.to(torch.complex128) * 2, x.cdouble() + 1j, complex_pair(x).to(torch.complex128),
                        complex_pair(x).to(torch.float64), complex_pair(x).double() + x[..., 2:]],
@@ -246,18 +244,18 @@ PRODUCTS: dict[str, Case] = {
         lambda w, x, y, z: torch.einsum("...i,...j,ij,...k", [w, x, y, z]), ((2, 3, 2), (2, 3, 3), (2, 3), (2, 3, 4))
     ),
     "einsum of diagonals": Case(lambda x, y, z: torch.einsum("ii, ij, j -> i", x, y, z), ((3, 3), (3, 4), (4,))),
-    "conv1d": Case(lambda x, w: F.conv1d(x, w, padding=1, groups=2), (LINE, (4, 2, 3)), traced=ONCE),
-    "conv2d": Case(lambda x, w, b: F.conv2d(x, w, b, stride=2), (IMAGE, (3, 4, 2, 2), (3,)), traced=ONCE),
-    "conv3d": Case(F.conv3d, (VOLUME, (3, 2, 2, 2, 2)), traced=ONCE),
-    "conv_tbc": Case(torch.conv_tbc, ((5, 2, 4), (3, 4, 2), (2,)), traced=ONCE),
+    "conv1d": Case(lambda x, w: F.conv1d(x, w, padding=1, groups=2), (LINE, (4, 2, 3))),
+    "conv2d": Case(lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1)), (IMAGE, (3, 4, 2, 2), (3,))),
+    "conv3d": Case(F.conv3d, (VOLUME, (3, 2, 2, 2, 2))),
+    "conv_tbc": Case(torch.conv_tbc, ((5, 2, 4), (3, 4, 2), (2,)), traced=((0,), (1,))),
     "convolution": Case(
-        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1), (LINE, (3, 4, 2)), traced=ONCE
+        lambda x, w, b: torch.convolution(x, w, b, [1], [0], [1], False, [0], 1), (LINE, (3, 4, 2), (3,))
     ),
-    "conv_transpose1d": Case(lambda x, w, b: F.conv_transpose1d(x, w, b, 2), (LINE, (4, 3, 3), (3,)), traced=ONCE),
+    "conv_transpose1d": Case(lambda x, w, b: F.conv_transpose1d(x, w, b, 2), (LINE, (4, 3, 3), (3,))),
     "conv_transpose2d": Case(
-        lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1, 2), (IMAGE, (4, 3, 3, 3)), traced=ONCE
+        lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1, 2), (IMAGE, (4, 3, 3, 3))
     ),
-    "conv_transpose3d": Case(F.conv_transpose3d, (VOLUME, (2, 2, 2, 2, 2)), traced=ONCE),
+    "conv_transpose3d": Case(F.conv_transpose3d, (VOLUME[1:], (2, 2, 2, 2, 2))),
     "grid_sample": Case(
         lambda x, g: [F.grid_sample(x, g.tanh(), align_corners=False), torch.grid_sampler(x, g.tanh(), 0, 0, True),
                       torch.grid_sampler_2d(x, g.tanh(), 1, 1, True)],
@@ -311,7 +309,7 @@ CHOICES: dict[str, Case] = {
     "clamp_min": Case(lambda x, y: [torch.clamp_min(x, y), torch.clamp_max(x, y)], ((3, 4), (4,))),
     "amax": Case(lambda x: [x.amax(1), x.amax((2, 0), True), x.amax(), x.amin(-1), x.amin((0, 1))]),
     "aminmax": Case(lambda x: [*torch.aminmax(x), *x.aminmax(dim=1, keepdim=True)]),
-    "median": Case(lambda x: [x.median(), x.median(1).values, x.nanmedian(-1).values]),
+    "median": Case(lambda x: [x.median(), x.median(1).values, x.nanmedian(-1).values, x.nanmedian()]),
     "mode": Case(lambda x: x.mode(-1).values),
     "sort": Case(lambda x: [x.sort(1).values, x.sort(dim=-1, descending=True)[0], torch.msort(x)]),
     "cummax": Case(lambda x: [x.cummax(1).values, torch.cummin(x, -1)[0]]),
@@ -321,6 +319,9 @@ CHOICES: dict[str, Case] = {
     "adaptive_max_pool1d": Case(lambda x: [F.adaptive_max_pool1d(x, 3), F.adaptive_max_pool1d(x, 2, True)[0]], (LINE,)),
     "max_pool1d_with_indices": Case(lambda x: torch.max_pool1d_with_indices(x, 2)[0], (LINE,)),
     "max_unpool1d": Case(lambda x: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2), (LINE,)),
+    "max_unpool2d of windows that share entries": Case(
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 3, 1, 1, return_indices=True), 1), (IMAGE,), flat=True
+    ),
     "max_pool3d": Case(lambda x: [F.max_pool3d(x, 2), F.adaptive_max_pool3d(x, 3)], (VOLUME,)),
     "max_unpool3d": Case(lambda x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2), (VOLUME,)),
     "avg_pool1d": Case(lambda x: [F.avg_pool1d(x, 2), F.adaptive_avg_pool1d(x, 3)], (LINE,)),
@@ -337,7 +338,7 @@ CHOICES: dict[str, Case] = {
         lambda x, y: [torch.div(x, y, rounding_mode=mode) * x for mode in ("floor", "trunc")], ((3, 4), (4,)), flat=True
     ),
     "heaviside": Case(lambda x, y: torch.heaviside(x, y) * x, ((3, 4), (4,)), flat=True),
-    "copysign": Case(torch.copysign, ((3, 4), (3, 4))),
+    "copysign": Case(lambda x, y: [torch.copysign(x, y), x.copysign(-1.0)], ((3, 4), (3, 4))),
 }  # fmt: skip
 """Functions in which the input chooses, rounds or bounds."""
 
@@ -361,20 +362,27 @@ COMPOSED: dict[str, Case] = {
     "logsumexp": Case(lambda x: [x.logsumexp((0, 2)), torch.special.logsumexp(x, 1)]),
     "softmax": Case(lambda x: [torch.special.softmax(x, -1), torch.special.log_softmax(x, 1), F.softmin(x, 1)]),
     "prelu": Case(F.prelu, ((2, 3, 4), (3,))),
-    "prelu of one": Case(F.prelu, ((4,), (1,))),
+    "prelu of one": Case(lambda x, w: [F.prelu(x, w), F.prelu(x[0], w)], ((4,), (1,))),
+    "single numbers": Case(lambda x: [x.sum().amax(), x.sum().prod(), x.sum().cumprod(0), x.sum().logcumsumexp(0),
+                                      x.sum().quantile(0.5)]),
     "glu": Case(lambda x: F.glu(x, -1)),
     "rrelu": Case(lambda x: F.rrelu(x, 0.1, 0.3)),
-    "var": Case(lambda x: [x.var(), x.var(False), *torch.var_mean(x, (0, 1)), *torch.std_mean(x, 2, keepdim=True)]),
+    "var": Case(lambda x: [x.var(), x.var(False), *torch.var_mean(x, (0, 1)), *torch.std_mean(x, 2, keepdim=True),
+                             *torch.var_mean(x, keepdim=True)]),
     "std": Case(lambda x: [x.std(1), *torch.var_mean(x), *torch.std_mean(x, dim=1, correction=0)]),
-    "cov": Case(lambda x: [x[0].cov(), x[0, 0].cov(), torch.corrcoef(x[1])]),
-    "norm": Case(lambda x: [x.norm(), x.norm(3, 1), x.norm(float("inf"), -1), torch.norm(x, 2, (0, 1), True)]),
+    "cov": Case(lambda x: [x[0].cov(), x[0, 0].cov(), x[0, :1].cov(), torch.corrcoef(x[1]), torch.corrcoef(x[1, 1])]),
+    "norm": Case(lambda x: [x.norm(), x.norm(3, 1), x.norm(float("inf"), -1), torch.norm(x, 2, (0, 1), True),
+                              x.norm(-torch.inf, 1), x.norm(-1, 1)]),
     "linalg norm": Case(lambda x: [torch.linalg.norm(x), torch.linalg.norm(x[0], "fro"), torch.linalg.norm(x, 1, -1)]),
     "matrix_norm": Case(lambda x: [torch.linalg.matrix_norm(x), torch.frobenius_norm(x, [1, 2], False)]),
     "vector_norm": Case(lambda x: torch.linalg.vector_norm(x, 3, dim=1)),
-    "renorm": Case(lambda x: [x.renorm(2, 1, 2.8), x.renorm(1, -1, 3.0), torch.norm_except_dim(x, 2, 1), torch.norm_except_dim(x, 2, -1)]),
+    "renorm": Case(lambda x: [x.renorm(2, 1, 2.8), x.renorm(1, -1, 3.0), torch.norm_except_dim(x, 2, 1),
+                               torch.norm_except_dim(x, 2, -1)]),
     "normalize": Case(lambda x: F.normalize(x, 1, -1)),
     "dist": Case(lambda x, y: torch.dist(x, y, 3), ((3, 4), (3, 4))),
-    "cosine_similarity": Case(lambda x, y: F.cosine_similarity(x, y, -1), ((3, 4), (3, 4))),
+    "cosine_similarity": Case(
+        lambda x, y: [F.cosine_similarity(x, y, -1), F.cosine_similarity(x[None], y[0], 1)], ((3, 4), (3, 4))
+    ),
     "pairwise_distance": Case(lambda x, y: F.pairwise_distance(x, y, 1, keepdim=True), ((3, 4), (3, 4))),
     "cdist": Case(lambda x, y: [torch.cdist(x, y), torch.cdist(x, y, 1.0)], ((2, 3, 4), (2, 5, 4))),
     "pdist": Case(F.pdist, ((4, 3),)),

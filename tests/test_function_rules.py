@@ -195,6 +195,7 @@ SELECTIONS: dict[str, Any] = {
     "mask": lambda x: x * (x.sum(-1, keepdim=True) > 0),
     "argsort": lambda x: x.gather(-1, x.argsort(-1)),
     "nonzero": lambda x: x.flatten()[(x.flatten() > 0.5).nonzero().squeeze(1)],
+    "nonzero by axis": lambda x: x[x.relu().nonzero(as_tuple=True)],
     "if": lambda x: x * 2 if x[0, 0, 0] > x[0, 0, 1] else x * 3,
 }
 """Functions that choose entries by what they are."""
@@ -274,7 +275,7 @@ def test_a_function_with_a_row_is_not_among_those_without_one() -> None:
         "bernoulli",
         "ctc_loss",
     }
-    whole |= {"pack_padded_sequence"}
+    whole |= {"pack_padded_sequence", "frexp"}
     assert {name for name in UNKNOWN if not FUNCTIONS.find(name.partition(" ")[0]).has_rule} == whole
 
 
@@ -330,9 +331,14 @@ UNKNOWN: dict[str, Any] = {
     "linalg_matrix_norm": lambda x: torch.linalg.matrix_norm(x, 2),
     "norm": lambda x: x.norm(p=0, dim=1),
     "norm of a matrix": lambda x: x[0].norm("nuc"),
-    "pow": lambda x: torch.complex(x, x) ** 0.5,
+    "logsumexp": lambda x: torch.complex(x, x).logsumexp(-1),
+    "clamp": lambda x: torch.complex(x, x).clamp(0, 1),
     "tanh": lambda x: torch.complex(x, x).tanh(),
-    "conv1d": lambda x: F.conv1d(x, x[..., :2], VECTOR[:2]),
+    "conv1d": lambda x: F.conv1d(x, x[..., :3], VECTOR[:2], padding="same"),
+    "conv_tbc": lambda x: torch.conv_tbc(x, x.mT, VECTOR[:3]),
+    "frexp": lambda x: x.frexp(),
+    "gradient": lambda x: torch.gradient(x[0, 0], spacing=(x[0, 1],)),
+    "embedding": lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0),
     "grid_sample": lambda x: F.grid_sample(x[:, None], x[..., :2].unsqueeze(1), align_corners=False),
     "scatter_reduce": lambda x: x.scatter_reduce(1, EVEN.long(), x, "prod"),
     "quantile": lambda x: x.quantile(0.3, interpolation="nearest"),

@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,16 +151,22 @@ class Rule(ABC):
         if len(call.traced) > 1:
             return self._composed(call)
         if call.traced[0].value.is_complex():
-            return self._composed(call, call.row.of_complex)
+            return self._of_complex(call)
         result = self.elementwise(call.without("inplace"))
         if call.kwargs.get("inplace"):
             self._forget()
             vars(call.traced[0]).update(value=values(result), reference=references(result))
         return result
 
-    def _composed(self, call: Call, composition: Callable[..., Any] | None = None) -> Any:
-        """Run the composition, or this one, whose functions come back to the rule one by one."""
-        composition = composition or call.row.composition
+    def _of_complex(self, call: Call) -> Any:
+        """Run the composition of a function of complex numbers."""
+        if call.row.of_complex is None:
+            raise unsupported_function(call.function, "of complex numbers")
+        return self._composed(call._replace(row=replace(call.row, composition=call.row.of_complex)))
+
+    def _composed(self, call: Call) -> Any:
+        """Run the composition, whose functions come back to the rule one by one."""
+        composition = call.row.composition
         if composition is None:
             raise unsupported_function(call.function)
         try:
@@ -233,8 +240,7 @@ class Rule(ABC):
         return rounded
 
     def _note(self, name: str, decision: Any, other: Any) -> None:
-        same = torch.equal(decision, other) if isinstance(decision, Tensor) else decision == other
-        if not same:
+        if not _equal(decision, other):
             self.changed_decisions.add(name)
 
     # --- Functions that need no rule ------------------------------------------------------------------------------
@@ -293,6 +299,14 @@ def unsupported_function(function: Callable[..., Any], reason: str = "") -> Unsu
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _equal(decision: Any, other: Any) -> bool:
+    if isinstance(decision, Tensor):
+        return torch.equal(decision, other)
+    if isinstance(decision, (list, tuple)):
+        return len(decision) == len(other) and all(map(_equal, decision, other))
+    return bool(decision == other)
 
 
 def _has_positions(result: Any) -> bool:

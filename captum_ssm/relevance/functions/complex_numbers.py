@@ -30,18 +30,19 @@ def square(z: Tensor) -> Tensor:
     return z * z
 
 
-def whole_power(z: Tensor, exponent: Any) -> Tensor:
-    """Return ``z`` to the power of a positive whole number, as a product.
-
-    Raises:
-        NotImplementedError: If the exponent is another.
-    """
+def complex_power(z: Tensor, exponent: Any) -> Tensor:
+    """Return ``z`` to a power: as a product if it is a positive whole number, else ``exp(exponent log(z))``."""
     if not isinstance(exponent, (int, float)) or exponent < 1 or exponent != int(exponent):
-        raise NotImplementedError(f"a complex number to the power of {exponent}")
+        return exponential(logarithm(z) * exponent)
     result = z
     for _ in range(int(exponent) - 1):
         result = result * z
     return result
+
+
+def square_root(z: Tensor) -> Tensor:
+    """Return the root whose real part is positive."""
+    return complex_power(z, 0.5)
 
 
 def inverse(z: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ def _hypot(input: Tensor, other: Tensor) -> Tensor:
 
 
 @composed("copysign")
-def _copysign(input: Tensor, other: Tensor) -> Tensor:
+def _copysign(input: Tensor, other: Any) -> Tensor:
+    other = other if isinstance(other, Tensor) else torch.full_like(input, other)
     return input.abs() * (2 * torch.heaviside(other, _one(other)) - 1)
 
 

@@ -38,6 +38,16 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return input
 
 
+@composed("embedding")
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> Tensor:
+    """Look up; ``torch.embedding`` has its first two arguments the other way round, and a number third and fourth."""
+    if weight.is_floating_point() and max_norm is not None:
+        raise NotImplementedError("embedding with a largest norm")
+    return weight[input] if weight.is_floating_point() else input[weight]
+
+
 # --- Activations --------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +59,7 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
 
 @composed("prelu")
 def _prelu(x: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 and weight.numel() > 1 else weight
+    weight = weight.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 and weight.numel() > 1 else weight.squeeze()
     return x.relu() - weight * (-x).relu()
 
 
@@ -76,6 +86,8 @@ def _softmin(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @composed("logsumexp", aliases=("special_logsumexp",))
 def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    if x.is_complex():
+        raise NotImplementedError("a sum of exponentials of complex numbers")
     total = log_of_sum(x, tuple(dim) if isinstance(dim, list) else dim)
     return total if keepdim else total.squeeze(dim)
 
@@ -99,6 +111,8 @@ def _logaddexp2(x: Tensor, y: Tensor) -> Tensor:
 @composed("logcumsumexp")
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """Sum over the entries up to each, which are L² for L along the axis."""
+    if not x.dim():
+        return x
     x = x.movedim(dim, -1)
     later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
     return _logsumexp(x.unsqueeze(-2).masked_fill(later, -torch.inf), -1).movedim(-1, dim)

@@ -113,7 +113,8 @@ def _soft_margin(input: Tensor, target: Tensor, *reduction: Any, **by_name: Any)
 
 @composed("hinge_embedding_loss")
 def _hinge_embedding(input: Tensor, target: Tensor, margin: float = 1.0, *reduction: Any, **by_name: Any) -> Tensor:
-    loss = torch.where(target == 1, input, (margin - input).relu())
+    of_others, of_same = (margin - input).relu(), input
+    loss = torch.where(target == 1, 0, of_others) + torch.where(target == -1, 0, of_same)
     return reduced(loss, *_reduction(*reduction, **by_name))
 
 
@@ -203,7 +204,7 @@ def _multi_margin(
     input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, *reduction: Any,
     **by_name: Any,
 ) -> Tensor:  # fmt: skip
-    numbers = target.unsqueeze(-1)
+    numbers = target.view(*input.shape[:-1], 1)
     loss = (margin - input.gather(-1, numbers) + input).relu()
     loss = loss if p == 1 else loss.square()
     loss = loss if weight is None else loss * weight[numbers]

@@ -26,6 +26,11 @@ def median(x: Tensor) -> Tensor:
     return x.flatten().median(0).values
 
 
+def nanmedian(x: Tensor) -> Tensor:
+    """Return the median of all entries that are numbers."""
+    return x.flatten().nanmedian(0).values
+
+
 def clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """Return the entries within bounds that are tensors or numbers."""
     x = x if min is None else _maximum(x, min) if isinstance(min, Tensor) else x.clamp_min(min)
@@ -66,9 +71,11 @@ def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any
 
 def _extreme(x: Tensor, dim: Any, keepdim: bool, position: Callable[..., Tensor]) -> Tensor:
     """Return the entry at a position among those of one axis, of several, or of all."""
+    if not x.dim():
+        return x
     axes = list(range(x.dim())) if dim is None or dim == () else [dim] if isinstance(dim, int) else list(dim)
-    axes = sorted(axis % max(x.dim(), 1) for axis in axes)
-    together = x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes)) if x.dim() else x.view(1)
+    axes = sorted(axis % x.dim() for axis in axes)
+    together = x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
     entry = together.gather(-1, position(together, -1, True)).squeeze(-1)
     if keepdim:
         for axis in axes:
@@ -87,6 +94,8 @@ def _quantile(
 ) -> Any:
     if not isinstance(q, float) or interpolation != "linear":
         raise NotImplementedError("quantile of other than one number, or not interpolated")
+    if not x.dim():
+        return x
     ordered, axis = (x.flatten().sort(0)[0], 0) if dim is None else (x.sort(dim)[0], dim)
     place = q * (ordered.shape[axis] - 1)
     low = min(int(place), ordered.shape[axis] - 1)

@@ -18,7 +18,7 @@ def power(x: Any, exponent: Any) -> Tensor:
 
 @composed("div", aliases=("truediv", "divide", "true_divide"), in_place=("idiv", "itruediv"))
 def _divide(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
-    quotient = x * torch.reciprocal(y) if isinstance(y, Tensor) else x * (1 / y)
+    quotient = x * torch.reciprocal(y) if isinstance(y, Tensor) else x * (1 / y if y else math.inf)
     if rounding_mode is None:
         return quotient
     return torch.floor(quotient) if rounding_mode == "floor" else torch.trunc(quotient)

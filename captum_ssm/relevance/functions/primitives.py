@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from captum_ssm.relevance.functions.complex_numbers import (
+    complex_power,
     exponential,
     inverse,
     logarithm,
     modulus,
     square,
-    whole_power,
+    square_root,
 )
-from captum_ssm.relevance.functions.order import clamped, largest, median, smallest
+from captum_ssm.relevance.functions.order import clamped, largest, median, nanmedian, smallest
 from captum_ssm.relevance.functions.powers import power
 from captum_ssm.relevance.functions.sums_of_products import einsum
 from captum_ssm.relevance.functions.table import FUNCTIONS, Function, Kind, OtherKind
@@ -55,7 +56,7 @@ FUNCTIONS.declare(
 )
 _declare("linear", "expand_as view_as reshape_as", constants_from=1)
 _declare("linear", "nansum nanmean trace", contraction=True)
-_declare("linear", "rsub subtract neg negative positive cumsum diff deg2rad rad2deg gradient")
+_declare("linear", "rsub subtract neg negative positive cumsum diff deg2rad rad2deg")
 _declare("linear", "view reshape flatten unflatten ravel expand broadcast_to squeeze unsqueeze")
 _declare("linear", "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid as_strided")
 _declare("linear", "transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint")
@@ -67,19 +68,19 @@ _declare(
 _declare("linear", "column_stack row_stack block_diag cartesian_prod combinations pad constant_pad_nd select narrow")
 _declare("linear", "diagonal linalg_diagonal diag diagflat diag_embed tril triu getitem gather take take_along_dim")
 _declare("linear", "index_select index_add index_copy index_put index_fill put scatter scatter_add where")
-_declare("linear", "select_scatter slice_scatter diagonal_scatter as_strided_scatter fill_diagonal")
+_declare("linear", "select_scatter slice_scatter diagonal_scatter fill_diagonal")
 _declare("linear", "masked_fill masked_select masked_scatter copy fill zero clone contiguous nan_to_num")
 _declare("linear", "alias_copy as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy select_copy")
 _declare("linear", "slice_copy split_copy split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy")
-_declare("linear", "unfold_copy unsqueeze_copy view_copy embedding")
+_declare("linear", "unfold_copy unsqueeze_copy view_copy")
 _declare("linear", "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
-_declare("linear", "pixel_shuffle pixel_unshuffle interpolate pad_sequence max_unpool1d max_unpool2d max_unpool3d")
+_declare("linear", "pixel_shuffle pixel_unshuffle interpolate pad_sequence")
 _declare("linear", "affine_grid affine_grid_generator", contraction=True)
 _declare("linear", "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d", linear_in=0)
 _declare("linear", "real imag conj conj_physical resolve_conj resolve_neg complex view_as_real view_as_complex")
 _declare("linear", "view_as_real_copy fft_fftshift fft_ifftshift")
 _declare("linear", "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", contraction=True)
-_declare("linear", "stft istft", contraction=True, linear_in=0)
+_declare("linear", "stft istft gradient", contraction=True, linear_in=0)
 _declare("linear", "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2", contraction=True)
 _declare("linear", "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn", contraction=True)
 
@@ -100,8 +101,7 @@ FUNCTIONS.declare(
     Function("linalg_cross", "product"),
     Function("causal_convolution", "product", shared=True),  # of captum_ssm.operators
 )
-_declare("product", "conv1d conv2d conv3d conv_tbc convolution", contraction=True, factors=1)
-_declare("product", "conv_transpose1d conv_transpose2d conv_transpose3d", contraction=True, factors=1)
+_declare("product", "conv_tbc", contraction=True, factors=1)
 _declare("product", "mm bmm mv dot vdot inner tensordot linalg_vecdot grouped_mm grouped_mm_fallback", contraction=True)
 _declare("product", "trapz trapezoid cumulative_trapezoid", contraction=True)
 _declare("product", "multiply outer ger kron cross")
@@ -111,9 +111,9 @@ _declare("product", "multiply outer ger kron cross")
 FUNCTIONS.declare(
     Function("rsqrt", "elementwise", slope=slope_of_rsqrt, origin="inverse"),
     Function("reciprocal", "elementwise", slope=slope_of_reciprocal, origin="inverse", of_complex=inverse),
-    Function("sqrt", "elementwise", slope=slope_of_sqrt),
+    Function("sqrt", "elementwise", slope=slope_of_sqrt, of_complex=square_root),
     Function("square", "elementwise", slope=slope_of_square, of_complex=square),
-    Function("pow", "elementwise", slope=slope_of_pow, in_place=("ipow",), composition=power, of_complex=whole_power),
+    Function("pow", "elementwise", slope=slope_of_pow, in_place=("ipow",), composition=power, of_complex=complex_power),
     Function("abs", "elementwise", slope=slope_of_abs, of_complex=modulus),
     Function("absolute", "elementwise", slope=slope_of_abs, of_complex=modulus),
     Function("exp", "elementwise", slope=slope_of_exp, of_complex=exponential),
@@ -130,7 +130,7 @@ _declare("elementwise", "clamp clip", slope=slope_of_clamp, composition=clamped)
 _declare("elementwise", "clamp_min", slope=slope_of_clamp, composition=torch.maximum)
 _declare("elementwise", "clamp_max", slope=slope_of_clamp, composition=torch.minimum)
 _declare("elementwise", "exp2 expm1 log2 log10 log1p log_sigmoid logit sign sinc")
-_declare("elementwise", "float_power", composition=power)
+_declare("elementwise", "float_power", composition=power, of_complex=complex_power)
 _declare("elementwise", "sin cos tan asin acos atan arcsin arccos arctan")
 _declare("elementwise", "sinh cosh asinh acosh atanh arcsinh arccosh arctanh")
 _declare("elementwise", "erf erfc erfinv lgamma digamma polygamma i0")
@@ -161,7 +161,7 @@ FUNCTIONS.declare(
     Function("max", "selection", axis=1, composition=largest),
     Function("min", "selection", axis=1, composition=smallest),
     Function("median", "selection", axis=1, composition=median),
-    Function("nanmedian", "selection", axis=1),
+    Function("nanmedian", "selection", axis=1, composition=nanmedian),
     Function("mode", "selection", axis=1),
 )
 _declare("selection", "sort cummax cummin", axis=1)

@@ -56,7 +56,7 @@ REASONS: dict[str, str] = {
         miopen_depthwise_convolution miopen_rnn native_batch_norm native_channel_shuffle native_group_norm
         native_layer_norm native_norm to_mkldnn""",
     "it calls Python code for each entry": "apply map map2",
-    "it changes a tensor's memory": "resize resize_as module_load slice_inverse",
+    "it changes how a tensor lies in memory": "as_strided_scatter module_load resize resize_as slice_inverse",
 }
 """Names of functions by the reason why they are refused."""
 

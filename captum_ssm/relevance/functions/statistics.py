@@ -18,8 +18,10 @@ def _var(x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = Fals
     count = 1
     for d in dims:
         count *= x.shape[d]
-    free = count - (int(unbiased) if correction is None else correction)
-    return (x - x.mean(dims, keepdim=True)).square().sum(dims, keepdim=keepdim) / free
+    free = max(count - (int(unbiased) if correction is None else correction), 0)
+    deviation = x - x.mean(dims, keepdim=True)
+    deviation = deviation.abs() if x.is_complex() else deviation
+    return deviation.square().sum(dims, keepdim=keepdim) / free
 
 
 @composed("std")
@@ -30,7 +32,7 @@ def _std(*args: Any, **kwargs: Any) -> Tensor:
 @composed("var_mean")
 def _var_mean(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
     var = _var(x, dim, *args, keepdim=keepdim, **kwargs)
-    return var, x.mean() if dim is None or isinstance(dim, bool) else x.mean(dim, keepdim=keepdim)
+    return var, x.mean(list(range(x.dim())) if dim is None or isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
 @composed("std_mean")
@@ -43,15 +45,17 @@ def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def _cov(x: Tensor, *, correction: int = 1, fweights: None = None, aweights: None = None) -> Tensor:
     if fweights is not None or aweights is not None:
         raise NotImplementedError("cov with weights")
+    x = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     deviation = x - x.mean(-1, keepdim=True)
-    return (deviation @ deviation.mT if x.dim() > 1 else deviation.square().sum()) / (x.shape[-1] - correction)
+    return ((deviation @ deviation.mH) / max(x.shape[-1] - correction, 0)).squeeze()
 
 
 @composed("corrcoef")
 def _corrcoef(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     deviation = x - x.mean(-1, keepdim=True)
-    unit = deviation * torch.rsqrt(deviation.square().sum(-1, keepdim=True))
-    return unit @ unit.mT
+    unit = deviation / norm(deviation, 2, -1, keepdim=True)
+    return (unit @ unit.mH).squeeze()
 
 
 @composed("norm")
@@ -62,16 +66,18 @@ def norm(x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: A
         NotImplementedError: If it is that of the singular values of a matrix, or no norm.
     """
     p = 2 if p in (None, "fro") else p
-    if not isinstance(p, (int, float)) or p <= 0:
+    if not isinstance(p, (int, float)) or not p:
         raise NotImplementedError(f"norm with p={p}")
     x = x.to(dtype) if dtype is not None else x
-    if p in (1, torch.inf) or x.is_complex() or p != 2:
+    if p != 2 or x.is_complex():
         x = x.abs()
     dim = list(range(x.dim())) if dim is None else dim
     if p == 1:
         return x.sum(dim, keepdim=keepdim)
     if p == torch.inf:
         return amax(x, dim, keepdim)
+    if p == -torch.inf:
+        return -amax(-x, dim, keepdim)
     if p == 2:
         return x.square().sum(dim, keepdim=keepdim).sqrt()
     return x.pow(p).sum(dim, keepdim=keepdim).pow(1 / p)
@@ -127,6 +133,7 @@ def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_:
 @composed("cosine_similarity")
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """Return the product of two vectors over that of their norms, none of which is taken below ``eps``."""
+    x1, x2 = torch.broadcast_tensors(x1, x2)
     return (_normalize(x1, 2, dim, eps) * _normalize(x2, 2, dim, eps)).sum(dim)
 
 

@@ -93,6 +93,8 @@ def _matrix_power(x: Tensor, n: int) -> Tensor:
 @composed("prod")
 def _prod(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     x = x if dtype is None else x.to(dtype)
+    if not x.dim() or 0 in x.shape:
+        return x if not x.dim() else x.sum(dim, keepdim) + 1 if dim is not None else x.sum() + 1
     factors, axis = (x.flatten(), 0) if dim is None else (x, dim)
     while factors.shape[axis] > 1:
         even = factors.shape[axis] // 2
@@ -104,7 +106,10 @@ def _prod(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: An
 
 @composed("cumprod")
 def _cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
-    parts = list((x if dtype is None else x.to(dtype)).unbind(dim))
+    x = x if dtype is None else x.to(dtype)
+    if not x.dim() or 0 in x.shape:
+        return x
+    parts = list(x.unbind(dim))
     for k in range(1, len(parts)):
         parts[k] = parts[k - 1] * parts[k]
     return torch.stack(parts, dim)
