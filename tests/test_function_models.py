@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from captum_ssm import ImplicitAttentionRelevance
 from captum_ssm.relevance.difference import Difference
@@ -223,6 +224,77 @@ def test_a_model_in_float32_is_about_that_in_float64(name: str) -> None:
     wide, _ = relevance(model, x.float().double(), r.float().double(), Difference())
     narrow, _ = relevance(model.float(), x.float(), r.float(), Difference())
     assert (narrow - wide).abs().max() <= 1e-4 * wide.abs().max()
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (lambda: nn.LSTM(E, 5, 2, bidirectional=True), (L, B, E)),
+    "LSTM with projections": (lambda: nn.LSTM(E, 5, 2, bias=False, proj_size=3, bidirectional=True), (L, B, E)),
+    "LSTM of one sequence": (lambda: nn.LSTM(E, 5, batch_first=True), (L, E)),
+    "GRU": (lambda: nn.GRU(E, 5, 3, batch_first=True, bias=False), (B, L, E)),
+    "GRU of one sequence": (lambda: nn.GRU(E, 5, bidirectional=True), (L, E)),
+    "RNN": (lambda: nn.RNN(E, 5, 2, nonlinearity="relu", bidirectional=True), (L, B, E)),
+    "LSTMCell": (lambda: nn.LSTMCell(E, 5, bias=False), (B, E)),
+    "GRUCell of one": (lambda: nn.GRUCell(E, 5), (E,)),
+    "RNNCell": (lambda: nn.RNNCell(E, 5), (B, E)),
+    "TransformerDecoderLayer": (lambda: Twice(nn.TransformerDecoderLayer(E, 2, 16, batch_first=True)), (B, L, E)),
+    "Transformer": (lambda: Twice(nn.Transformer(E, 2, 1, 1, 16, batch_first=True)), (B, L, E)),
+    "BatchNorm2d without weights": (lambda: nn.BatchNorm2d(4, affine=False), (B, 4, 3, 3)),
+    "UpsamplingBilinear2d": (lambda: nn.UpsamplingBilinear2d(scale_factor=2), (B, 4, 3, 3)),
+    "Softmax2d": (nn.Softmax2d, (B, 4, 3, 3)),
+    "LPPool2d": (lambda: nn.LPPool2d(2, 2), (B, 4, 4, 4)),
+    "Fold": (lambda: nn.Fold((4, 4), 2, stride=2), (B, 16, 4)),
+    "ReflectionPad2d": (lambda: nn.ReflectionPad2d(1), (B, 4, 3, 3)),
+    "AdaptiveLogSoftmax": (lambda: LogProbabilities(nn.AdaptiveLogSoftmaxWithLoss(E, 9, [3, 6])), (B, E)),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(E, 3)), (B, E)),
+}
+
+
+class Twice(nn.Module):
+    """A module of two sequences, of one and its tanh."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x, x.tanh())
+
+
+class LogProbabilities(nn.Module):
+    """The log-probabilities of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module.log_prob(x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("rule", [Difference, Frozen])
+def test_a_module_of_torch_is_followed(name: str, rule: Any) -> None:
+    create, shape = MODULES[name]
+    module = create().double().eval()
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    x, r = torch.randn(shape).double(), torch.randn(shape).double()
+    r = r if rule is Difference else torch.zeros_like(r)
+    leaf = x.clone().requires_grad_()
+    results = [t for t in tree_leaves(module(Traced.of(leaf * 1, r, rule()))) if isinstance(t, Tensor)]
+    expected, at_reference = (tree_leaves(module(t)) for t in (x, r))
+    assert len(results) == len(expected)
+    for result, value, reference in zip(results, expected, at_reference):
+        if not isinstance(result, Traced):
+            assert rule is Frozen and torch.equal(result, value)  # a gate
+            continue
+        traced: Any = result
+        assert (traced.value - value).abs().max() <= 1e-9
+        assert rule is Frozen or (traced.reference - reference).abs().max() <= 1e-9
+        weights = torch.randn_like(value)
+        (multiplier,) = torch.autograd.grad((traced.value * weights).sum(), leaf, retain_graph=True)
+        change = ((traced.value - traced.reference) * weights).sum()
+        assert (((x - r) * multiplier).sum() - change).abs() <= 1e-9 * (value.abs().sum() + reference.abs().sum())
 
 
 class MambaThenLSTM(nn.Module):

@@ -64,9 +64,11 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @composed("rrelu")
-def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any, **__: Any) -> Tensor:
-    if training:
-        raise NotImplementedError("rrelu in training mode")
+def _rrelu(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if training or inplace:
+        raise NotImplementedError("rrelu in training mode, or in place")
     return F.leaky_relu(x, (lower + upper) / 2)
 
 
@@ -75,8 +77,7 @@ def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool
 
 @composed("softmax", aliases=("special_softmax",))
 def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, **_: Any) -> Tensor:
-    x, dtype = (x, _stacklevel) if isinstance(_stacklevel, torch.dtype) else (x, dtype)
-    return normalized_exponentials(x if dtype is None else x.to(dtype), -1 if dim is None else dim)
+    return normalized_exponentials(_typed(x, _stacklevel, dtype), -1 if dim is None else dim)
 
 
 @composed("softmin")
@@ -94,8 +95,14 @@ def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
 
 @composed("log_softmax", aliases=("special_log_softmax",))
 def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, **_: Any) -> Tensor:
-    x = x if dtype is None else x.to(dtype)
+    x = _typed(x, _stacklevel, dtype)
     return x - _logsumexp(x, -1 if dim is None else dim, keepdim=True)
+
+
+def _typed(x: Tensor, third: Any, dtype: Any) -> Tensor:
+    """Return ``x`` in the type that is asked for: the third argument in ``torch``, the fourth in ``functional``."""
+    dtype = third if isinstance(third, torch.dtype) else dtype
+    return x if dtype is None else x.to(dtype)
 
 
 @composed("logaddexp")

@@ -1,4 +1,4 @@
-"""Losses: of entries, of distances, and of classes; then reduced to their mean or their sum."""
+"""Losses of entries and of distances, all of them, their mean or their sum."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def reduced(loss: Tensor, reduction: str | int = "mean", size_average: Any = Non
 
 @composed("mse_loss")
 def _mse(input: Tensor, target: Tensor, *reduction: Any, weight: Any = None, **by_name: Any) -> Tensor:
-    return _weighed((input - target).square(), weight, *_reduction(*reduction, **by_name))
+    return _weighed((input - target).square(), weight, *reduction_of(*reduction, **by_name))
 
 
 @composed("l1_loss")
 def _l1(input: Tensor, target: Tensor, *reduction: Any, weight: Any = None, **by_name: Any) -> Tensor:
-    return _weighed((input - target).abs(), weight, *_reduction(*reduction, **by_name))
+    return _weighed((input - target).abs(), weight, *reduction_of(*reduction, **by_name))
 
 
 @composed("smooth_l1_loss")
@@ -105,7 +105,7 @@ def _poisson_nll(
 
 @composed("soft_margin_loss")
 def _soft_margin(input: Tensor, target: Tensor, *reduction: Any, **by_name: Any) -> Tensor:
-    return reduced(F.softplus(-target * input), *_reduction(*reduction, **by_name))
+    return reduced(F.softplus(-target * input), *reduction_of(*reduction, **by_name))
 
 
 # --- Of distances -------------------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ def _soft_margin(input: Tensor, target: Tensor, *reduction: Any, **by_name: Any)
 def _hinge_embedding(input: Tensor, target: Tensor, margin: float = 1.0, *reduction: Any, **by_name: Any) -> Tensor:
     of_others, of_same = (margin - input).relu(), input
     loss = torch.where(target == 1, 0, of_others) + torch.where(target == -1, 0, of_same)
-    return reduced(loss, *_reduction(*reduction, **by_name))
+    return reduced(loss, *reduction_of(*reduction, **by_name))
 
 
 @composed("margin_ranking_loss")
 def _margin_ranking(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0, *reduction: Any, **by_name: Any
 ) -> Tensor:
-    return reduced((-target * (input1 - input2) + margin).relu(), *_reduction(*reduction, **by_name))
+    return reduced((-target * (input1 - input2) + margin).relu(), *reduction_of(*reduction, **by_name))
 
 
 @composed("cosine_embedding_loss")
@@ -131,7 +131,7 @@ def _cosine_embedding(
 ) -> Tensor:
     cosine = cosine_similarity(input1, input2, -1)
     loss = torch.where(target == 1, 1 - cosine, (cosine - margin).relu())
-    return reduced(loss, *_reduction(*reduction, **by_name))
+    return reduced(loss, *reduction_of(*reduction, **by_name))
 
 
 @composed("triplet_margin_loss")
@@ -141,88 +141,20 @@ def _triplet_margin(
 ) -> Tensor:  # fmt: skip
     near, far = pairwise_distance(anchor, positive, p, eps), pairwise_distance(anchor, negative, p, eps)
     far = torch.minimum(far, pairwise_distance(positive, negative, p, eps)) if swap else far
-    return reduced((near - far + margin).relu(), *_reduction(*reduction, **by_name))
+    return reduced((near - far + margin).relu(), *reduction_of(*reduction, **by_name))
 
 
-# --- Of classes ---------------------------------------------------------------------------------------------------
-
-
-@composed("nll_loss", aliases=("nll_loss_nd",))
-def _nll(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
-    reduce: Any = None, reduction: str | int = "mean",
-) -> Tensor:  # fmt: skip
-    shown = target != ignore_index
-    numbers = target.masked_fill(~shown, 0)
-    weights = shown.to(input.dtype) if weight is None else weight.to(input.dtype)[numbers] * shown
-    axis = 0 if input.dim() == 1 else 1
-    loss = -input.gather(axis, numbers.unsqueeze(axis)).squeeze(axis) * weights
-    if size_average is None and reduce is None and reduction in ("mean", 1):
-        return loss.sum() / weights.sum()
-    return reduced(loss, reduction, size_average, reduce)
-
-
-@composed("cross_entropy", aliases=("cross_entropy_loss",))
-def _cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
-    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
-    axis = 0 if input.dim() == 1 else 1
-    logs, C = F.log_softmax(input, axis), input.shape[axis]
-    of_classes = torch.ones(C, dtype=logs.dtype, device=logs.device) if weight is None else weight.to(logs.dtype)
-    of_classes = of_classes.view(-1, *[1] * (input.dim() - 2))
-    if target.is_floating_point():
-        target = target * (1 - label_smoothing) + label_smoothing / C
-        loss = -(logs * of_classes * target).sum(axis)
-        return loss.sum() * (C / input.numel()) if reduction == "mean" else reduced(loss, reduction)
-    loss = _nll(logs, target, weight, size_average, ignore_index, reduce, reduction)
-    if not label_smoothing:
-        return loss
-    shown = target != ignore_index
-    smooth = -(logs * of_classes).sum(axis) * shown
-    if reduction == "mean":
-        seen = target.masked_fill(~shown, 0)
-        total = (of_classes.flatten()[seen] * shown).sum()
-        return (1 - label_smoothing) * loss + label_smoothing / C * (smooth.sum() / total)
-    return (1 - label_smoothing) * loss + label_smoothing / C * reduced(smooth, reduction)
-
-
-@composed("linear_cross_entropy")
-def _linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
-    label_smoothing: float = 0.0, options: Any = None,
-) -> Tensor:  # fmt: skip
-    if linear_weight.dim() != 2:
-        raise NotImplementedError("classes along several axes")
-    logits, hidden = F.linear(input, linear_weight, linear_bias), -100 if ignore_index is None else ignore_index
-    return _cross_entropy(logits, target, weight, None, hidden, None, reduction, label_smoothing)
-
-
-@composed("multi_margin_loss")
-def _multi_margin(
-    input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, *reduction: Any,
-    **by_name: Any,
-) -> Tensor:  # fmt: skip
-    numbers = target.view(*input.shape[:-1], 1)
-    loss = (margin - input.gather(-1, numbers) + input).relu()
-    loss = loss if p == 1 else loss.square()
-    loss = loss if weight is None else loss * weight[numbers]
-    others = torch.arange(input.shape[-1], device=input.device) != numbers
-    return reduced((loss * others).sum(-1) / input.shape[-1], *_reduction(*reduction, **by_name))
-
-
-for _name in ("gaussian_nll_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss"):
+for _name in ("gaussian_nll_loss", "triplet_margin_with_distance_loss"):
     composed(_name)(as_torch_writes_it(getattr(F, _name)))
 
 
 # --- Reduction ----------------------------------------------------------------------------------------------------
 
 
-def _reduction(
+def reduction_of(
     size_average: Any = None, reduce: Any = None, reduction: str | int = "mean", **_: Any
 ) -> tuple[str | int, Any, Any]:
-    """Return the last three arguments of torch's losses in the order of :func:`reduced`."""
+    """Return the last three arguments of most of torch's losses in the order of :func:`reduced`."""
     return reduction, size_average, reduce
 
 

@@ -61,7 +61,7 @@ _declare("linear", "view reshape flatten unflatten ravel expand broadcast_to squ
 _declare("linear", "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid as_strided")
 _declare("linear", "transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint")
 _declare("linear", "flip fliplr flipud reversed rot90 roll repeat tile repeat_interleave channel_shuffle")
-_declare("linear", "split split_with_sizes tensor_split chunk dsplit hsplit vsplit unbind unfold fold")
+_declare("linear", "split split_with_sizes tensor_split chunk dsplit hsplit vsplit unbind unfold")
 _declare(
     "linear", "unsafe_chunk unsafe_split unsafe_split_with_sizes cat concat concatenate stack hstack vstack dstack"
 )
@@ -73,7 +73,8 @@ _declare("linear", "masked_fill masked_select masked_scatter copy fill zero clon
 _declare("linear", "alias_copy as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy select_copy")
 _declare("linear", "slice_copy split_copy split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy")
 _declare("linear", "unfold_copy unsqueeze_copy view_copy")
-_declare("linear", "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+_declare("linear", "avg_pool1d avg_pool2d avg_pool3d fold", contraction=True)
+_declare("linear", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", contraction=True)
 _declare("linear", "pixel_shuffle pixel_unshuffle interpolate pad_sequence")
 _declare("linear", "affine_grid affine_grid_generator", contraction=True)
 _declare("linear", "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d", linear_in=0)

@@ -184,8 +184,8 @@ class Table:
 
 
 FUNCTIONS = Table()
-"""The table. Rows stand in :mod:`~captum_ssm.relevance.functions.primitives` and, with their definition, in
-:mod:`~captum_ssm.relevance.functions.composed`."""
+"""The table. Rows stand in :mod:`~captum_ssm.relevance.functions.primitives` and, with their definition, in the modules
+beside it."""
 
 
 def composed(name: str, **columns: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
