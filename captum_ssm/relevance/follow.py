@@ -43,7 +43,8 @@ class FollowedMixers:
         skips: Gets the direct paths past the recurrences, as inputs of their own; None leaves them in the flow.
         on_factor: Called with a mixer's name, the name of each factor of its chain, and the input of the factor.
         checkpoints: The checkpointed blocks, if there are any.
-        followed: Gets by name of each mixer how it was followed: by its decomposition, or why not.
+        followed: Gets by name of each mixer's call how it was followed: by its decomposition, or why not.
+        strangers: Gets the mixers that are not what their adapter knows, and why.
     """
 
     plain: PlainArguments
@@ -53,6 +54,7 @@ class FollowedMixers:
     on_factor: Callable[[str, str, Tensor], None] | None = None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     followed: dict[str, str] = field(default_factory=dict)
+    strangers: dict[nn.Module, str] = field(default_factory=dict)
 
     def __call__(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer, traced if its input is.
@@ -63,15 +65,16 @@ class FollowedMixers:
         """
         if not traced((call.x, call.kwargs)):
             return call.y
-        known = self.followed.get(call.name) if self.checkpoints.is_rerun else None
         try:
-            y = self._by_decomposition(call)  # when a block runs again too: it has to keep the same tensors
-            self.followed[call.name] = known or DECOMPOSITION
+            y = self._by_decomposition(call)  # of a stranger too when its block runs again: it keeps the same tensors
         except (FidelityError, UnsupportedModelError) as error:
             if self.skips is not None or self.on_factor is not None:  # asked for parts of the decomposition
                 raise
-            self.followed[call.name] = str(error)
-        return y if self.followed[call.name] == DECOMPOSITION else self._by_functions(call)
+            self.strangers[call.mixer] = str(error)
+        reason = self.strangers.get(call.mixer)
+        if not self.checkpoints.is_rerun:
+            self.followed[call.name] = reason or DECOMPOSITION
+        return y if reason is None else self._by_functions(call)
 
     def _by_functions(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer's own code, function by function."""
