@@ -144,4 +144,4 @@ def _constant(leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
     leaf = leaf.detach() if leaf.requires_grad else leaf
     if dtype is None or leaf.dtype is dtype or not leaf.is_floating_point():
         return leaf
-    return leaf.to(torch.promote_types(leaf.dtype, dtype))
+    return leaf.to(torch.promote_types(leaf.dtype, dtype.to_real()))

@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Rule(ABC):
     def pair(self, value: Any, reference: Any, origin: Origin | None = None) -> Any:
         """Return a value and a reference, tensors or sequences of tensors, as traced ones."""
         if isinstance(value, Tensor):
-            return Traced.of(value, reference, self, origin) if value.is_floating_point() else value
+            return Traced.of(value, reference, self, origin) if _is_float(value) else value
         if isinstance(value, (list, tuple)):
             return tuple(self.pair(v, r, origin) for v, r in zip(value, reference))
         return value
@@ -131,6 +132,9 @@ class Rule(ABC):
 
     def _linear(self, call: Call) -> Any:
         """Apply a linear function to value and reference."""
+        position = call.row.linear_in
+        if position is not None and [id(t) for t in call.traced] != [id(t) for t in call.args[position : position + 1]]:
+            raise unsupported_function(call.function, f"it is linear in its argument {position} alone")
         keeps_origin = len(call.traced) == 1 and not call.row.contraction
         return self.pair(call.on(value_of), call.on(reference_of), call.traced[0].origin if keeps_origin else None)
 
@@ -138,26 +142,33 @@ class Rule(ABC):
         """Take a product of one traced factor as linear, of two as a quotient or a product."""
         if len(call.traced) == 1:
             return self._linear(call)
-        if call.row.composition is not None:
+        if len(call.traced) > call.row.factors:
             return self._composed(call)
-        if len(call.traced) > 2 or call.row.one_factor:
-            raise unsupported_function(call.function)
         inverse = [factor.origin == "inverse" for factor in call.traced]
         return self.quotient(call, denominator=int(inverse[1])) if any(inverse) else self.product(call)
 
     def _elementwise(self, call: Call) -> Any:
         if len(call.traced) > 1:
-            raise unsupported_function(call.function)
+            return self._composed(call)
+        if call.traced[0].value.is_complex():
+            return self._of_complex(call)
         result = self.elementwise(call.without("inplace"))
         if call.kwargs.get("inplace"):
             self._forget()
             vars(call.traced[0]).update(value=values(result), reference=references(result))
         return result
 
+    def _of_complex(self, call: Call) -> Any:
+        """Run the composition of a function of complex numbers."""
+        if call.row.of_complex is None:
+            raise unsupported_function(call.function, "of complex numbers")
+        return self._composed(call._replace(row=replace(call.row, composition=call.row.of_complex)))
+
     def _composed(self, call: Call) -> Any:
         """Run the composition, whose functions come back to the rule one by one."""
         composition = call.row.composition
-        assert composition is not None
+        if composition is None:
+            raise unsupported_function(call.function)
         try:
             return composition(*call.args, **call.kwargs)
         except (NotImplementedError, TypeError) as error:
@@ -168,11 +179,13 @@ class Rule(ABC):
         x, value = call.args[0], call.on(value_of)
         if not isinstance(value, Tensor):
             return value
-        if not value.is_floating_point():
+        if not _is_float(value):
             return self._decision(call, "cast")
-        if torch.promote_types(value.dtype, x.value.dtype) != value.dtype:
-            return x
-        return self.pair(value, call.on(reference_of), x.origin)
+        if x.is_complex() and not value.is_complex():
+            return x.real.to(value.dtype)
+        if torch.promote_types(value.dtype, x.dtype) == value.dtype:
+            return self.pair(value, call.on(reference_of), x.origin)
+        return x.to(x.dtype.to_complex()) if value.is_complex() and not x.is_complex() else x
 
     def _in_place(self, call: Call) -> Any:
         """Write into the value and the reference of the first argument, which becomes traced if it is not."""
@@ -207,19 +220,27 @@ class Rule(ABC):
 
     def _selection(self, call: Call) -> Any:
         """Return entries that ``topk``, ``sort`` or ``max`` choose, and their positions, chosen by the input."""
-        chosen, position = call.on(constant_of), call.row.axis
-        if position is None or not _has_positions(chosen):
-            return self._decision(call)
+        chosen, row = call.on(constant_of), call.row
+        if not _has_positions(chosen):
+            return self._composed(call) if row.composition is not None else self._decision(call)
         x, numbers = call.args[0], chosen[1]
-        axis = call.kwargs.get("dim", call.args[position] if len(call.args) > position else -1)
+        self._note(row.name, numbers, call.on(reference_of)[1])
+        if row.axis is None:
+            entries = x.flatten(-row.window).gather(-1, numbers.flatten(-row.window)).view_as(numbers)
+            return type(chosen)((entries, numbers))
+        axis = call.kwargs.get("dim", call.args[row.axis] if len(call.args) > row.axis else -1)
         keeps_axis = numbers.dim() == x.dim()
         entries = x.gather(axis, numbers if keeps_axis else numbers.unsqueeze(axis))
-        self._note(call.row.name, numbers, call.on(reference_of)[1])
         return type(chosen)((entries if keeps_axis else entries.squeeze(axis), numbers))
 
+    def _step(self, call: Call) -> Tensor:
+        """Return rounded entries as a constant, noted if the reference's would differ."""
+        rounded = call.on(constant_of)
+        self._note(call.row.name, rounded, call.on(reference_of))
+        return rounded
+
     def _note(self, name: str, decision: Any, other: Any) -> None:
-        same = torch.equal(decision, other) if isinstance(decision, Tensor) else decision == other
-        if not same:
+        if not _equal(decision, other):
             self.changed_decisions.add(name)
 
     # --- Functions that need no rule ------------------------------------------------------------------------------
@@ -239,6 +260,9 @@ class Rule(ABC):
     def _outside(self, call: Call) -> Any:
         raise unsupported_function(call.function, "what leaves torch cannot be followed")
 
+    def _refused(self, call: Call) -> Any:
+        raise unsupported_function(call.function, call.row.reason)
+
 
 _BY_KIND: dict[str, Callable[[Rule, Call], Any]] = {
     "linear": Rule._linear,
@@ -248,11 +272,13 @@ _BY_KIND: dict[str, Callable[[Rule, Call], Any]] = {
     "composed": Rule._composed,
     "cast": Rule._cast,
     "selection": Rule._selection,
+    "step": Rule._step,
     "decision": Rule._decision,
     "form": Rule._form,
     "method": Rule._method,
     "mark": Rule._mark,
     "outside": Rule._outside,
+    "refused": Rule._refused,
 }
 
 
@@ -273,6 +299,14 @@ def unsupported_function(function: Callable[..., Any], reason: str = "") -> Unsu
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _equal(decision: Any, other: Any) -> bool:
+    if isinstance(decision, Tensor):
+        return torch.equal(decision, other)
+    if isinstance(decision, (list, tuple)):
+        return len(decision) == len(other) and all(map(_equal, decision, other))
+    return bool(decision == other)
 
 
 def _has_positions(result: Any) -> bool:

@@ -48,7 +48,7 @@ class Traced(Tensor):
         Args:
             plain: The tensor, which is changed.
             rule: The pair's rule.
-            dtype: The type of the pair's value and reference.
+            dtype: The type of the pair's value and reference; of a complex tensor, the complex type of its size.
 
         Returns:
             The same tensor, whose value and reference are its present entries.
@@ -56,12 +56,14 @@ class Traced(Tensor):
         base = plain._base
         if base is not None:
             pair = base if isinstance(base, Traced) else cls.adopt(base, rule, dtype)
+            sides = [_numbers_like(plain, t) for t in (pair.value, pair.reference)]
+            first = _offset(base) * pair.value.element_size() // sides[0].element_size()
             value, reference = (
                 t.as_strided(plain.shape, plain.stride(), plain.storage_offset() - first + t.storage_offset())
-                for first in [_offset(base)] for t in (pair.value, pair.reference)
-            )  # fmt: skip
+                for t in sides
+            )
         else:
-            value = plain.detach().to(dtype)
+            value = plain.detach().to(dtype.to_complex() if plain.is_complex() else dtype.to_real())
             reference = value.clone()
         plain.__class__ = cls
         return plain._hold(value, reference, rule, None)  # type: ignore
@@ -95,6 +97,13 @@ def traced(nested: Any) -> list[Traced]:
     elif not isinstance(nested, (list, tuple)):
         return []
     return [leaf for part in nested for leaf in traced(part)]
+
+
+def _numbers_like(plain: Tensor, t: Tensor) -> Tensor:
+    """Return a tensor, or its real and imaginary parts, or the numbers of which it has the parts, as ``plain`` has."""
+    if t.is_complex() == plain.is_complex():
+        return t
+    return torch.view_as_real(t) if t.is_complex() else torch.view_as_complex(t.view(-1, 2))
 
 
 def _offset(tensor: Tensor) -> int:

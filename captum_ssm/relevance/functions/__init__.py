@@ -4,8 +4,8 @@ To add a function, add its row and nothing else:
 
 * a function of a known kind: a line in :mod:`~captum_ssm.relevance.functions.primitives`, for instance
   ``Function("erf", "elementwise")``; the columns of a row are explained at :class:`Function`;
-* a function that can be written in others: its definition in :mod:`~captum_ssm.relevance.functions.composed`, below the
-  line ``@composed("its_name")``, which is the row;
+* a function that can be written in others: its definition below the line ``@composed("its_name")``, which is the row,
+  in the module of its subject or in :mod:`~captum_ssm.relevance.functions.composed`;
 * a fused kernel or a module that torch's functions cannot show: its definition in
   :mod:`~captum_ssm.relevance.functions.external`.
 
@@ -14,7 +14,15 @@ the closed form of its difference quotient, a definition in :mod:`~captum_ssm.re
 take each row to the function that it names, and each slope to the quotient.
 """
 
-from captum_ssm.relevance.functions import composed, primitives  # noqa: F401  (they declare the rows)
+from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the rows)
+    composed,
+    normalization,
+    order,
+    powers,
+    primitives,
+    statistics,
+    sums_of_products,
+)
 from captum_ssm.relevance.functions.external import EXTERNAL_CODE
 from captum_ssm.relevance.functions.registration import register_rule, unregister_rule
 from captum_ssm.relevance.functions.table import FUNCTIONS, Callee, Function, Kind, Origin

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.layers.registry import Registry
-from captum_ssm.relevance.functions.composed import normalized
+from captum_ssm.relevance.functions.normalization import normalized
 
 EXTERNAL_CODE: Registry[Callable[..., Any]] = Registry("A rule", "captum_ssm.unregister_rule")
 """By the name of a class of modules, or of a function that they call past torch's functions: its composition.

@@ -31,8 +31,8 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
 
     Example:
         >>> import torch
-        >>> register_rule(torch.i0, "elementwise")
-        >>> unregister_rule(torch.i0)
+        >>> register_rule(torch.special.bessel_j0, "elementwise")
+        >>> unregister_rule(torch.special.bessel_j0)
         >>> @register_rule("FusedSquare")
         ... def fused_square(module, x):
         ...     return x * x

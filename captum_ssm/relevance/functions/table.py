@@ -12,7 +12,7 @@ from torch import Tensor
 Kind = Literal["linear", "product", "elementwise", "constant"]
 """The kinds of functions that can be registered by their kind alone."""
 
-OtherKind = Literal["composed", "cast", "selection", "decision", "form", "method", "mark", "outside"]
+OtherKind = Literal["composed", "cast", "selection", "step", "decision", "form", "method", "mark", "outside", "refused"]
 
 Origin = Literal["activated", "inverse"]
 """The result of an activation, or one over something, as the scale of a norm is."""
@@ -36,21 +36,29 @@ class Function:
             * ``"composed"``: written in other functions, by ``composition``;
             * ``"cast"``: changes the type or the device;
             * ``"selection"``: returns entries and their positions, and the input decides the positions;
+            * ``"step"``: rounds each entry, which is a decision of the input;
             * ``"form"``: reads the shape or the type;
             * ``"method"``: belongs to this package; the rule's method of this name computes it;
             * ``"mark"``: tells autograd something, which has no effect on a value;
             * ``"outside"``: takes a tensor out of torch, where no rule can follow: refused;
+            * ``"refused"``: has no rule, for a ``reason``;
             * ``"decision"``: any other function. A result without floating-point numbers, as of a comparison, is a
               decision of the input; a function with other results is refused.
         aliases: Further names of the function, such as Python's operators.
         in_place: Names under which the function writes into its first argument, besides names that end with ``_``.
-        composition: The same function written in other functions. For a product: used if several arguments are traced.
+        composition: The same function written in other functions. For a product: used if more than ``factors`` of its
+            arguments are traced; for an elementwise function: if several are; for a selection: if the result has no
+            positions.
+        of_complex: For an elementwise function: the same function of complex numbers, written in other functions.
         slope: The closed form of an elementwise function's difference quotient; None: computed from the function.
         origin: For an elementwise function: the origin of its result, which a product with the result reads.
         contraction: Whether the result mixes entries, so that it no longer has the origin of its argument.
-        one_factor: For a product: whether it is refused if more than one factor is traced.
+        factors: For a product: how many of its arguments may be traced at once, 1 or 2.
+        linear_in: For a linear function that is linear in one argument alone: the position of this argument.
         constants_from: Position of the first argument of which only the shape or the type is read.
         axis: For a selection: position of its argument ``dim``.
+        window: For a selection of windows: the number of last axes that its positions count together.
+        reason: Of a refused function: why it has no rule.
         shared: Whether the operators of a chain call it, so that an adapter and its chain may share the result.
     """
 
@@ -59,12 +67,16 @@ class Function:
     aliases: tuple[str, ...] = ()
     in_place: tuple[str, ...] = ()
     composition: Callable[..., Any] | None = None
+    of_complex: Callable[..., Any] | None = None
     slope: Slope | None = None
     origin: Origin = "activated"
     contraction: bool = False
-    one_factor: bool = False
+    factors: int = 2
+    linear_in: int | None = None
     constants_from: int | None = None
     axis: int | None = None
+    window: int = 0
+    reason: str = ""
     shared: bool = False
 
     @property
@@ -151,7 +163,9 @@ class Table:
         own_name = function.__name__
         if own_name == "__get__":
             row = self.find(function.__self__.__name__)  # type: ignore[attr-defined]
-            return Callee(function, row if row.kind == "linear" else Function(row.name, "form"), in_place=False)
+            return Callee(
+                function, row if row.kind in ("linear", "composed") else Function(row.name, "form"), in_place=False
+            )
         name = own_name.strip("_")
         row = self.find(name)
         writes = name in row.in_place or (own_name.endswith("_") and not own_name.endswith("__"))
@@ -170,8 +184,8 @@ class Table:
 
 
 FUNCTIONS = Table()
-"""The table. Rows stand in :mod:`~captum_ssm.relevance.functions.primitives` and, with their definition, in
-:mod:`~captum_ssm.relevance.functions.composed`."""
+"""The table. Rows stand in :mod:`~captum_ssm.relevance.functions.primitives` and, with their definition, in the modules
+beside it."""
 
 
 def composed(name: str, **columns: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
