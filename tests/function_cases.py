@@ -135,14 +135,27 @@ LINEAR: dict[str, Any] = {
         *torch.split_copy(x, 2, 2), *torch.split_with_sizes_copy(x, [1, 3], 2),
     ],
     "embedding": lambda x: [F.embedding(PLACES, x[0]), torch.embedding(x[0], PLACES)],
+    "affine_grid": lambda x: [F.affine_grid(x[:, :2, :3], [2, 1, 3, 3]),
+                              torch.affine_grid_generator(x[:, :2, :3], [2, 1, 3, 3], True)],
     "requires_grad": lambda x: (x * 1).requires_grad_() + 1,
     "dropout": lambda x: [f(x, 0.5, False) for f in (F.dropout, F.dropout1d, F.alpha_dropout, F.feature_alpha_dropout,
                                                     torch.feature_dropout)],
 }  # fmt: skip
 """Functions of one tensor (2, 3, 4)."""
 IMAGES: dict[str, Any] = {
+    "avg_pool2d": lambda x: [F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1, True, False)],
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    "lp_pool2d": lambda x: F.lp_pool2d(x.abs() + 0.1, 2, 2),
+    "max_pool2d": lambda x: [F.max_pool2d(x, 2), torch.max_pool2d(x, 3, 2, 1)],
+    "max_pool2d and where": lambda x: F.max_pool2d(x, 2, return_indices=True),
+    "max_pool2d of windows apart": lambda x: F.max_pool2d(x, 2, 3, 1, 2, True),
+    "MaxPool2d": lambda x: nn.MaxPool2d(3, 1, 1)(x),
+    "adaptive_max_pool2d": lambda x: [F.adaptive_max_pool2d(x, (2, 3)), nn.AdaptiveMaxPool2d(2, True)(x)[0]],
+    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "pixels": lambda x: [F.pixel_shuffle(x, 2), F.pixel_unshuffle(x, 3), torch.channel_shuffle(x, 2)],
     "interpolate": lambda x: [F.interpolate(x, scale_factor=2, mode=m) for m in ("nearest", "bilinear", "bicubic")],
     "dropout2d": lambda x: F.dropout2d(x, 0.5, False),
+    "local_response_norm": lambda x: F.local_response_norm(x, 2, k=0.5),
     "fold": lambda x: F.fold(x.flatten(2)[..., :4], (2, 2), 1),
     "fold of windows": lambda x: F.fold(x.reshape(2, 16, 9), (4, 4), 2),
     "instance_norm": lambda x: [
@@ -181,6 +194,14 @@ PRODUCTS: dict[str, Case] = {
     "einsum of diagonals": Case(lambda x, y, z: torch.einsum("ii, ij, j -> i", x, y, z), ((3, 3), (3, 4), (4,))),
     "conv1d": Case(lambda x, w: F.conv1d(x, w, padding=1, groups=2), (LINE, (4, 2, 3)), traced=((0,), (1,))),
     "conv2d": Case(lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1)), (IMAGE, (3, 4, 2, 2), (3,)), traced=((0,), (1,))),
+    "grid_sample": Case(
+        lambda x, g: [F.grid_sample(x, g.tanh(), align_corners=False), torch.grid_sampler(x, g.tanh(), 0, 0, True),
+                      torch.grid_sampler_2d(x, g.tanh(), 1, 1, True)],
+        (IMAGE, (2, 3, 3, 2)), traced=((0,),),
+    ),
+    "grid_sampler_3d": Case(
+        lambda x, g: torch.grid_sampler_3d(x, g.tanh(), 0, 0, True), (VOLUME, (1, 2, 2, 2, 3)), traced=((0,),)
+    ),
     "prod": Case(lambda x: [x.prod(1), x.prod(-1, keepdim=True), x[0].prod()]),
     "cumprod": Case(lambda x: x.cumprod(1)),
     "multi_dot": Case(
@@ -221,7 +242,21 @@ CHOICES: dict[str, Case] = {
     "cummax": Case(lambda x: [x.cummax(1).values, torch.cummin(x, -1)[0]]),
     "topk": Case(lambda x: [x.topk(2, 1).values, x.kthvalue(2, -1).values]),
     "quantile": Case(lambda x: [x.quantile(0.3), x.quantile(0.7, 1), x.quantile(0.5, -1, True)]),
+    "max_pool1d": Case(lambda x: [F.max_pool1d(x, 2), F.max_pool1d(x, 3, 2, 1, return_indices=True)[0]], (LINE,)),
+    "adaptive_max_pool1d": Case(lambda x: [F.adaptive_max_pool1d(x, 3), F.adaptive_max_pool1d(x, 2, True)[0]], (LINE,)),
+    "max_pool1d_with_indices": Case(lambda x: torch.max_pool1d_with_indices(x, 2)[0], (LINE,)),
+    "max_unpool1d": Case(lambda x: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2), (LINE,)),
+    "max_unpool2d of windows that share entries": Case(
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 3, 1, 1, return_indices=True), 1), (IMAGE,), flat=True
+    ),
+    "max_pool3d": Case(lambda x: [F.max_pool3d(x, 2), F.adaptive_max_pool3d(x, 3)], (VOLUME,)),
+    "max_unpool3d": Case(lambda x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2), (VOLUME,)),
     "avg_pool1d": Case(lambda x: [F.avg_pool1d(x, 2), F.adaptive_avg_pool1d(x, 3)], (LINE,)),
+    "lp_pool1d": Case(lambda x: F.lp_pool1d(x, 3, 2), (LINE,), positive),
+    "lp_pool3d": Case(lambda x: F.lp_pool3d(x, 1, 2), (VOLUME,), positive),
+    "avg_pool3d": Case(
+        lambda x: [F.avg_pool3d(x, 2), F.adaptive_avg_pool3d(x, 3), F.dropout3d(x, 0.1, False)], (VOLUME,)
+    ),
     "steps": Case(lambda x: x * torch.floor(3 * x) + torch.ceil(x) + torch.round(2 * x) * x + torch.trunc(3 * x)
                   + torch.fix(x) + torch.special.round(x, decimals=1) * x, flat=True),
     "remainder": Case(lambda x, y: [x % y, torch.fmod(x, y), x // y * y], ((3, 4), (4,)), positive, flat=True),

@@ -319,6 +319,7 @@ UNKNOWN: dict[str, Any] = {
     "frexp": lambda x: x.frexp(),
     "gradient": lambda x: torch.gradient(x[0, 0], spacing=(x[0, 1],)),
     "embedding": lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0),
+    "grid_sample": lambda x: F.grid_sample(x[:, None], x[..., :2].unsqueeze(1), align_corners=False),
     "scatter_reduce": lambda x: x.scatter_reduce(1, EVEN.long(), x, "prod"),
     "quantile": lambda x: x.quantile(0.3, interpolation="nearest"),
     "matrix_power": lambda x: torch.matrix_power(x[..., :3], -1),

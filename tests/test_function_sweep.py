@@ -132,7 +132,6 @@ def test_float32_is_about_float64(name: str) -> None:
 # --- The sweep misses nothing -------------------------------------------------------------------------------------
 
 ELSEWHERE = {
-    "dropout3d",
     "real",
     "setitem",
     "causal_convolution",

@@ -18,6 +18,7 @@ from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the ro
     composed,
     normalization,
     order,
+    pooling,
     powers,
     primitives,
     statistics,

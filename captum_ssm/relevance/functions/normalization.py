@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.relevance.functions.table import composed
+from captum_ssm.relevance.functions.torch_code import as_torch_writes_it
 
 
 def normalized(x: Tensor, dims: list[int], weight: Any, bias: Any, eps: float, centre: bool) -> Tensor:
@@ -80,3 +82,6 @@ def _scaled(x: Tensor, weight: Any, bias: Any) -> Tensor:
 
 def _of_channels(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.dim() - 2))
+
+
+composed("local_response_norm")(as_torch_writes_it(F.local_response_norm))

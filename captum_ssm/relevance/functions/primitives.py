@@ -51,7 +51,7 @@ _declare("linear", "rsub subtract neg negative positive cumsum diff deg2rad rad2
 _declare("linear", "view reshape flatten unflatten ravel expand broadcast_to squeeze unsqueeze")
 _declare("linear", "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid as_strided")
 _declare("linear", "transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint")
-_declare("linear", "flip fliplr flipud reversed rot90 roll repeat tile repeat_interleave")
+_declare("linear", "flip fliplr flipud reversed rot90 roll repeat tile repeat_interleave channel_shuffle")
 _declare("linear", "split split_with_sizes tensor_split chunk dsplit hsplit vsplit unbind unfold")
 _declare(
     "linear", "unsafe_chunk unsafe_split unsafe_split_with_sizes cat concat concatenate stack hstack vstack dstack"
@@ -64,9 +64,11 @@ _declare("linear", "masked_fill masked_select masked_scatter copy fill zero clon
 _declare("linear", "alias_copy as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy select_copy")
 _declare("linear", "slice_copy split_copy split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy")
 _declare("linear", "unfold_copy unsqueeze_copy view_copy")
-_declare("linear", "avg_pool1d fold", contraction=True)
-_declare("linear", "adaptive_avg_pool1d", contraction=True)
-_declare("linear", "interpolate pad_sequence")
+_declare("linear", "avg_pool1d avg_pool2d avg_pool3d fold", contraction=True)
+_declare("linear", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", contraction=True)
+_declare("linear", "pixel_shuffle pixel_unshuffle interpolate pad_sequence")
+_declare("linear", "affine_grid affine_grid_generator", contraction=True)
+_declare("linear", "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d", linear_in=0)
 _declare("linear", "real")
 _declare("linear", "gradient", contraction=True, linear_in=0)
 
@@ -153,7 +155,9 @@ FUNCTIONS.declare(
 _declare("selection", "sort cummax cummin", axis=1)
 _declare("selection", "topk kthvalue", axis=2)
 _declare("step", "floor ceil round trunc fix special_round")
-
+for _window in (1, 2, 3):
+    _names = f"max_pool{_window}d_with_indices adaptive_max_pool{_window}d_with_indices"
+    _declare("selection", _names, window=_window)
 
 # --- Autograd, this package, and other libraries ------------------------------------------------------------------
 
