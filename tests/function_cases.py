@@ -192,8 +192,18 @@ PRODUCTS: dict[str, Case] = {
         lambda w, x, y, z: torch.einsum("...i,...j,ij,...k", [w, x, y, z]), ((2, 3, 2), (2, 3, 3), (2, 3), (2, 3, 4))
     ),
     "einsum of diagonals": Case(lambda x, y, z: torch.einsum("ii, ij, j -> i", x, y, z), ((3, 3), (3, 4), (4,))),
-    "conv1d": Case(lambda x, w: F.conv1d(x, w, padding=1, groups=2), (LINE, (4, 2, 3)), traced=((0,), (1,))),
-    "conv2d": Case(lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1)), (IMAGE, (3, 4, 2, 2), (3,)), traced=((0,), (1,))),
+    "conv1d": Case(lambda x, w: F.conv1d(x, w, padding=1, groups=2), (LINE, (4, 2, 3))),
+    "conv2d": Case(lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1)), (IMAGE, (3, 4, 2, 2), (3,))),
+    "conv3d": Case(F.conv3d, (VOLUME, (3, 2, 2, 2, 2))),
+    "conv_tbc": Case(torch.conv_tbc, ((5, 2, 4), (3, 4, 2), (2,)), traced=((0,), (1,))),
+    "convolution": Case(
+        lambda x, w, b: torch.convolution(x, w, b, [1], [0], [1], False, [0], 1), (LINE, (3, 4, 2), (3,))
+    ),
+    "conv_transpose1d": Case(lambda x, w, b: F.conv_transpose1d(x, w, b, 2), (LINE, (4, 3, 3), (3,))),
+    "conv_transpose2d": Case(
+        lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1, 2), (IMAGE, (4, 3, 3, 3))
+    ),
+    "conv_transpose3d": Case(F.conv_transpose3d, (VOLUME[1:], (2, 2, 2, 2, 2))),
     "grid_sample": Case(
         lambda x, g: [F.grid_sample(x, g.tanh(), align_corners=False), torch.grid_sampler(x, g.tanh(), 0, 0, True),
                       torch.grid_sampler_2d(x, g.tanh(), 1, 1, True)],

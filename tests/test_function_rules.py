@@ -316,6 +316,7 @@ UNKNOWN: dict[str, Any] = {
     "norm": lambda x: x.norm(p=0, dim=1),
     "norm of a matrix": lambda x: x[0].norm("nuc"),
     "conv1d": lambda x: F.conv1d(x, x[..., :3], VECTOR[:2], padding="same"),
+    "conv_tbc": lambda x: torch.conv_tbc(x, x.mT, VECTOR[:3]),
     "frexp": lambda x: x.frexp(),
     "gradient": lambda x: torch.gradient(x[0, 0], spacing=(x[0, 1],)),
     "embedding": lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0),

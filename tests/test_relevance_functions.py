@@ -16,7 +16,7 @@ from captum_ssm.layers import activations, averages, log_domain
 from captum_ssm.operators import elementary, recurrence
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
-from captum_ssm.relevance.functions import EXTERNAL_CODE, FUNCTIONS, Function
+from captum_ssm.relevance.functions import EXTERNAL_CODE, FUNCTIONS, Function, convolutions
 from captum_ssm.relevance.functions.table import Kind, OtherKind, Table
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
@@ -25,7 +25,7 @@ ROWS = {row.name: row for row in FUNCTIONS}
 every_row = pytest.mark.parametrize("name", ROWS)
 OWNERS: list[Any] = [
     torch, F, Tensor, torch.special, torch.linalg, torch.fft, torch._VF, torch._C, torch._C._nn,
-    activations, averages, log_domain, operators, elementary, recurrence,
+    activations, averages, convolutions, log_domain, operators, elementary, recurrence,
 ]  # fmt: skip
 FALLBACK = "grouped_mm_fallback"
 """The operator that transformers adds."""

@@ -89,7 +89,7 @@ FUNCTIONS.declare(
     Function("linalg_cross", "product"),
     Function("causal_convolution", "product", shared=True),  # of captum_ssm.operators
 )
-_declare("product", "conv1d conv2d", contraction=True, factors=1)
+_declare("product", "conv_tbc", contraction=True, factors=1)
 _declare("product", "mm bmm mv dot vdot inner tensordot linalg_vecdot grouped_mm grouped_mm_fallback", contraction=True)
 _declare("product", "trapz trapezoid cumulative_trapezoid", contraction=True)
 _declare("product", "multiply outer ger kron cross")
