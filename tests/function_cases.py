@@ -52,6 +52,11 @@ def positive(x: Tensor) -> Tensor:
     return x.abs() + 0.2
 
 
+def complex_pair(x: Tensor) -> Tensor:
+    """A complex tensor (..., 2) of a real one (..., 4)."""
+    return torch.view_as_complex(x.unflatten(-1, (2, 2)))
+
+
 def like(constant: Any, x: Tensor) -> Tensor:
     """A constant of the type of a tensor, which may be traced."""
     return torch.as_tensor(constant).to(x.dtype)
@@ -163,6 +168,47 @@ IMAGES: dict[str, Any] = {
     ],
 }  # fmt: skip
 """Functions of one tensor (2, 4, 6, 6)."""
+FOURIER: dict[str, Any] = {
+    "fft": lambda x: torch.fft.fft(x, 6, 1),
+    "ifft": lambda x: torch.fft.ifft(x, norm="ortho"),
+    "rfft": lambda x: torch.fft.rfft(x, 7),
+    "irfft": lambda x: torch.fft.irfft(torch.fft.rfft(x), 4),
+    "hfft": lambda x: torch.fft.hfft(complex_pair(x)),
+    "ihfft": torch.fft.ihfft,
+    "fft2": lambda x: [torch.fft.fft2(x), torch.fft.ifft2(x), torch.fft.rfft2(x), torch.fft.ihfft2(x)],
+    "irfft2": lambda x: [torch.fft.irfft2(torch.fft.rfft2(x), (3, 4)), torch.fft.hfft2(complex_pair(x))],
+    "fftn": lambda x: [torch.fft.fftn(x), torch.fft.ifftn(x), torch.fft.rfftn(x), torch.fft.ihfftn(x)],
+    "irfftn": lambda x: [torch.fft.irfftn(torch.fft.rfftn(x), (2, 3, 4)), torch.fft.hfftn(complex_pair(x))],
+    "fftshift": lambda x: [torch.fft.fftshift(x), torch.fft.ifftshift(x, 1)],
+    "stft": lambda x: torch.stft(x.flatten(1), 6, 3, window=torch.hann_window(6, dtype=x.dtype), return_complex=True),
+    "istft": lambda x: torch.istft(
+        torch.stft(x.flatten(1), 6, 2, return_complex=True), 6, 2, window=torch.ones(6, dtype=x.dtype), length=12
+    ),
+    "long convolution": lambda x: torch.fft.irfft(
+        torch.fft.rfft(x, 8) * torch.fft.rfft(torch.arange(4.0).to(x.dtype), 8), 8
+    )[..., :4],
+    "view_as_complex": lambda x: [complex_pair(x).real, complex_pair(x).imag * 2],
+    "parts": lambda x: [torch.real(complex_pair(x)), torch.imag(complex_pair(x)), torch.view_as_real(complex_pair(x))],
+    "conj": lambda x: [complex_pair(x).conj(), complex_pair(x).conj_physical(), complex_pair(x).conj().resolve_conj()],
+    "neg": lambda x: complex_pair(x).conj().imag.resolve_neg(),
+    "abs": lambda x: [complex_pair(x).abs(), torch.absolute(complex_pair(x))],
+    "angle": lambda x: complex_pair(x).angle(),
+    "angle of real numbers": torch.angle,
+    "sgn": lambda x: [complex_pair(x).sgn(), x.sgn()],
+    "exp": lambda x: complex_pair(x).exp(),
+    "log": lambda x: complex_pair(x).log(),
+    "square": lambda x: [complex_pair(x).square(), complex_pair(x) ** 3, complex_pair(x).sqrt()],
+    "pow": lambda x: complex_pair(x) ** -1.5,
+    "reciprocal": lambda x: [complex_pair(x).reciprocal(), x[..., :2] / complex_pair(x), 1 / complex_pair(x)],
+    "norm": lambda x: complex_pair(x).norm(dim=-1),
+    "prod": lambda x: complex_pair(x).prod(1),
+    "mean": lambda x: [complex_pair(x).mean(1), complex_pair(x).var(1), complex_pair(x)[0].cov()],
+    "matmul": lambda x: complex_pair(x) @ complex_pair(x).mH,
+    "cast": lambda x: [x.to(torch.complex128) * 2, x.cdouble() + 1j, complex_pair(x).to(torch.complex128),
+                       complex_pair(x).to(torch.float64), complex_pair(x).double() + x[..., 2:]],
+    "cast to real": lambda x: complex_pair(x).conj().real.double(),
+}  # fmt: skip
+"""Complex functions of one tensor (2, 3, 4)."""
 
 # --- Products -----------------------------------------------------------------------------------------------------
 
@@ -212,6 +258,17 @@ PRODUCTS: dict[str, Case] = {
     "grid_sampler_3d": Case(
         lambda x, g: torch.grid_sampler_3d(x, g.tanh(), 0, 0, True), (VOLUME, (1, 2, 2, 2, 3)), traced=((0,),)
     ),
+    "complex": Case(lambda x, y: torch.complex(x, y) * torch.complex(y, x).conj(), ((3, 4), (3, 4))),
+    "complex quotient": Case(lambda x, y: complex_pair(x) / complex_pair(y), ((3, 4), (3, 4))),
+    "complex einsum": Case(
+        lambda x, y: torch.einsum("bi,ij->bj", complex_pair(x), complex_pair(y)), ((3, 4), (2, 4))
+    ),
+    "complex vdot": Case(lambda x, y: [torch.vdot(complex_pair(x), complex_pair(y)),
+                                       torch.linalg.vecdot(complex_pair(x), complex_pair(y))], ((4,), (4,))),
+    "convolution by transforms": Case(
+        lambda x, k: torch.fft.irfft(torch.fft.rfft(x, 16) * torch.fft.rfft(k, 16), 16)[..., :8], (LINE, (4, 8))
+    ),
+    "polar": Case(torch.polar, ((3, 4), (3, 4)), positive),
     "prod": Case(lambda x: [x.prod(1), x.prod(-1, keepdim=True), x[0].prod()]),
     "cumprod": Case(lambda x: x.cumprod(1)),
     "multi_dot": Case(
@@ -275,6 +332,7 @@ CHOICES: dict[str, Case] = {
         lambda x, y: [torch.div(x, y, rounding_mode=mode) * x for mode in ("floor", "trunc")], ((3, 4), (4,)), flat=True
     ),
     "heaviside": Case(lambda x, y: torch.heaviside(x, y) * x, ((3, 4), (4,)), flat=True),
+    "copysign": Case(lambda x, y: [torch.copysign(x, y), x.copysign(-1.0)], ((3, 4), (3, 4))),
 }  # fmt: skip
 """Functions in which the input chooses, rounds or bounds."""
 
@@ -284,10 +342,15 @@ COMPOSED: dict[str, Case] = {
     "detach": Case(lambda x: [x.detach() * 2 + x.data, torch.detach_copy(x), x * (1 - x.detach())], flat=True),
     "add": Case(lambda x, y: torch.add(x, y, alpha=2) - torch.sub(x, y, alpha=3), ((3, 4), (4,))),
     "div": Case(lambda x, y: [x / y, torch.divide(x, y), 2 / y], ((3, 4), (4,)), positive),
+    "complex copies": Case(
+        lambda x: torch.view_as_real_copy(torch.view_as_complex_copy(x.unflatten(-1, (2, 2)))), flat=True
+    ),
     "pow": Case(lambda x, y: [x**y, torch.float_power(x, y), 2**y], ((3, 4), (4,)), positive),
     "xlogy": Case(lambda x, y: [torch.xlogy(x, y), torch.special.xlog1py(x, y)], ((3, 4), (4,)), positive),
     "mvlgamma": Case(lambda x: [torch.mvlgamma(x + 1, 3), torch.special.multigammaln(x + 1, 2)], within=positive),
     "ldexp": Case(torch.ldexp, ((3, 4), (4,))),
+    "hypot": Case(torch.hypot, ((3, 4), (4,))),
+    "atan2": Case(lambda x, y: [torch.atan2(x, y), torch.arctan2(y, x)], ((5, 4), (4,))),
     "logaddexp": Case(lambda x, y: [torch.logaddexp(x, y), torch.logaddexp2(x, y)], ((3, 4), (4,))),
     "logcumsumexp": Case(lambda x: [x.logcumsumexp(1), torch.logcumsumexp(300 * x, -1)]),
     "logsumexp": Case(lambda x: [x.logsumexp((0, 2)), torch.special.logsumexp(x, 1)]),
@@ -345,6 +408,7 @@ COMPOSED: dict[str, Case] = {
         ((2, 3, 4), (2, 3, 4)),
     ),
     "set": Case(lambda x, y: written(x * 1, y), ((2, 3, 4), (2, 4))),
+    "set complex numbers": Case(lambda x, y: complex_writing(x, y), ((2, 3, 4), (2, 3, 4))),
 }  # fmt: skip
 """Functions that are written in others."""
 
@@ -352,6 +416,16 @@ COMPOSED: dict[str, Case] = {
 def written(x: Tensor, y: Tensor) -> Tensor:
     x[:, 1] = y
     return x
+
+
+def complex_writing(x: Tensor, y: Tensor) -> Tensor:
+    z = torch.full((2, 3, 4), 1j, dtype=x.dtype.to_complex())
+    z[:, 1] = x[:, 0]
+    z.real[:, 0] = y[:, 1]
+    z[:, 2].mul_(torch.complex(x[:, 1], y[:, 2]))
+    parts = torch.zeros(3, 4, 2, dtype=x.dtype)
+    torch.view_as_complex(parts)[1:].copy_(z[0, 1:])
+    return z[1] + torch.view_as_complex(parts)
 
 
 # --- Attention and recurrent networks -----------------------------------------------------------------------------
@@ -392,6 +466,7 @@ GROUPS = (PRODUCTS, CHOICES, COMPOSED, LAYERS)
 CASES: dict[str, Case] = {
     **{f"{name} (linear)": Case(function) for name, function in LINEAR.items()},
     **{f"{name} (image)": Case(function, (IMAGE,)) for name, function in IMAGES.items()},
+    **{f"{name} (complex)": Case(function) for name, function in FOURIER.items()},
     **{name: case for group in GROUPS for name, case in group.items()},
 }
 """All of them, by what they are called."""

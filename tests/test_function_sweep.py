@@ -18,7 +18,7 @@ from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.functions import FUNCTIONS
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
-from tests.function_cases import CASES, GROUPS, IMAGES, LINEAR, Case
+from tests.function_cases import CASES, FOURIER, GROUPS, IMAGES, LINEAR, Case
 
 RULES = {"difference": Difference, "half": Frozen, "value": partial(Frozen, "value")}
 every_case = pytest.mark.parametrize("name", CASES)
@@ -132,7 +132,6 @@ def test_float32_is_about_float64(name: str) -> None:
 # --- The sweep misses nothing -------------------------------------------------------------------------------------
 
 ELSEWHERE = {
-    "real",
     "setitem",
     "causal_convolution",
     "grouped_mm",
@@ -163,4 +162,4 @@ def test_every_row_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_two_cases_have_one_name() -> None:
-    assert len(CASES) == len(LINEAR) + len(IMAGES) + sum(map(len, GROUPS))
+    assert len(CASES) == len(LINEAR) + len(IMAGES) + len(FOURIER) + sum(map(len, GROUPS))

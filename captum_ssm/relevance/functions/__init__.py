@@ -15,6 +15,7 @@ take each row to the function that it names, and each slope to the quotient.
 """
 
 from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the rows)
+    complex_numbers,
     composed,
     convolutions,
     normalization,

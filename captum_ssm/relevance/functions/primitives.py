@@ -7,6 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_ssm.relevance.functions.complex_numbers import (
+    complex_power,
+    exponential,
+    inverse,
+    logarithm,
+    modulus,
+    square,
+    square_root,
+)
 from captum_ssm.relevance.functions.order import clamped, largest, median, nanmedian, smallest
 from captum_ssm.relevance.functions.powers import power
 from captum_ssm.relevance.functions.sums_of_products import einsum
@@ -69,8 +78,12 @@ _declare("linear", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
 _declare("linear", "pixel_shuffle pixel_unshuffle interpolate pad_sequence")
 _declare("linear", "affine_grid affine_grid_generator", contraction=True)
 _declare("linear", "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d", linear_in=0)
-_declare("linear", "real")
-_declare("linear", "gradient", contraction=True, linear_in=0)
+_declare("linear", "real imag conj conj_physical resolve_conj resolve_neg complex view_as_real view_as_complex")
+_declare("linear", "view_as_real_copy fft_fftshift fft_ifftshift")
+_declare("linear", "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", contraction=True)
+_declare("linear", "stft istft gradient", contraction=True, linear_in=0)
+_declare("linear", "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2", contraction=True)
+_declare("linear", "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn", contraction=True)
 
 # --- Linear in each of two tensors --------------------------------------------------------------------------------
 
@@ -98,14 +111,14 @@ _declare("product", "multiply outer ger kron cross")
 
 FUNCTIONS.declare(
     Function("rsqrt", "elementwise", slope=slope_of_rsqrt, origin="inverse"),
-    Function("reciprocal", "elementwise", slope=slope_of_reciprocal, origin="inverse"),
-    Function("sqrt", "elementwise", slope=slope_of_sqrt),
-    Function("square", "elementwise", slope=slope_of_square),
-    Function("pow", "elementwise", slope=slope_of_pow, in_place=("ipow",), composition=power),
-    Function("abs", "elementwise", slope=slope_of_abs),
-    Function("absolute", "elementwise", slope=slope_of_abs),
-    Function("exp", "elementwise", slope=slope_of_exp),
-    Function("log", "elementwise", slope=slope_of_log),
+    Function("reciprocal", "elementwise", slope=slope_of_reciprocal, origin="inverse", of_complex=inverse),
+    Function("sqrt", "elementwise", slope=slope_of_sqrt, of_complex=square_root),
+    Function("square", "elementwise", slope=slope_of_square, of_complex=square),
+    Function("pow", "elementwise", slope=slope_of_pow, in_place=("ipow",), composition=power, of_complex=complex_power),
+    Function("abs", "elementwise", slope=slope_of_abs, of_complex=modulus),
+    Function("absolute", "elementwise", slope=slope_of_abs, of_complex=modulus),
+    Function("exp", "elementwise", slope=slope_of_exp, of_complex=exponential),
+    Function("log", "elementwise", slope=slope_of_log, of_complex=logarithm),
     Function("sigmoid", "elementwise", slope=slope_of_sigmoid),
     Function("special_expit", "elementwise", slope=slope_of_sigmoid),
     Function("tanh", "elementwise", slope=slope_of_tanh),
@@ -118,7 +131,7 @@ _declare("elementwise", "clamp clip", slope=slope_of_clamp, composition=clamped)
 _declare("elementwise", "clamp_min", slope=slope_of_clamp, composition=torch.maximum)
 _declare("elementwise", "clamp_max", slope=slope_of_clamp, composition=torch.minimum)
 _declare("elementwise", "exp2 expm1 log2 log10 log1p log_sigmoid logit sign sinc")
-_declare("elementwise", "float_power", composition=power)
+_declare("elementwise", "float_power", composition=power, of_complex=complex_power)
 _declare("elementwise", "sin cos tan asin acos atan arcsin arccos arctan")
 _declare("elementwise", "sinh cosh asinh acosh atanh arcsinh arccosh arctanh")
 _declare("elementwise", "erf erfc erfinv lgamma digamma polygamma i0")
@@ -136,7 +149,7 @@ _declare("elementwise", "softshrink hardshrink threshold")
 _declare("constant", "zeros_like ones_like empty_like full_like rand_like randn_like")
 _declare("constant", "new_zeros new_ones new_empty new_full")
 _declare("cast", "to type_as", constants_from=1)
-_declare("cast", "cpu cuda type float double half bfloat16 pin_memory ipu mtia xpu")
+_declare("cast", "cpu cuda type float double half bfloat16 cfloat cdouble chalf pin_memory ipu mtia xpu")
 _declare("form", "shape dtype device ndim ndimension dim size numel nelement is_floating_point is_complex layout")
 _declare("form", "itemsize element_size nbytes stride storage_offset is_contiguous get_device")
 _declare("form", "is_cpu is_cuda is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_vulkan is_xla is_xpu is_pinned")
