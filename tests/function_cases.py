@@ -46,10 +46,16 @@ MASK = torch.arange(24).view(2, 3, 4) % 3 == 0
 NUMBERS = torch.tensor([[[0, 2, 1, 3]], [[7, 5, 4, 6]]])
 ROWS = torch.arange(24).view(2, 3, 4) % 5 % 3
 PLACES = torch.tensor([2, 0])
+CLASSES = torch.tensor([1, 3, 0])
+SIGNS = torch.tensor([1, -1, 1])
 
 
 def positive(x: Tensor) -> Tensor:
     return x.abs() + 0.2
+
+
+def unit(x: Tensor) -> Tensor:
+    return 0.05 + 0.9 * x.sigmoid()
 
 
 def complex_pair(x: Tensor) -> Tensor:
@@ -462,7 +468,78 @@ LAYERS: dict[str, Case] = {
 }  # fmt: skip
 """Attention and recurrent networks."""
 
-GROUPS = (PRODUCTS, CHOICES, COMPOSED, LAYERS)
+# --- Losses -------------------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reductions(loss: Callable[..., Tensor], *constants: Any, **options: Any) -> Callable[..., list[Tensor]]:
+    """The loss with each of the reductions."""
+    return lambda *tensors: [loss(*tensors, *constants, reduction=name, **options) for name in REDUCTIONS]
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return F.linear_cross_entropy(x, weight, CLASSES, linear_bias=bias, ignore_index=1, label_smoothing=0.1)
+
+
+TWO = ((3, 4), (3, 4))
+LOSSES: dict[str, Case] = {
+    "mse_loss": Case(lambda x, y, w: [*reductions(F.mse_loss)(x, y), F.mse_loss(x, y, weight=w.abs())], (*TWO, (3, 4))),
+    "l1_loss": Case(reductions(F.l1_loss), TWO),
+    "smooth_l1_loss": Case(reductions(F.smooth_l1_loss, beta=0.5), TWO),
+    "huber_loss": Case(reductions(F.huber_loss, delta=0.7), TWO),
+    "binary_cross_entropy": Case(reductions(F.binary_cross_entropy), TWO, unit),
+    "binary_cross_entropy of a weight": Case(
+        lambda x, y, w: F.binary_cross_entropy(x, y, w), (*TWO, (4,)), unit, traced=((0, 1), (0,))
+    ),
+    "binary_cross_entropy_with_logits": Case(
+        lambda x, y: [*reductions(F.binary_cross_entropy_with_logits)(x, y.sigmoid()),
+                      F.binary_cross_entropy_with_logits(x, y.sigmoid(), pos_weight=like(2.0, x))], TWO,
+    ),
+    "kl_div": Case(
+        lambda x, y: [*reductions(F.kl_div)(x, y.exp()), F.kl_div(x, y, reduction="batchmean", log_target=True)], TWO
+    ),
+    "poisson_nll_loss": Case(
+        lambda x, y: [*reductions(F.poisson_nll_loss)(x, y), F.poisson_nll_loss(x, 2 * y, False, True)], TWO, positive
+    ),
+    "soft_margin_loss": Case(reductions(F.soft_margin_loss, SIGNS.unsqueeze(1)), ((3, 4),)),
+    "hinge_embedding_loss": Case(reductions(F.hinge_embedding_loss, SIGNS.unsqueeze(1)), ((3, 4),)),
+    "margin_ranking_loss": Case(reductions(F.margin_ranking_loss, SIGNS.unsqueeze(1), 0.5), TWO),
+    "cosine_embedding_loss": Case(reductions(F.cosine_embedding_loss, SIGNS, 0.1), TWO),
+    "triplet_margin_loss": Case(
+        lambda x, y, z: [*reductions(F.triplet_margin_loss)(x, y, z), F.triplet_margin_loss(x, y, z, swap=True)],
+        (*TWO, (3, 4)),
+    ),
+    "triplet_margin_with_distance_loss": Case(reductions(F.triplet_margin_with_distance_loss), (*TWO, (3, 4))),
+    "gaussian_nll_loss": Case(lambda x, y, v: F.gaussian_nll_loss(x, y, v.exp(), full=True), (*TWO, (3, 4))),
+    "nll_loss": Case(
+        lambda x, w: [*reductions(F.nll_loss, CLASSES)(x), F.nll_loss(x, CLASSES, w.exp(), ignore_index=0)],
+        ((3, 4), (4,)),
+        traced=((0,),),
+    ),
+    "cross_entropy": Case(
+        lambda x: [*reductions(F.cross_entropy, CLASSES)(x),
+                   *reductions(F.cross_entropy, CLASSES, label_smoothing=0.1)(x),
+                   F.cross_entropy(x, CLASSES, like([1, 2, 3, 4], x), ignore_index=1, label_smoothing=0.2)], ((3, 4),),
+    ),
+    "cross_entropy of probabilities": Case(
+        lambda x, y: [reductions(F.cross_entropy, label_smoothing=s)(x, y.softmax(1)) for s in (0.0, 0.1)][-1], TWO
+    ),
+    "cross_entropy of images": Case(lambda x: F.cross_entropy(x, torch.arange(8).view(2, 4) % 3), ((2, 3, 4),)),
+    "linear_cross_entropy": Case(
+        lambda x, w, b: [*reductions(F.linear_cross_entropy, CLASSES)(x, w), linear_cross_entropy(x, w, b)],
+        ((3, 5), (4, 5), (4,)),
+    ),
+    "multi_margin_loss": Case(
+        lambda x: [*reductions(F.multi_margin_loss, CLASSES)(x),
+                   F.multi_margin_loss(x, CLASSES, 2, 0.5, like([1, 2, 3, 4], x))],
+        ((3, 4),),
+    ),
+    "multilabel_soft_margin_loss": Case(lambda x, y: F.multilabel_soft_margin_loss(x, y.sigmoid()), TWO),
+}  # fmt: skip
+"""Losses."""
+
+GROUPS = (PRODUCTS, CHOICES, COMPOSED, LAYERS, LOSSES)
 CASES: dict[str, Case] = {
     **{f"{name} (linear)": Case(function) for name, function in LINEAR.items()},
     **{f"{name} (image)": Case(function, (IMAGE,)) for name, function in IMAGES.items()},

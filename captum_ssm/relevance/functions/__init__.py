@@ -15,9 +15,11 @@ take each row to the function that it names, and each slope to the quotient.
 """
 
 from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the rows)
+    class_losses,
     complex_numbers,
     composed,
     convolutions,
+    losses,
     normalization,
     order,
     pooling,
