@@ -446,6 +446,24 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, w: Tensor, out: Tensor) -> Any:
     )
 
 
+def of_all_layers(call: Callable[..., Any], x: Tensor, *states: Tensor, gates: int, options: Any) -> Any:
+    """A network of two layers in both directions, its weights constants of the type of the input."""
+    made = torch.Generator().manual_seed(0)
+    hidden = states[0].shape[-1]
+    shapes = [(x.shape[-1], hidden), (x.shape[-1], hidden), (2 * hidden, hidden), (2 * hidden, hidden)]
+    weights = [
+        like(torch.randn(shape, generator=made) / 2, x)
+        for inputs, H in shapes for shape in ((gates * H, inputs), (gates * H, H), (gates * H,), (gates * H,))
+    ]  # fmt: skip
+    state = states if len(states) > 1 else states[0]
+    return call(x, state, weights, *options)
+
+
+def network(name: str, gates: int) -> Callable[..., Any]:
+    options = (True, 2, 0.0, False, True, False)
+    return lambda x, *states: of_all_layers(getattr(torch._VF, name), x, *states, gates=gates, options=options)
+
+
 LAYERS: dict[str, Case] = {
     "attention": Case(F.scaled_dot_product_attention, (HEADS, HEADS, HEADS)),
     "causal attention": Case(
@@ -465,6 +483,16 @@ LAYERS: dict[str, Case] = {
     "multi_head_attention": Case(
         multi_head, ((3, 2, 4), (5, 2, 4), (5, 2, 4), (12, 4), (4, 4)), traced=((0, 1, 2), (0,), (1,), (2,))
     ),
+    "lstm": Case(network("lstm", 4), ((5, 2, 3), (4, 2, 4), (4, 2, 4))),
+    "gru": Case(network("gru", 3), ((5, 2, 3), (4, 2, 4))),
+    "rnn_tanh": Case(network("rnn_tanh", 1), ((5, 2, 3), (4, 2, 4))),
+    "rnn_relu": Case(network("rnn_relu", 1), ((5, 2, 3), (4, 2, 4))),
+    "lstm_cell": Case(
+        lambda x, h, c, w, u: torch.lstm_cell(x, (h, c), w, u), ((2, 3), (2, 4), (2, 4), (16, 3), (16, 4))
+    ),
+    "gru_cell": Case(torch.gru_cell, ((2, 3), (2, 4), (12, 3), (12, 4), (12,), (12,))),
+    "rnn_tanh_cell": Case(torch.rnn_tanh_cell, ((2, 3), (2, 4), (4, 3), (4, 4), (4,), (4,))),
+    "rnn_relu_cell": Case(torch.rnn_relu_cell, ((2, 3), (2, 4), (4, 3), (4, 4), (4,), (4,))),
 }  # fmt: skip
 """Attention and recurrent networks."""
 

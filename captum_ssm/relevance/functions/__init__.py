@@ -25,6 +25,7 @@ from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the ro
     pooling,
     powers,
     primitives,
+    recurrent,
     statistics,
     sums_of_products,
 )
