@@ -263,6 +263,22 @@ def test_a_function_of_two_is_followed(name: str, rule: Any) -> None:
     assert_followed(TWO[name], [random(*SHAPE), random(*SHAPE)], rule())
 
 
+def test_a_function_with_a_row_is_not_among_those_without_one() -> None:
+    """Those that have a row are refused for some of their arguments alone."""
+    whole = {
+        "data_ptr",
+        "histc",
+        "unique",
+        "special_bessel_j0",
+        "linalg_inv",
+        "gumbel_softmax",
+        "bernoulli",
+        "ctc_loss",
+    }
+    whole |= {"pack_padded_sequence", "frexp"}
+    assert {name for name in UNKNOWN if not FUNCTIONS.find(name.partition(" ")[0]).has_rule} == whole
+
+
 @every_rule
 def test_a_function_of_one_number_is_followed(rule: Any) -> None:
     assert_followed(lambda x: x.norm() * x.sum().tanh(), [random(*SHAPE)], rule())
@@ -331,6 +347,8 @@ UNKNOWN: dict[str, Any] = {
     "batch_norm without statistics": lambda x: nn.BatchNorm1d(3, track_running_stats=False).double().eval()(x),
     "dropout": lambda x: F.dropout(x, 0.5, training=True),
     "rrelu": lambda x: F.rrelu(x, training=True),
+    "gumbel_softmax": lambda x: F.gumbel_softmax(x),
+    "bernoulli": lambda x: torch.bernoulli(x),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
     "pack_padded_sequence": lambda x: nn.utils.rnn.pack_sequence([x[0], x[1, :2]]),
     "lstm of packed sequences": lambda x: nn.LSTM(4, 2).double()(

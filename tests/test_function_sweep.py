@@ -16,8 +16,10 @@ from torch import Tensor
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.functions import FUNCTIONS
+from captum_ssm.relevance.functions.refused import DECISIONS
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
+from scripts import function_table
 from tests.function_cases import CASES, FOURIER, GROUPS, IMAGES, LINEAR, Case
 
 RULES = {"difference": Difference, "half": Frozen, "value": partial(Frozen, "value")}
@@ -131,6 +133,11 @@ def test_float32_is_about_float64(name: str) -> None:
 
 # --- The sweep misses nothing -------------------------------------------------------------------------------------
 
+NO_FUNCTIONS = {
+    "autocast", "autocast_to_full_precision", "autocast_to_reduced_precision", "clear_non_serializable_cached_data",
+    "coalesced", "dimI", "dimV", "dsmm", "hspmm", "spmm", "sspaddmm",
+}  # fmt: skip
+"""Parts of torch that no forward pass of dense tensors calls."""
 ELSEWHERE = {
     "setitem",
     "causal_convolution",
@@ -159,6 +166,23 @@ def test_every_row_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
         followed(case, drawn(name), case.calls[0], Difference())
     swept = {row.name for row in FUNCTIONS if row.kind in ("linear", "product", "composed", "selection", "step")}
     assert not sorted(swept - applied - ELSEWHERE)
+
+
+def test_every_function_of_torch_has_a_place_in_the_table() -> None:
+    """One that a new version of torch brings gets a row, or a reason to be refused."""
+    assert function_table.unlisted() <= NO_FUNCTIONS
+
+
+def test_the_page_of_functions_is_current() -> None:
+    """Renew it by ``python -m scripts.function_table --write``."""
+    assert function_table.PAGE.read_text(encoding="utf-8") == function_table.page()
+
+
+def test_a_decision_is_no_row_and_has_no_floating_point_results() -> None:
+    x = Traced.of(torch.randn(3), torch.randn(3), Difference())
+    assert not [name for name in DECISIONS.split() if name in FUNCTIONS]
+    for decided in (torch.argmax(x), torch.isfinite(x), x > 0, x.long(), x.count_nonzero()):
+        assert not isinstance(decided, Traced)
 
 
 def test_no_two_cases_have_one_name() -> None:

@@ -187,6 +187,20 @@ def test_frozen_gates_make_no_difference_between_a_quotient_and_a_product(gates:
     assert torch.equal(*one, *other)
 
 
+def test_the_result_has_the_origin_that_its_row_says() -> None:
+    x = pair(Difference(), 3, 3)
+    assert sides(torch.rsqrt(x)).origin == sides(torch.reciprocal(x)).origin == "inverse"
+    gate = sides(F.silu(x))
+    assert gate.origin == gate.flip(0).origin == (gate * 2).origin == (-gate).origin == "activated"
+    eye, image = torch.eye(3).double(), gate.view(1, 1, 3, 3)
+    sums: list[Any] = [gate.sum(0), gate.mean(0), gate.nansum(0), gate[:, 0].diag().trace(), torch.fft.rfft(gate).real]
+    products = [gate @ eye, F.linear(gate, eye), gate.mv(eye[0]), gate[0].dot(eye[0]), torch.inner(gate, eye)]
+    products += [torch.tensordot(gate, eye, 1), F.conv2d(image, eye.view(1, 1, 3, 3)), F.conv1d(image[0], eye[None])]
+    for changed in (*sums, *products, F.conv_transpose2d(image, eye.view(1, 1, 3, 3)), torch.linalg.vecdot(gate, eye)):
+        assert sides(changed).origin is None
+    assert (gate + x).origin is None
+
+
 @pytest.mark.parametrize("like", ["to", "type_as", "expand_as", "view_as", "reshape_as"])
 def test_a_plain_tensor_that_takes_a_type_or_shape_stays_plain(like: str) -> None:
     plain, x = torch.ones(3), pair(Difference(), 3)

@@ -6,6 +6,7 @@ To add a function, add its row and nothing else:
   ``Function("erf", "elementwise")``; the columns of a row are explained at :class:`Function`;
 * a function that can be written in others: its definition below the line ``@composed("its_name")``, which is the row,
   in the module of its subject or in :mod:`~captum_ssm.relevance.functions.composed`;
+* a function that has no rule: its name in :mod:`~captum_ssm.relevance.functions.refused`, with the reason;
 * a fused kernel or a module that torch's functions cannot show: its definition in
   :mod:`~captum_ssm.relevance.functions.external`.
 
@@ -26,6 +27,7 @@ from captum_ssm.relevance.functions import (  # noqa: F401  (they declare the ro
     powers,
     primitives,
     recurrent,
+    refused,
     statistics,
     sums_of_products,
 )
