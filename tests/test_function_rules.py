@@ -71,6 +71,8 @@ ONE: dict[str, Any] = {
     "LayerNorm": lambda x: nn.LayerNorm(4, eps=0.1).double()(x),
     "rms_norm": lambda x: F.rms_norm(x, (4,), VECTOR, 1e-3),
     "rms_norm without eps": lambda x: F.rms_norm(x, (4,)),
+    "batch_norm": lambda x: F.batch_norm(
+        x.movedim(-1, 1), VECTOR, VECTOR.square() + 1, VECTOR, VECTOR + 1, eps=0.1),
     "group_norm": lambda x: F.group_norm(x.movedim(-1, 1), 2, VECTOR, VECTOR + 1),
     "var": lambda x: x.var(-1),
     "var of all": lambda x: torch.var(x),
@@ -333,7 +335,7 @@ UNKNOWN: dict[str, Any] = {
     "cdist": lambda x: torch.cdist(x, x),
     "einsum": lambda x: torch.einsum("bij,bij,bij->b", x, x, x),
     "conv1d": lambda x: F.conv1d(x, x[..., :2], VECTOR[:2]),
-    "batch_norm": lambda x: nn.BatchNorm1d(3).double().eval()(x),
+    "batch_norm": lambda x: nn.BatchNorm1d(3, track_running_stats=False).double().eval()(x),
     "data_ptr": lambda x: x.data_ptr(),
     "amax": lambda x: x.amax((0, 1)),
 }

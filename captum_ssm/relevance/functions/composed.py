@@ -75,6 +75,26 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
     return normalized(x, list(range(-len(shape), 0)), weight, None, eps, centre=False)
 
 
+@composed("batch_norm")
+def _batch_norm(
+    x: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+    *torch_batch_norm: Any,
+) -> Tensor:
+    if training is not False or torch_batch_norm:
+        raise NotImplementedError("batch_norm by the statistics of a batch, or as torch.batch_norm")
+    shape = (-1, *[1] * (x.dim() - 2))
+    y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
 @composed("group_norm")
 def _group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
     y = normalized(x.unflatten(1, (groups, -1)).flatten(2), [-1], None, None, eps, centre=True).view(x.shape)
