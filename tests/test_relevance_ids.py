@@ -109,10 +109,11 @@ def test_a_reference_with_ids_of_another_kind_than_all_of_the_text_is_followed(b
 
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_the_texts_beside_it_do_not_matter(name: str) -> None:
-    method = ImplicitAttentionRelevance(text(DEPENDENT[name]))
-    for baselines in (7, 0.25):
-        alone = torch.cat([method.attribute(ids, 1, baselines=baselines) for ids in IDS.split(1)])
-        assert torch.allclose(method.attribute(IDS, 1, baselines=baselines), alone, atol=1e-4)
+    method, of_one_type = ImplicitAttentionRelevance(text(DEPENDENT[name])), torch.tensor([[4, 9, 6, 22, 5, 8]])
+    texts = torch.cat([IDS, of_one_type])
+    for baselines in (7, 0.25, None):
+        alone = torch.cat([method.attribute(ids, 1, baselines=baselines) for ids in texts.split(1)])
+        assert torch.allclose(method.attribute(texts, 1, baselines=baselines), alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("baselines", [None, 0.25, torch.full((8,), 0.1)], ids=str)

@@ -478,3 +478,46 @@ def test_a_function_that_runs_the_model_twice_is_refused(family: nn.Module, ids:
         return logits[:, -1, 3] - logits[:, 4, 5]
 
     assert ImplicitAttentionAttribution(once, family).attribute(ids).isfinite().all()
+
+
+# --- What gradients do not show -----------------------------------------------------------------------------------
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a detached mean": lambda x: x + x.detach().mean(1, keepdim=True),
+    "a shift without gradient": lambda x: x + later(x.data, 1),
+    "numpy": lambda x: x + torch.from_numpy(x.detach().numpy()).roll(1, 1),
+    "the longest token": lambda x: x / x.detach().norm(dim=-1).amax(1)[:, None, None],
+}
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+@pytest.mark.parametrize("at", ["before the layers", "between the layers", "behind the layers"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_values_that_pass_between_tokens_without_a_gradient_are_refused(
+    name: str, at: str, takes_ids: bool, ids: Tensor, unchanged: Any
+) -> None:
+    function = HIDDEN[name]
+
+    class Hidden(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids) if not ids.is_floating_point() else ids
+            x = function(x) if at == "before the layers" else x
+            x = self.blocks[0](x)
+            x = function(x) if at == "between the layers" else x
+            x = self.blocks[1](x)
+            return self.head((function(x) if at == "behind the layers" else x)[:, -1])
+
+    model = Hidden()
+    inputs = ids if takes_ids else model.embed(ids).detach()
+    with unchanged(model, inputs), pytest.raises(UnsupportedModelError, match=r"several tokens|other tokens"):
+        ImplicitAttentionAttribution(model).attribute(inputs, target=1)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.amax(1), lambda x: x[:, -1] + x[:, -1].detach(), lambda x: x.detach().tanh()[:, -1] * x[:, -1]]
+)
+def test_decisions_and_stopped_gradients_of_a_token_itself_are_let_through(
+    read: Callable[[Tensor], Tensor], ids: Tensor
+) -> None:
+    model = Model(after=lambda x: read(x)[:, None])
+    assert ImplicitAttentionAttribution(model).attribute(ids, target=1).shape == ids.shape

@@ -85,7 +85,7 @@ def examine(
             a layer's tokens are not the inputs' tokens.
         InvalidInputError: If the model runs more than once.
 
-    Cost: one forward pass and 3 log2(L) backward passes of all but the mixers, and for token ids log2(L) forward passes
+    Cost: log2(L) forward and 3 log2(L) backward passes of all but the mixers, and for token ids log2(L) forward passes
     more; when nothing changed, one pass over the weights.
     """
     length = calls[-1].x.shape[1]

@@ -128,13 +128,15 @@ class Lookups:
         sources = self._sources(indices) if of_each_token else None
         if sources is None:
             raise _cannot_follow(function, value)
-        if bool((sources == _NONE).all()):
+        fixed = sources == _NONE
+        if bool(fixed.all()):
             return value
         own = torch.arange(L, device=sources.device).expand(B, L)
-        sources = torch.where(sources == _NONE, own, sources)
+        sources = torch.where(fixed, own, sources)
         self.found.add(table)
-        others = None if reference is None else reference.reshape(B, L, -1)
-        replaced = self.replace(value.reshape(B, L, -1), others, None if torch.equal(sources, own) else sources)
+        others, plain = None if reference is None else reference.reshape(B, L, -1), value.reshape(B, L, -1)
+        replaced = self.replace(plain, others, None if torch.equal(sources, own) else sources)
+        replaced = torch.where(fixed.unsqueeze(-1), plain, replaced) if bool(fixed.any()) else replaced
         return replaced.reshape(value.shape)
 
     def _sources(self, indices: TokenIds) -> Tensor | None:
@@ -172,8 +174,8 @@ class Lookups:
     def _changed(self, indices: TokenIds, half: Tensor) -> Tensor:
         """Return which integers change if some of the tokens, (L,), are exchanged for others.
 
-        Several exchanges are tried, as two changes may cancel in a hash, and that for the reference's ids. Integers that
-        cannot be made of the others, or are then of another number, depend on all tokens.
+        Several exchanges are tried, as two changes may cancel in a hash, and that for the reference's ids. Integers
+        that cannot be made of the others, or are then of another number, depend on all tokens.
         """
         changed = torch.zeros_like(indices.value, dtype=torch.bool)
         for others in [*_exchanged(self.tokens), *([] if self.reference is None else [self.reference])]:
@@ -186,8 +188,6 @@ class Lookups:
     def _in_place(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into integers, which are followed from then on; refuse to write into anything else."""
         target = args[0]
-        if self.tables is not None:
-            return function(*_values(args), **_values(kwargs))
         if "out" in kwargs or not isinstance(target, Tensor) or target.is_floating_point() or target._is_view():
             raise _cannot_follow(function, target)
         of_ids = _recipe((target if isinstance(target, TokenIds) else target.clone(), args[1:], kwargs))
@@ -273,7 +273,7 @@ def _unchanged(ids: Tensor) -> Tensor:
 
 
 def _exchanged(ids: Tensor) -> list[Tensor]:
-    """Return variants of ids (B, L): each text has other ids of its own at its tokens, whichever texts are beside it."""
+    """Return variants of ids (B, L): each text has other ids of its own, whichever texts are beside it."""
     texts = [_exchanged_text(text) for text in ids]
     count = max(map(len, texts))
     return [torch.stack([variants[k % len(variants)] for variants in texts]) for k in range(count)]
@@ -321,8 +321,8 @@ def _cannot_follow(function: Callable[..., Any], result: Any) -> UnsupportedMode
     made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
     return UnsupportedModelError(
         f"The function {function.__name__!r} makes {made} of the token ids, and it cannot be followed which token each "
-        "number in it comes from, as if several texts were stacked in one batch or counted. Let forward_func take embeddings, and explain them instead of the ids, with "
-        "embeddings as their baselines."
+        "number in it comes from, as if several texts were stacked in one batch or counted. Let forward_func take "
+        "embeddings, and explain them instead of the ids, with embeddings as their baselines."
     )
 
 
