@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.errors import CompletenessError, InvalidInputError
+from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, is_own
 from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
@@ -206,10 +206,11 @@ class Run:
         score = self._traced_score(inputs)
         followed = leaves and self.fidelity  # some vectors of the inputs, and a layer of this model
         if not followed or not isinstance(score, Traced) or not score.value.requires_grad:
+            frozen = " With frozen gates a probability is constant: explain its logarithm, or pass `baselines`."
             raise InvalidInputError(
                 "The explained score does not depend on the inputs through the model. Check that forward_func runs "
                 "this model itself, in this thread, on the inputs as they are, not stacked with other texts in one "
-                "batch, and that the target is read from its output."
+                f"batch, and that the target is read from its output.{frozen if self._is_frozen else ''}"
             )
         if score.value.numel() != len(self.inputs):
             raise InvalidInputError(
@@ -219,13 +220,26 @@ class Run:
         return score
 
     def _traced_score(self, inputs: Tensor) -> Tensor:
-        """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error."""
+        """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error.
+
+        Raises:
+            UnsupportedModelError: For such code.
+            ModelStateError: If the code of a model in half precision fails on the vectors in float32 that it is given.
+            RuntimeError: From the model itself.
+            ValueError: From the model itself.
+        """
         try:
             score = self.score(run_model(self.forward_func, inputs, *self.args))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if self.rule.escape is not None:
                 raise self.rule.escape from error
-            raise
+            dtype = next(self.model.parameters()).dtype
+            if at_least_float32(torch.zeros((), dtype=dtype)).dtype == dtype or is_own(error):
+                raise
+            raise ModelStateError(
+                f"A model in {dtype} is followed in float32, in which its code fails ({error}). Explain the model in "
+                "float32: model.float()."
+            ) from error
         if self.rule.escape is not None:
             raise self.rule.escape
         return score
