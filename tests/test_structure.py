@@ -1,5 +1,6 @@
 """Whatever mixes tokens besides the supported mixers is found and named; what does not is let through."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -521,3 +522,33 @@ def test_decisions_and_stopped_gradients_of_a_token_itself_are_let_through(
 ) -> None:
     model = Model(after=lambda x: read(x)[:, None])
     assert ImplicitAttentionAttribution(model).attribute(ids, target=1).shape == ids.shape
+
+
+def test_one_layer_that_reads_both_ways_is_explained_as_two_that_share_their_weights(ids: Tensor) -> None:
+    class Both(Model):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.there: Any = self.blocks[0].get_submodule("mixer")
+            self.back: Any = self.there if tied else copy.deepcopy(self.there)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            return self.head((x + self.there(x) + self.back(x.flip(1)).flip(1))[:, 2])
+
+    for rectify in (None, "channel"):
+        options: Any = {"rectify": rectify}
+        tied, two = (ImplicitAttentionAttribution(Both(t).eval(), **options).attribute(ids, 1) for t in (True, False))
+        torch.testing.assert_close(tied, two)
+        assert tied.ne(0).all()
+
+
+def test_a_layer_that_reads_another_without_a_gradient_is_refused(ids: Tensor) -> None:
+    class Stopped(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids) if not ids.is_floating_point() else ids
+            return self.head(self.blocks[1](self.blocks[0](x).detach())[:, -1])
+
+    model = Stopped()
+    for inputs in (ids, model.embed(ids).detach()):
+        with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mixer"):
+            ImplicitAttentionAttribution(model).attribute(inputs, target=1)

@@ -111,9 +111,10 @@ def _is_turned_round(order: Tensor) -> bool:
 
 
 def _refuse_several_runs(calls: list[LayerCall], graph: ResidualGraph) -> None:
-    """Raise if a mixer that ran before starts from the embeddings once more."""
+    """Raise if a mixer that ran before starts from the embeddings once more, and not on the same sequence backwards."""
     for number, call in enumerate(calls):
-        repeated = any(call.mixer is earlier.mixer for earlier in calls[:number])
+        before = [earlier.x for earlier in calls[:number] if call.mixer is earlier.mixer]
+        repeated = any(x.shape != call.x.shape or not torch.equal(x.flip(1), call.x) for x in before)
         if repeated and graph.reads[number] <= {EMBEDDINGS, OTHERS}:
             raise InvalidInputError(
                 "forward_func runs the model more than once, so its output comes from several attentions. Explain one "

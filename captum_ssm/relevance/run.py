@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, is_own
+from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, UnsupportedModelError, is_own
 from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
@@ -174,7 +175,13 @@ class Run:
             value, reference = score.value.detach(), score.reference
             probed = [t for t in self.probe.tensors if isinstance(t, Traced)] if self.probe is not None else []
             leaves = [leaf.vectors for leaf in self._leaves]
-            relevances = _relevances(score, [*leaves, *self._skips, *probed])
+            try:
+                relevances = _relevances(score, [*leaves, *self._skips, *probed])
+            except CheckpointError as error:
+                raise UnsupportedModelError(
+                    "The model runs a part again for the gradient (torch.utils.checkpoint), and the second run is not "
+                    "the first. Explain it without checkpoints; for less memory see `checkpoints` of this method."
+                ) from error
         embedded = _joined([leaf.by_token(r) for leaf, r in zip(self._leaves, relevances)])
         skips = relevances[len(leaves) : len(relevances) - len(probed)]
         examples = len(embedded)

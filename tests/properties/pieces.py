@@ -121,7 +121,7 @@ def rearranged(order: Callable[[int], Tensor]) -> Around:
 
 
 def by_norm(mix: Mixing, x: Tensor, text: Text) -> Tensor:
-    there = x[..., :3].sum(-1).argsort(1).unsqueeze(-1).expand_as(x)
+    there = x[..., :3].sum(-1).argsort(stable=True, dim=1).unsqueeze(-1).expand_as(x)
     return torch.zeros_like(x).scatter(1, there, mix(x.gather(1, there)))
 
 
@@ -144,7 +144,7 @@ AROUND: dict[str, tuple[Around, frozenset[str]]] = {
     "on every token but the last": (
         lambda mix, x, text: torch.cat([mix(x[:, :-1]), 0 * x[:, -1:]], 1), MATRICES),
     "backwards": (lambda mix, x, text: mix(x.flip(1)).flip(1), NOBODY),
-    "in both directions": (lambda mix, x, text: mix(x) + mix(x.flip(1)).flip(1), MATRICES),
+    "in both directions": (lambda mix, x, text: mix(x) + mix(x.flip(1)).flip(1), NOBODY),
     "backwards, by index": (rearranged(lambda L: torch.arange(L - 1, -1, -1)), NOBODY),
     "even tokens first": (rearranged(lambda L: torch.arange(L).remainder(2).argsort(stable=True)), NOBODY),
     "rolled": (lambda mix, x, text: mix(x.roll(1, 1)).roll(-1, 1), NOBODY),
