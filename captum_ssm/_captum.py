@@ -50,9 +50,10 @@ def select_targets(output: Tensor, target: Any) -> Tensor:
     Raises:
         AssertionError: If the target does not fit the output.
     """
+    assert not (isinstance(target, Tensor) and target.is_meta), "Target is on device meta, which keeps no values."
     try:
         return cast(Tensor, _select_targets(output, target))
-    except (IndexError, RuntimeError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise AssertionError(f"Target {target!r} does not fit an output of shape {tuple(output.shape)}.") from error
 
 

@@ -53,3 +53,8 @@ class CompletenessError(FidelityError):
         )
         self.layer = "the whole model"
         self.error = error
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether an error is one of this package's."""
+    return isinstance(error, (UnsupportedModelError, InvalidInputError, ModelStateError, FidelityError))

@@ -76,6 +76,8 @@ def snapshot(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
     def bits(tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            return tensor.dtype, tuple(tensor.shape), tensor.requires_grad, b""
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return tensor.dtype, tuple(tensor.shape), tensor.requires_grad, raw
 

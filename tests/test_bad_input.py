@@ -378,6 +378,7 @@ BAD_TARGETS: dict[str, Any] = {
     "a string": "positive",
     "a float": 1.0,
     "a list of strings": ["positive", "negative"],
+    "a tensor without values": torch.tensor([1, 2], device="meta"),
 }
 every_bad_target = pytest.mark.parametrize("target", BAD_TARGETS.values(), ids=BAD_TARGETS)
 
@@ -423,6 +424,11 @@ BAD_INPUTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "ids of three axes": (lambda: torch.ones(1, 2, 3, dtype=torch.long), [r"\(batch, tokens\)", r"\(1, 2, 3\)"]),
     "id too large": (lambda: torch.tensor([[1, VOCABULARY]]), ["0 to 22", f"1 to {VOCABULARY}", "tokenizer"]),
     "id negative": (lambda: torch.tensor([[1, -1]]), ["0 to 22", "-1 to 1", "tokenizer"]),
+    "ids without values": (lambda: torch.ones(2, 3, dtype=torch.long, device="meta"), ["ordinary tensor", "meta"]),
+    "complex embeddings": (lambda: torch.ones(1, 3, 8, dtype=torch.complex64), ["ordinary tensor", "complex64"]),
+    "sparse ids": (lambda: torch.ones(2, 3, dtype=torch.long).to_sparse(), ["ordinary tensor", "sparse"]),
+    "truth values": (lambda: torch.ones(2, 3).bool(), ["int64 or int32", "bool", r"ids\.long\(\)"]),
+    "short ids": (lambda: torch.ones(2, 3).short(), ["int64 or int32", "int16", r"ids\.long\(\)"]),
     "embeddings with NaN": (lambda: torch.full((1, 3, 8), NAN), ["NaN or infinite", "replace"]),
     "embeddings with infinity": (lambda: torch.full((1, 3, 8), INF), ["NaN or infinite", "replace"]),
 }  # fmt: skip
@@ -489,6 +495,7 @@ def test_inputs_that_are_no_tensor_are_refused_as_captum_refuses_them(
 
 BAD_MASKS: dict[str, tuple[Any, list[str]]] = {
     "too short": (torch.ones(2, 6), [r"shape \(2, 7\)", r"not \(2, 6\)"]),
+    "without values": (torch.ones(2, 7, device="meta"), [r"shape \(2, 7\)", "meta"]),
     "another batch": (torch.ones(1, 7), [r"shape \(2, 7\)", r"not \(1, 7\)"]),
     "three axes": (torch.ones(2, 7, 1), [r"shape \(2, 7\)", r"not \(2, 7, 1\)"]),
     "a list": ([[1] * 7] * 2, [r"shape \(2, 7\)", "not list"]),
@@ -586,10 +593,36 @@ def test_an_unknown_rectification_is_refused(mamba: nn.Module, refused: Any) -> 
     refused(InvalidInputError, parts, mamba, lambda: ImplicitAttentionAttribution(mamba, rectify="relu"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("layers", [0, -1])
-def test_no_layers_at_all_is_refused(layers: int, mamba: nn.Module, refused: Any) -> None:
-    parts = ["layers must be at least 1", f"not {layers}"]
+@pytest.mark.parametrize("layers", [0, -1, "2", 1.5])
+def test_no_layers_at_all_is_refused(layers: Any, mamba: nn.Module, refused: Any) -> None:
+    parts = ["layers must be at least 1", f"not {layers!r}"]
     refused(InvalidInputError, parts, mamba, lambda: RawImplicitAttention(mamba, layers=layers))
+
+
+@every_method
+@pytest.mark.parametrize("size", [0, -1, 1.5, "2", torch.tensor(2)], ids=str)
+def test_a_batch_size_that_is_no_positive_int_is_refused(
+    method: Any, size: Any, mamba: nn.Module, ids: Tensor, refused: Any
+) -> None:
+    call = method(mamba)
+    parts = ["internal_batch_size must be an int of at least 1"]
+    refused(InvalidInputError, parts, mamba, lambda: call.attribute(ids, 1, internal_batch_size=size), ids)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ({"tolerance": "1"}, "tolerance must be a number"), ({"tolerance": NAN}, "tolerance must be a number"),
+        ({"without": 3}, "without must be a name"), ({"without": [None]}, "without must be a name"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_of_the_wrong_type_is_refused(
+    method: Any, option: dict[str, Any], part: str, mamba: nn.Module, refused: Any
+) -> None:
+    refused(InvalidInputError, [part], mamba, lambda: method(mamba, **option))
+    refused(InvalidInputError, [part], mamba, lambda: LayerImplicitAttention(mamba, 0, **option))
 
 
 BAD_QUERIES: dict[str, tuple[Any, list[str]]] = {
@@ -601,6 +634,9 @@ BAD_QUERIES: dict[str, tuple[Any, list[str]]] = {
     "weights without a batch": (torch.ones(7), [r"weights of shape \(2, 7\)", r"\(7,\)"]),
     "a fraction": (0.5, ["a position", "float32"]),
     "integer weights": (torch.ones(2, 7, dtype=torch.long), ["weights of shape", "int64"]),
+    "weights that are NaN": (torch.full((2, 7), NAN), ["weights of query are NaN"]),
+    "complex weights": (torch.ones(2, 7, dtype=torch.complex64), ["weights of shape", "complex64"]),
+    "a word": ("last", ["a position, or a tensor", "'last'"]),
 }
 
 

@@ -279,6 +279,42 @@ def test_a_model_may_have_embeddings_of_two_widths(ids: Tensor) -> None:
     torch.testing.assert_close(scores.sum(1), right, rtol=1e-3, atol=1e-5)
 
 
+def test_code_that_fails_in_the_float32_of_an_explanation_is_named(ids: Tensor) -> None:
+    """A model in half precision is followed in float32, which code that asks for the type of its vectors notices."""
+
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.into = build("mamba"), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor, other: Tensor) -> Tensor:
+            h = self.inner.get_input_embeddings()(ids)
+            return self.inner(inputs_embeds=h + self.into(other.to(h)), use_cache=False).logits[:, -1]
+
+    model, other = Second().eval(), torch.randn(2, 7, 8)
+    relevance = cs.ImplicitAttentionRelevance(model)
+    for baselines in (None, 2):
+        assert relevance.attribute(ids, 1, other, baselines=baselines).isfinite().all()
+    model.bfloat16()
+    for baselines in (None, 2):
+        with pytest.raises(cs.ModelStateError, match=r"bfloat16 is followed in float32.*model\.float\(\)"):
+            relevance.attribute(ids, 1, other, baselines=baselines)
+
+
+def test_with_frozen_gates_a_probability_is_named_as_constant(ids: Tensor) -> None:
+    model = build("mamba")
+    method = EVERY["relevance"](lambda ids: model(ids, use_cache=False).logits[:, -1].softmax(-1), model)
+    with pytest.raises(cs.InvalidInputError, match="probability is constant"):
+        method.attribute(ids, 1)
+    assert method.attribute(ids, 1, baselines=2).isfinite().all()
+
+
+def test_a_wrong_mask_of_relevance_is_named(ids: Tensor) -> None:
+    for mask in (torch.ones(2, 7, 1), torch.ones(2, 7, device="meta")):
+        with pytest.raises(cs.InvalidInputError, match="attention mask must be a tensor"):
+            cs.ImplicitAttentionRelevance(build("mamba")).attribute(ids, 1, mask, baselines=2)
+
+
 @pytest.fixture
 def generation() -> cs.LLMImplicitAttention:
     return cs.LLMImplicitAttention(cs.ImplicitAttentionRollout(build("mamba")), None)

@@ -78,6 +78,8 @@ ONE: dict[str, Any] = {
     "LayerNorm": lambda x: nn.LayerNorm(4, eps=0.1).double()(x),
     "rms_norm": lambda x: F.rms_norm(x, (4,), VECTOR, 1e-3),
     "rms_norm without eps": lambda x: F.rms_norm(x, (4,)),
+    "batch_norm": lambda x: F.batch_norm(
+        x.movedim(-1, 1), VECTOR, VECTOR.square() + 1, VECTOR, VECTOR + 1, eps=0.1),
     "group_norm": lambda x: F.group_norm(x.movedim(-1, 1), 2, VECTOR, VECTOR + 1),
     "var": lambda x: x.var(-1),
     "var of all": lambda x: torch.var(x),

@@ -52,6 +52,7 @@ def previous(ids: Tensor) -> Tensor:
 DEPENDENT: dict[str, More] = {
     "hashed pairs": lambda m, ids: m.other((7 * ids + 3 * ids.roll(1, 1)) % V),
     "pairs written in place": lambda m, ids: m.other(V * previous(ids) + ids),
+    "the one before, written in place": lambda m, ids: m.other(previous(ids)),
     "a second embedding": lambda m, ids: m.other(ids),
     "weight[ids]": lambda m, ids: m.other.weight[ids],
     "index_select": lambda m, ids: m.other.weight.index_select(0, ids.flatten()).reshape(*ids.shape, 8),
@@ -98,6 +99,24 @@ def test_a_vector_belongs_to_the_token_that_it_is_made_of(name: str, position: i
     others = torch.arange(6) != position
     assert relevance[:, others].eq(0).all()
     assert torch.allclose(relevance[:, position], difference(model, IDS, reference), atol=1e-4)
+
+
+@pytest.mark.parametrize("baselines", [2, 5])
+def test_a_reference_with_ids_of_another_kind_than_all_of_the_text_is_followed(baselines: int) -> None:
+    """As where two types of ids have a vector each, and the text has one type alone."""
+    model, ids = text(DEPENDENT["types"]), torch.tensor([[4, 9, 6, 22, 5, 8]])
+    for texts in (ids, torch.cat([ids, IDS])):
+        relevance = ImplicitAttentionRelevance(model).attribute(texts, 1, baselines=baselines)
+        assert torch.allclose(relevance.sum(1), difference(model, texts, torch.tensor(baselines)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_the_texts_beside_it_do_not_matter(name: str) -> None:
+    method, of_one_type = ImplicitAttentionRelevance(text(DEPENDENT[name])), torch.tensor([[4, 9, 6, 22, 5, 8]])
+    texts = torch.cat([IDS, of_one_type])
+    for baselines in (7, 0.25, None):
+        alone = torch.cat([method.attribute(ids, 1, baselines=baselines) for ids in texts.split(1)])
+        assert torch.allclose(method.attribute(texts, 1, baselines=baselines), alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("baselines", [None, 0.25, torch.full((8,), 0.1)], ids=str)

@@ -1,5 +1,6 @@
 """Whatever mixes tokens besides the supported mixers is found and named; what does not is let through."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -388,9 +389,8 @@ def test_an_input_too_short_to_show_it_proves_nothing(short: int, by: int, ids: 
 
 def test_a_single_token_is_checked_again_with_more(ids: Tensor) -> None:
     model = Model()
-    assert [check(model, ids[:, :1]) for _ in range(2)] == [1, 1]  # not remembered
+    assert [check(model, ids[:, :1]) for _ in range(2)] == [1, 0]
     assert [check(model, ids) for _ in range(2)] == [1, 0]
-    assert check(model, ids[:, :1]) == 0
 
 
 def test_other_calls_of_the_same_modules_are_checked_again(ids: Tensor) -> None:
@@ -410,9 +410,23 @@ def test_other_calls_of_the_same_modules_are_checked_again(ids: Tensor) -> None:
     assert [check(model, ids) for _ in range(2)] == [1, 0]
 
 
-def test_an_input_longer_than_any_before_is_checked(ids: Tensor) -> None:
+def test_each_length_is_checked(ids: Tensor) -> None:
     model = Model()
-    assert [check(model, ids[:, :n]) for n in (3, 2, 3, 7, 5, 7)] == [1, 0, 0, 1, 0, 0]
+    assert [check(model, ids[:, :n]) for n in (3, 2, 3, 7, 5, 7)] == [1, 1, 0, 1, 1, 0]
+
+
+def test_an_order_that_some_lengths_have_is_followed_after_others(ids: Tensor) -> None:
+    """As by code that folds a sequence into two rows, if its length is even."""
+
+    class Folded(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            order = torch.arange(ids.shape[1]).reshape(2 - ids.shape[1] % 2, -1).T.flatten()
+            return super().forward(ids[:, order])
+
+    model, method = Folded(), ImplicitAttentionAttribution
+    assert torch.equal(method(model).attribute(ids, 1), method(Model()).attribute(ids, 1))
+    found, right = method(model).attribute(ids[:, :6], 1), method(Model()).attribute(ids[:, [0, 3, 1, 4, 2, 5]], 1)
+    torch.testing.assert_close(found[:, [0, 3, 1, 4, 2, 5]], right)
 
 
 # --- Nothing is left ----------------------------------------------------------------------------------------------
@@ -465,3 +479,76 @@ def test_a_function_that_runs_the_model_twice_is_refused(family: nn.Module, ids:
         return logits[:, -1, 3] - logits[:, 4, 5]
 
     assert ImplicitAttentionAttribution(once, family).attribute(ids).isfinite().all()
+
+
+# --- What gradients do not show -----------------------------------------------------------------------------------
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a detached mean": lambda x: x + x.detach().mean(1, keepdim=True),
+    "a shift without gradient": lambda x: x + later(x.data, 1),
+    "numpy": lambda x: x + torch.from_numpy(x.detach().numpy()).roll(1, 1),
+    "the longest token": lambda x: x / x.detach().norm(dim=-1).amax(1)[:, None, None],
+}
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+@pytest.mark.parametrize("at", ["before the layers", "between the layers", "behind the layers"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_values_that_pass_between_tokens_without_a_gradient_are_refused(
+    name: str, at: str, takes_ids: bool, ids: Tensor, unchanged: Any
+) -> None:
+    function = HIDDEN[name]
+
+    class Hidden(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids) if not ids.is_floating_point() else ids
+            x = function(x) if at == "before the layers" else x
+            x = self.blocks[0](x)
+            x = function(x) if at == "between the layers" else x
+            x = self.blocks[1](x)
+            return self.head((function(x) if at == "behind the layers" else x)[:, -1])
+
+    model = Hidden()
+    inputs = ids if takes_ids else model.embed(ids).detach()
+    with unchanged(model, inputs), pytest.raises(UnsupportedModelError, match=r"several tokens|other tokens"):
+        ImplicitAttentionAttribution(model).attribute(inputs, target=1)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.amax(1), lambda x: x[:, -1] + x[:, -1].detach(), lambda x: x.detach().tanh()[:, -1] * x[:, -1]]
+)
+def test_decisions_and_stopped_gradients_of_a_token_itself_are_let_through(
+    read: Callable[[Tensor], Tensor], ids: Tensor
+) -> None:
+    model = Model(after=lambda x: read(x)[:, None])
+    assert ImplicitAttentionAttribution(model).attribute(ids, target=1).shape == ids.shape
+
+
+def test_one_layer_that_reads_both_ways_is_explained_as_two_that_share_their_weights(ids: Tensor) -> None:
+    class Both(Model):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.there: Any = self.blocks[0].get_submodule("mixer")
+            self.back: Any = self.there if tied else copy.deepcopy(self.there)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            return self.head((x + self.there(x) + self.back(x.flip(1)).flip(1))[:, 2])
+
+    for rectify in (None, "channel"):
+        options: Any = {"rectify": rectify}
+        tied, two = (ImplicitAttentionAttribution(Both(t).eval(), **options).attribute(ids, 1) for t in (True, False))
+        torch.testing.assert_close(tied, two)
+        assert tied.ne(0).all()
+
+
+def test_a_layer_that_reads_another_without_a_gradient_is_refused(ids: Tensor) -> None:
+    class Stopped(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids) if not ids.is_floating_point() else ids
+            return self.head(self.blocks[1](self.blocks[0](x).detach())[:, -1])
+
+    model = Stopped()
+    for inputs in (ids, model.embed(ids).detach()):
+        with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mixer"):
+            ImplicitAttentionAttribution(model).attribute(inputs, target=1)

@@ -25,6 +25,7 @@ from captum_ssm.network.forward import run_model
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.network.inputs import (
     Target,
+    names,
     outside_inference_mode,
     query_weights,
     refuse_bad_state,
@@ -89,7 +90,7 @@ class ImplicitAttentionMethod(ModelMethod):
         super().__init__(forward_func, model, tolerance=tolerance)
         check_scope(attention)
         self.attention: AttentionScope = attention
-        self.without = (without,) if isinstance(without, str) else tuple(without)
+        self.without = names(without, "without")
 
     @log_usage
     def attribute(

@@ -70,8 +70,8 @@ class ClassTokenAttention(ImplicitAttentionMethod):
         super().__init__(forward_func, model, **options)
         if recipe not in get_args(Recipe):
             raise InvalidInputError(f"recipe must be one of {', '.join(get_args(Recipe))}, not {recipe!r}.")
-        if start_layer < 0:
-            raise InvalidInputError(f"start_layer must be at least 0, not {start_layer}.")
+        if not isinstance(start_layer, int) or start_layer < 0:
+            raise InvalidInputError(f"start_layer must be at least 0, an int, not {start_layer!r}.")
         self.recipe: Recipe = recipe
         self.start_layer = start_layer
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from captum_ssm._captum import LayerAttribution, format_additional_forward_args, log_usage
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.layers.call import LayerCall
+from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.matrices.fusion import Fusion, fuse
 from captum_ssm.matrices.layer_stack import LayerStack
 from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
 from captum_ssm.network.forward import run_model
-from captum_ssm.network.inputs import refuse_bad_inputs, refuse_bad_state, single_tensor, token_mask
+from captum_ssm.network.inputs import names, refuse_bad_inputs, refuse_bad_state, single_tensor, token_mask
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.network.turns import unchanged
 
@@ -53,6 +54,7 @@ class LayerImplicitAttention(LayerAttribution):
         tolerance: float | None = None,
     ) -> None:
         check_scope(attention)
+        check_tolerance(tolerance)
         if model is None and not isinstance(forward_func, nn.Module):
             raise InvalidInputError(
                 "forward_func is a plain callable, so the model that it runs is not known. Pass it too: "
@@ -62,7 +64,7 @@ class LayerImplicitAttention(LayerAttribution):
         self.layer_name = _find_layer(self.model, layer)
         super().__init__(forward_func, self.model.get_submodule(self.layer_name))
         self.attention: AttentionScope = attention
-        self.without = (without,) if isinstance(without, str) else tuple(without)
+        self.without = names(without, "without")
         self.tolerance = tolerance
         self.fidelity: dict[str, float] = {}
 

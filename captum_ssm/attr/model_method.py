@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_ssm._captum import GradientAttribution, compute_gradients, select_targets
 from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.network.forward import checked_mask
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, refuse_wrong_counts, select_examples
@@ -31,7 +32,7 @@ class ModelMethod(GradientAttribution):
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
 
     Raises:
-        InvalidInputError: If ``forward_func`` is not a module and no ``model`` is given.
+        InvalidInputError: If ``forward_func`` is not a module and no ``model`` is given, or the tolerance is no number.
         UnsupportedModelError: If the model has no supported layer.
     """
 
@@ -42,6 +43,7 @@ class ModelMethod(GradientAttribution):
         self, forward_func: Callable[..., Any], model: nn.Module | None = None, *, tolerance: float | None = None
     ) -> None:
         super().__init__(forward_func)
+        check_tolerance(tolerance)
         self._model = model
         self.tolerance = tolerance
         self.fidelity: dict[str, float] = {}
@@ -103,9 +105,9 @@ class ModelMethod(GradientAttribution):
             InvalidInputError: If the size is not positive, or a count or an input does not fit.
         """
         count = len(inputs[0]) if inputs[0].dim() else 0
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise InvalidInputError(f"internal_batch_size must be an int of at least 1, not {size!r}.")
         step = max(count, 1) if size is None else size
-        if step < 1:
-            raise InvalidInputError(f"internal_batch_size must be at least 1, not {size}.")
         if step < count:
             refuse_wrong_counts(count, targets, query)
             if is_language_model(self.forward_func) and args and isinstance(args[0], Tensor):

@@ -47,8 +47,8 @@ class RawImplicitAttention(ImplicitAttentionMethod):
         **options: Any,
     ) -> None:
         super().__init__(forward_func, model, **options)
-        if layers < 1:
-            raise InvalidInputError(f"layers must be at least 1, not {layers}.")
+        if not isinstance(layers, int) or layers < 1:
+            raise InvalidInputError(f"layers must be at least 1, an int, not {layers!r}.")
         self.layers = layers
         check_fusion(fusion)
         self.fusion: Fusion = fusion

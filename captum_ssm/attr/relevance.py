@@ -14,12 +14,7 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.attr.any_model import AnyModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.network.inputs import (
-    Target,
-    input_tensors,
-    outside_inference_mode,
-    refuse_bad_state,
-)
+from captum_ssm.network.inputs import Target, input_tensors, names, outside_inference_mode, refuse_bad_state
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
 from captum_ssm.network.turns import unchanged
@@ -128,9 +123,9 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         super().__init__(forward_func, model, tolerance=tolerance)
         if gate_rule not in ("half", "value"):
             raise InvalidInputError(f"gate_rule must be 'half' or 'value', not {gate_rule!r}.")
-        if not 0 <= value_share <= 1:
-            raise InvalidInputError(f"value_share is a part of a whole, from 0 to 1, not {value_share}.")
-        self.apart = (apart,) if isinstance(apart, str) else tuple(apart)
+        if not isinstance(value_share, (int, float)) or not 0 <= value_share <= 1:
+            raise InvalidInputError(f"value_share is a part of a whole, from 0 to 1, not {value_share!r}.")
+        self.apart = names(apart, "apart")
         if set(self.apart) - {"skip"}:
             raise InvalidInputError(f"Only 'skip' can be kept apart, not {sorted(set(self.apart) - {'skip'})}.")
         if self.apart and checkpoints:

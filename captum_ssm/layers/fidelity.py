@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_ssm.errors import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError
+from captum_ssm.errors import (
+    FidelityError,
+    InvalidInputError,
+    ModelStateError,
+    UnsupportedModelError,
+)
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
@@ -45,6 +50,16 @@ class Decomposition:
     chain: Chain
     x: Tensor
     error: float
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise if an allowed error is no number.
+
+    Raises:
+        InvalidInputError: If it is neither None nor a number of at least 0.
+    """
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
+        raise InvalidInputError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}.")
 
 
 def decompose(call: LayerCall, tolerance: float | None = None, mask: Tensor | None = None) -> Decomposition:

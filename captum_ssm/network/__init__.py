@@ -8,6 +8,7 @@
 * :mod:`~captum_ssm.network.held_run`: the run that is measured, its mixers' outputs held fixed;
 * :mod:`~captum_ssm.network.token_identity`: measure which token of the inputs each token of each call is;
 * :mod:`~captum_ssm.network.other_ids`: measure what token ids change, by other ids;
+* :mod:`~captum_ssm.network.hidden_paths`: find what passes between tokens where no gradient does, by other values;
 * :mod:`~captum_ssm.network.token_codes`: which token reads which, from few observations;
 * :mod:`~captum_ssm.network.measurements`: measurements of a model, kept while nothing changes that they depend on;
 * :mod:`~captum_ssm.network.graph`: the result of an examination, the residual graph;

@@ -34,20 +34,17 @@ class _Examination:
     shape: torch.Size
     graph: ResidualGraph
 
-    def holds(self, inputs: Tensor, length: int, mask: Tensor) -> bool:
-        """Whether it holds for these inputs: at most twice as long, or of the same shape if tokens change their order.
+    def holds(self, inputs: Tensor, mask: Tensor) -> bool:
+        """Whether it holds for other inputs of the same length: always, or if tokens change their order for as many.
 
         Args:
             inputs: The inputs.
-            length: L, the number of tokens.
             mask: 1 at real tokens and 0 at padding, (B, L).
 
         Returns:
             Whether it does.
         """
-        if not self.graph.is_in_order:
-            return inputs.shape == self.shape and bool(mask.bool().all())
-        return (inputs.dim() != 4 and length <= 2 * self.shape[1]) or inputs.shape[1:] == self.shape[1:]
+        return self.graph.is_in_order or (inputs.shape == self.shape and bool(mask.bool().all()))
 
     @property
     def may_be_kept(self) -> bool:
@@ -75,7 +72,8 @@ def examine(
         inputs: Token ids (B, L), embeddings (B, L, E) or images (B, C, H, W).
         mask: 1 at real tokens and 0 at padding, (B, L).
         run: From inputs to the explained output. Not called if the model was examined before and is unchanged, with
-            the same calls, reader and arguments, on inputs of the same kind that were at least half as long.
+            the same calls, reader and arguments, on inputs of the same kind and length: code that cuts, folds or turns
+            sequences may do it for some lengths alone.
         reader: The function that ``run`` calls, which stays the same from call to call.
         args: The additional arguments that ``run`` passes to it.
 
@@ -87,14 +85,14 @@ def examine(
             a layer's tokens are not the inputs' tokens.
         InvalidInputError: If the model runs more than once.
 
-    Cost: one forward pass and 3 log2(L) backward passes of all but the mixers, and for token ids log2(L) forward passes
+    Cost: log2(L) forward and 3 log2(L) backward passes of all but the mixers, and for token ids log2(L) forward passes
     more; when nothing changed, one pass over the weights.
     """
     length = calls[-1].x.shape[1]
     known = _EXAMINATIONS.of(model, reader, args)
-    key = tuple(call.name for call in calls), inputs.is_floating_point(), inputs.shape[2:]
+    key = tuple(call.name for call in calls), inputs.is_floating_point(), inputs.shape[1:]
     earlier = known.get(key)
-    if earlier is not None and earlier.holds(inputs, length, mask):
+    if earlier is not None and earlier.holds(inputs, mask):
         return earlier.graph
     with ExitStack() as marks:
         held = hold(model, run, inputs, length, marks)
@@ -104,7 +102,7 @@ def examine(
         graph = follow_tokens(model, run, held, mask)
         _refuse_mixing([module for module in held.modules if not module.name], length)
     found = _Examination(inputs.shape, graph)
-    if length > 1 and found.may_be_kept:  # a single token proves nothing
+    if found.may_be_kept:
         known[key] = found
     return graph
 
@@ -115,9 +113,10 @@ def _is_turned_round(order: Tensor) -> bool:
 
 
 def _refuse_several_runs(calls: list[LayerCall], graph: ResidualGraph) -> None:
-    """Raise if a mixer that ran before starts from the embeddings once more."""
+    """Raise if a mixer that ran before starts from the embeddings once more, and not on the same sequence backwards."""
     for number, call in enumerate(calls):
-        repeated = any(call.mixer is earlier.mixer for earlier in calls[:number])
+        before = [earlier.x for earlier in calls[:number] if call.mixer is earlier.mixer]
+        repeated = any(x.shape != call.x.shape or not torch.equal(x.flip(1), call.x) for x in before)
         if repeated and graph.reads[number] <= {EMBEDDINGS, OTHERS}:
             raise InvalidInputError(
                 "forward_func runs the model more than once, so its output comes from several attentions. Explain one "

@@ -141,8 +141,8 @@ def checked_mask(inputs: Tensor, mask: Any) -> Tensor:
     Raises:
         InvalidInputError: If it does not fit the inputs or leaves a sequence empty.
     """
-    if not isinstance(mask, Tensor) or mask.shape != inputs.shape[:2]:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.shape != inputs.shape[:2] or mask.is_meta:
+        got = f"{tuple(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidInputError(
             f"The attention mask must be a tensor of shape {tuple(inputs.shape[:2])} (batch, tokens), not {got}."
         )

@@ -180,3 +180,51 @@ def is_sequence(value: Any, length: int) -> bool:
 def tokens_first(sequence: Tensor, length: int) -> Tensor:
     """Return a sequence as (B, L, channels)."""
     return sequence if sequence.shape[1] == length else sequence.transpose(1, 2)
+
+
+_LARGEST_NOISE = 0.1
+"""Relative to the largest entry of a token: a change that no rounding exceeds, in any type."""
+
+
+def run_again(
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    held: HeldRun,
+    inputs: Tensor,
+    outputs: Sequence[Tensor] | None = None,
+) -> tuple[list[LayerCall], Tensor]:
+    """Run the model once more with its mixers' outputs held fixed.
+
+    Args:
+        model: The model that holds the mixers.
+        run: From inputs to the explained output.
+        held: The first such run.
+        inputs: Other inputs of the same shape.
+        outputs: The mixers' outputs, (B, L, E); None for those of the first run.
+
+    Returns:
+        The calls, and the output.
+    """
+    following = iter([call.y.detach() for call in held.calls] if outputs is None else outputs)
+    with record_mixers(model, replacement=lambda call: next(following, call.y)) as calls:
+        result = run(inputs)
+    return calls, result
+
+
+def changed_entries(values: Tensor, original: Tensor) -> Tensor:
+    """Return where values differ by more than rounding from the original ones, in the shape of both."""
+    noise = min(64 * torch.finfo(original.dtype).eps, _LARGEST_NOISE) if original.is_floating_point() else 0
+    return (values - original).abs() > noise * original.detach().abs().max()
+
+
+def by_example(changed: Tensor, count: int) -> Tensor:
+    """Return whether the output of each example changed, (B,)."""
+    if changed.dim() and len(changed) == count:
+        return changed.reshape(count, -1).any(1)
+    return changed.any().expand(count)
+
+
+def tokens_read(calls: Sequence[LayerCall], output: Tensor) -> Tensor:
+    """Return which tokens of the calls' outputs the model's output reads by its gradient, (B, L, calls)."""
+    slopes = gradients(weighed(output).sum(), [call.y for call in calls])
+    return torch.stack([slope.ne(0).any(-1) for slope in slopes], -1)

@@ -21,11 +21,14 @@ def input_tensors(inputs: Any) -> tuple[Tensor, ...]:
 
     Raises:
         AssertionError: If inputs is not made of tensors, as Captum's own methods raise.
+        InvalidInputError: If one of them is not ordinary, see :func:`refuse_no_values`.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     assert tensors and all(isinstance(tensor, Tensor) for tensor in tensors), (
         f"inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}."
     )
+    for tensor in tensors:
+        refuse_no_values(tensor, "inputs")
     return tuple(outside_inference_mode(tensor.detach()) for tensor in tensors)
 
 
@@ -34,7 +37,7 @@ def single_tensor(inputs: Any) -> Tensor:
 
     Raises:
         AssertionError: If inputs is not made of tensors, as Captum's own methods raise.
-        InvalidInputError: If inputs is not a single tensor.
+        InvalidInputError: If inputs is not a single tensor with values.
     """
     tensors = input_tensors(inputs) if not isinstance(inputs, tuple) or inputs else ()
     if len(tensors) != 1:
@@ -43,6 +46,31 @@ def single_tensor(inputs: Any) -> Tensor:
             "the model needs as additional_forward_args. ImplicitAttentionRelevance takes several."
         )
     return tensors[0]
+
+
+def refuse_no_values(tensor: Tensor, name: str) -> None:
+    """Raise if a tensor is not an ordinary one of integers or real numbers: on device meta, complex or sparse.
+
+    Raises:
+        InvalidInputError: With its type, layout and device.
+    """
+    if tensor.is_meta or tensor.is_complex() or tensor.layout is not torch.strided:
+        raise InvalidInputError(
+            f"{name} must be an ordinary tensor of integers or real numbers, with its values, not one of "
+            f"{tensor.dtype} and {tensor.layout} on {tensor.device}. Pass complex numbers as torch.view_as_real."
+        )
+
+
+def names(value: str | Sequence[str], option: str) -> tuple[str, ...]:
+    """Return an option that is a name or several as a tuple.
+
+    Raises:
+        InvalidInputError: If it is anything else.
+    """
+    several = (value,) if isinstance(value, str) else value
+    if not isinstance(several, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in several):
+        raise InvalidInputError(f"{option} must be a name, or a sequence of names, not {value!r}.")
+    return tuple(several)
 
 
 def outside_inference_mode(value: Any) -> Any:
@@ -82,6 +110,7 @@ def refuse_wrong_counts(count: int, targets: tuple[Any, ...], query: Any) -> Non
     for target in targets:
         several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
         assert not several or len(target) == count, f"There are {len(target)} targets for {count} examples."
+        assert not isinstance(target, Tensor) or target.dim() < 2, f"Target has shape {tuple(target.shape)}, not (B,)."
     if isinstance(query, Tensor) and query.dim() > 0 and len(query) != count:
         raise InvalidInputError(f"query has the positions of {len(query)} examples, but there are {count}.")
 
@@ -119,6 +148,8 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
         InvalidInputError: In each of these cases.
     """
     vectors = inputs.is_floating_point()
+    if not vectors and inputs.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"Token ids must be of type int64 or int32, not {inputs.dtype}: call ids.long().")
     expected = "(batch, tokens, width), or (batch, channels, height, width)" if vectors else "(batch, tokens)"
     if not vectors and inputs.dim() == 3:
         raise InvalidInputError(
@@ -132,15 +163,13 @@ def refuse_bad_inputs(model: nn.Module, inputs: Tensor) -> None:
 
 
 def refuse_bad_values(model: nn.Module, inputs: Tensor) -> None:
-    """Raise if the inputs are empty, NaN, infinite or complex, or name tokens that the model does not have.
+    """Raise if the inputs are empty, NaN or infinite, or name tokens that the model does not have.
 
     Raises:
         InvalidInputError: In each of these cases.
     """
     if inputs.numel() == 0:
         raise InvalidInputError(f"inputs is empty, shape {tuple(inputs.shape)}: there is no token to explain.")
-    if inputs.is_complex():
-        raise InvalidInputError("inputs is complex; pass torch.view_as_real(inputs), and let forward_func undo it.")
     if inputs.is_floating_point():
         if not bool(inputs.isfinite().all()):
             raise InvalidInputError("inputs has NaN or infinite entries; replace them before explaining.")
@@ -182,10 +211,22 @@ def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
         InvalidInputError: If a position lies outside the sequence or the shape does not fit.
     """
     shape = inputs.shape[:2]
-    query = torch.as_tensor(query, device=inputs.device)
+    try:
+        query = torch.as_tensor(query).to(inputs.device)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise InvalidInputError(
+            f"query must be a position, or a tensor of positions or weights, not {query!r}."
+        ) from error
     if query.shape == shape and query.is_floating_point():
+        if not bool(query.isfinite().all()):
+            raise InvalidInputError("The weights of query are NaN or infinite.")
         return at_least_float32(query)
-    if query.is_floating_point() or query.dim() > 1 or (query.dim() == 1 and len(query) != shape[0]):
+    if (
+        query.is_floating_point()
+        or query.is_complex()
+        or query.dim() > 1
+        or (query.dim() == 1 and len(query) != shape[0])
+    ):
         raise InvalidInputError(
             f"query must be a position, one position for each of {shape[0]} examples, or weights of shape "
             f"{tuple(shape)}; got {query.dtype} of shape {tuple(query.shape)}."

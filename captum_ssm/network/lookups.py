@@ -76,9 +76,11 @@ class Lookups:
             return summed
         value = function(*_values(args), **_values(kwargs))
         reference = self._of_reference(function, args, kwargs)
+        of_ids = _recipe((args, kwargs))
 
         def recipe(ids: Tensor) -> Any:
-            return function(*_of(args, ids), **_of(kwargs, ids))
+            args, kwargs = of_ids(ids)
+            return function(*args, **kwargs)
 
         if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
             others = reference if reference is not None else [None] * len(value)
@@ -132,12 +134,10 @@ class Lookups:
             return value
         self.found.add(table)
         own = torch.arange(self.tokens.numel(), device=sources.device)
-        if len(own) == count:
-            sources = torch.where(depends, sources, own)
-            if torch.equal(sources, own):
-                shape = (*self.tokens.shape, width)
-                others = None if reference is None else reference.reshape(shape)
-                return self.replace(value.reshape(shape), others, None).reshape(value.shape)
+        if torch.equal(sources, own):
+            shape = (*self.tokens.shape, width)
+            others = None if reference is None else reference.reshape(shape)
+            return self.replace(value.reshape(shape), others, None).reshape(value.shape)
         others = None if reference is None else reference.reshape(count, width)
         return self.replace(value.reshape(count, width), others, sources).reshape(value.shape)
 
@@ -177,11 +177,11 @@ class Lookups:
     def _changed(self, indices: TokenIds, half: Tensor) -> Tensor:
         """Return which integers (n,) change if some of the tokens, those in ``half``, are exchanged for others.
 
-        Several exchanges are tried, as two changes may cancel in a hash. Integers that cannot be made of the others, or
-        are then of another number, depend on all tokens.
+        Several exchanges are tried, as two changes may cancel in a hash, and that for the reference's ids. Integers
+        that cannot be made of the others, or are then of another number, depend on all tokens.
         """
         changed, half = torch.zeros_like(indices.value, dtype=torch.bool), half.reshape(self.tokens.shape)
-        for others in _exchanged(self.tokens):
+        for others in [*_exchanged(self.tokens), *([] if self.reference is None else [self.reference])]:
             try:
                 changed |= indices.recipe(torch.where(half, others, self.tokens)) != indices.value
             except (RuntimeError, IndexError, ValueError, TypeError):
@@ -191,20 +191,20 @@ class Lookups:
     def _in_place(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into integers, which are followed from then on; refuse to write into anything else."""
         target = args[0]
-        if self.tables is not None:
-            return function(*_values(args), **_values(kwargs))
         if "out" in kwargs or not isinstance(target, Tensor) or target.is_floating_point() or target._is_view():
             raise _cannot_follow(function, target)
-        before = target.clone()
+        of_ids = _recipe((target if isinstance(target, TokenIds) else target.clone(), args[1:], kwargs))
         if not isinstance(target, TokenIds):
+            before = target.clone()
             target.__class__ = TokenIds
-            target.hold(before.clone(), before.clone(), self, _unchanged)  # type: ignore[attr-defined]
+            target.hold(before, before.clone(), self, _unchanged)  # type: ignore[attr-defined]
         function(*_values(args), **_values(kwargs))
         self._of_reference(function, args, kwargs)
 
         def recipe(ids: Tensor) -> Tensor:
-            written = _of(before, ids).clone()
-            function(written, *_of(args[1:], ids), **_of(kwargs, ids))
+            before, args, kwargs = of_ids(ids)
+            written: Tensor = before.clone()
+            function(written, *args, **kwargs)
             return written
 
         return target.hold(target.value, target.reference, self, recipe)  # type: ignore[attr-defined]
@@ -276,7 +276,14 @@ def _unchanged(ids: Tensor) -> Tensor:
 
 
 def _exchanged(ids: Tensor) -> list[Tensor]:
-    """Return variants of ids, with another id of the same text at every token, or a neighbour of a single id."""
+    """Return variants of ids: each text has other ids of its own, whichever texts are beside it."""
+    texts = [_exchanged_text(text) for text in ids.reshape(len(ids), -1)]
+    count = max(map(len, texts))
+    return [torch.stack([variants[k % len(variants)] for variants in texts]).reshape(ids.shape) for k in range(count)]
+
+
+def _exchanged_text(ids: Tensor) -> list[Tensor]:
+    """Return variants of a text (L,), with another of its ids at every token, or a neighbour of a single id."""
     known = ids.unique()
     if len(known) == 1:
         return [torch.where(ids > 0, ids - 1, ids + 1)]
@@ -345,9 +352,10 @@ def _references(nested: Any) -> Any:
     return _substituted(nested, attrgetter("reference"))
 
 
-def _of(nested: Any, ids: Tensor) -> Any:
-    """Return arguments with the integers that other ids would give."""
-    return _substituted(nested, lambda integers: integers.recipe(ids))
+def _recipe(nested: Any) -> Callable[[Tensor], Any]:
+    """Return a function from other ids to the arguments, with the integers as they are now and not as written later."""
+    held = _substituted(nested, lambda i: TokenIds.of(i.value, i.reference, i.lookups, i.recipe, i.is_mask))
+    return lambda ids: _substituted(held, lambda integers: integers.recipe(ids))
 
 
 def _leaves(nested: Any) -> Iterator[Any]:

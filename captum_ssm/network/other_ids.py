@@ -8,14 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.layers.call import LayerCall
-from captum_ssm.network.held_run import HeldRun, gradients, tokens_first, weighed
+from captum_ssm.network.held_run import HeldRun, by_example, changed_entries, run_again, tokens_first, tokens_read
 from captum_ssm.network.interface import input_embeddings
-from captum_ssm.network.recording import record_mixers
 from captum_ssm.network.token_codes import token_codes
-
-_LARGEST_NOISE = 0.1
-"""Relative to the largest entry of a token: a change that no rounding exceeds, in any type."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +68,22 @@ def read_ids(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, m
     output: list[Tensor] = []
     for ids in texts:
         with torch.no_grad():
-            calls, result = _run_held(model, run, held, ids)
+            calls, result = run_again(model, run, held, ids)
         for rounds, call, original in zip(inputs, calls, held.calls):
-            rounds.append(_changed(call.x, original.x).any(-1))
-        output.append(_changed(result, held.output))
+            rounds.append(changed_entries(call.x, original.x).any(-1))
+        output.append(changed_entries(result, held.output))
     by_token = [tokens_first(changed, held.length).any(-1) for changed in output if held.has_tokens(changed)]
 
     def moved(number: int) -> Tensor:
         with torch.enable_grad():
-            calls, result = _run_held(model, run, held, texts[number])
-            now, before = _tokens_read(calls, result), _tokens_read(held.calls, held.output)
+            calls, result = run_again(model, run, held, texts[number])
+            now, before = tokens_read(calls, result), tokens_read(held.calls, held.output)
         return now.ne(before).flatten(1).any(1)
 
     return IdReadings(
         bool(others.ne(held.inputs).any()),
         [torch.stack(rounds, -1) for rounds in inputs],
-        torch.stack([_by_example(changed, len(others)) for changed in output], -1),
+        torch.stack([by_example(changed, len(others)) for changed in output], -1),
         torch.stack(by_token, -1) if by_token else None,
         moved,
     )
@@ -103,32 +98,3 @@ def _other_ids(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     else:
         others = (ids + 1) % (getattr(input_embeddings(model), "num_embeddings", None) or int(ids.max()) + 1)
     return torch.where(mask.bool(), others, ids)
-
-
-def _run_held(
-    model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, ids: Tensor
-) -> tuple[list[LayerCall], Tensor]:
-    """Run the model on other ids, with the mixers' outputs of the held run; return its calls and its output."""
-    outputs = iter([call.y.detach() for call in held.calls])
-    with record_mixers(model, replacement=lambda call: next(outputs, call.y)) as calls:
-        result = run(ids)
-    return calls, result
-
-
-def _changed(values: Tensor, original: Tensor) -> Tensor:
-    """Return where values differ by more than rounding from the original ones, in the shape of both."""
-    noise = min(64 * torch.finfo(original.dtype).eps, _LARGEST_NOISE) if original.is_floating_point() else 0
-    return (values - original).abs() > noise * original.detach().abs().max()
-
-
-def _by_example(changed: Tensor, count: int) -> Tensor:
-    """Return whether the output of each example changed, (B,)."""
-    if changed.dim() and len(changed) == count:
-        return changed.reshape(count, -1).any(1)
-    return changed.any().expand(count)
-
-
-def _tokens_read(calls: list[LayerCall], output: Tensor) -> Tensor:
-    """Return which tokens of the calls' outputs the model's output reads, (B, L, calls)."""
-    slopes = gradients(weighed(output).sum(), [call.y for call in calls])
-    return torch.stack([slope.ne(0).any(-1) for slope in slopes], -1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.network.inputs import refuse_bad_values
+from captum_ssm.network.forward import checked_mask
+from captum_ssm.network.inputs import refuse_bad_values, refuse_no_values
 from captum_ssm.network.interface import is_language_model
 
 Baseline = int | float | Tensor
@@ -42,9 +43,12 @@ class Reference:
             inputs: The inputs of the call.
             forward_func: The model, or a callable that runs it.
             args: The additional forward arguments.
+
+        Raises:
+            InvalidInputError: If the mask does not fit the inputs.
         """
         masked = baseline is not None and is_language_model(forward_func) and args and isinstance(args[0], Tensor)
-        return cls(baseline, inputs, ~args[0].bool() if masked else None)
+        return cls(baseline, inputs, ~checked_mask(inputs, args[0]).bool() if masked else None)
 
     def check(self, model: nn.Module) -> None:
         """Raise if the baseline does not fit the inputs or the model.
@@ -60,6 +64,7 @@ class Reference:
                 "word take its id: tokenizer.convert_tokens_to_ids(word)."
             )
         reference, shape = torch.as_tensor(self.baseline), self.inputs.shape
+        refuse_no_values(reference, "A baseline")
         token_ids = not self.inputs.is_floating_point()
         vectors = token_ids and reference.is_floating_point() and reference.dim() > 0
         try:

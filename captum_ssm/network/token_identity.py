@@ -2,7 +2,8 @@
 
 A rollout presumes that token i of a mixer is token i of the inputs. With the mixers' outputs held fixed, the gradient
 of a mixer's input with respect to each earlier output, and to the inputs, tells which token reads which. A
-rearrangement is followed; all else is refused by name. Token ids have no gradient: other ids are tried instead.
+rearrangement is followed; all else is refused by name. Token ids have no gradient: other ids are tried instead. At
+last other values are tried, for what passes where a gradient does not (:mod:`captum_ssm.network.hidden_paths`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph
 from captum_ssm.network.held_run import HeldRun, gradients, tokens_first, weighed
+from captum_ssm.network.hidden_paths import refuse_hidden_paths
 from captum_ssm.network.other_ids import IdReadings, read_ids
 from captum_ssm.network.token_codes import NONE, SEVERAL, decoded, reaches_itself_alone, sources, token_codes
 
@@ -63,13 +65,18 @@ def follow_tokens(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldR
         UnsupportedModelError: If a call's tokens are not the inputs' tokens, in whichever order, or the output reads
             the inputs past the mixers; the message names the layer.
 
-    Cost: about log2(L) + log2(log2(L)) backward passes of all but the mixers, and for token ids as many forward passes.
+    Cost: about log2(L) + log2(log2(L)) backward passes of all but the mixers, as many forward passes, and for token ids
+    as many again.
     """
     if held.length == 1:
         return held.graph
     ids = read_ids(model, run, held, mask) if held.takes_ids else None
+    tracker = _Tracker(held, ids, mask)
     with torch.enable_grad():
-        return _Tracker(held, ids, mask).graph()
+        graph = tracker.graph()
+        of_output = tracker.order_of_output(graph)
+    refuse_hidden_paths(model, run, held, graph, of_output)
+    return graph
 
 
 def _reason(name: str, happened: str) -> str:
@@ -109,9 +116,7 @@ class _Tracker:
             orders = []
             for call in calls:
                 orders.append(self._order(f"Layer '{call.name}'", call.x, self._ids_of(len(orders)), orders))
-        graph = ResidualGraph(reads, output, orders)
-        self._refuse_other_paths(graph)
-        return graph
+        return ResidualGraph(reads, output, orders)
 
     @cached_property
     def _codes(self) -> Tensor:
@@ -240,17 +245,26 @@ class _Tracker:
 
     # --- Which tokens the output reads
 
-    def _refuse_other_paths(self, graph: ResidualGraph) -> None:
-        """Raise if the output mixes tokens, or reads other tokens of the inputs than of the mixers' outputs.
+    def order_of_output(self, graph: ResidualGraph) -> Tensor | None:
+        """Return the token of the inputs that each token of the output is, (B, L); None if all have the same number.
 
         Raises:
-            UnsupportedModelError: In both cases.
+            UnsupportedModelError: If the output mixes tokens, or, having none, reads other tokens of the inputs than of
+                the mixers' outputs.
         """
         if self.held.has_tokens(self.held.output):
             output = tokens_first(self.held.output, self.held.length)
             changed = None if self.ids is None else self.ids.output_tokens
-            self._order("The explained output", output, changed, graph.orders)
-            return
+            return self._order("The explained output", output, changed, graph.orders)
+        self._refuse_other_paths(graph)
+        return None
+
+    def _refuse_other_paths(self, graph: ResidualGraph) -> None:
+        """Raise if the output reads other tokens of the inputs than of the mixers' outputs.
+
+        Raises:
+            UnsupportedModelError: With the layer or the inputs.
+        """
         read = self._read_by_output(graph)
         if not read:
             return

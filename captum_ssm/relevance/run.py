@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from captum_ssm.errors import CompletenessError, InvalidInputError
+from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, UnsupportedModelError, is_own
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_fidelity, decompose
 from captum_ssm.network.forward import run_model
@@ -160,10 +161,11 @@ class Run:
         )
         score = self._traced_score(inputs)
         if not isinstance(score, Traced) or not score.value.requires_grad:
+            frozen = " With frozen gates a probability is constant: explain its logarithm, or pass `baselines`."
             raise InvalidInputError(
                 "The explained score does not depend on the inputs through the model, as far as functions of torch "
                 "tell. Check that forward_func runs this model itself, in this thread, on the inputs as they are, and "
-                "that the target is read from its output."
+                f"that the target is read from its output.{frozen if self._is_frozen else ''}"
             )
         if score.value.numel() not in (1, len(self.inputs[0])):
             raise InvalidInputError(
@@ -173,14 +175,27 @@ class Run:
         return score
 
     def _traced_score(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error."""
+        """Return the score of traced inputs; refuse code past torch's functions, also if it raised another error.
+
+        Raises:
+            UnsupportedModelError: For such code.
+            ModelStateError: If the code of a model in half precision fails on the vectors in float32 that it is given.
+            RuntimeError: From the model itself.
+            ValueError: From the model itself.
+        """
         try:
             score = self.score(run_model(self.forward_func, *inputs, *self.args))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             escape = self.rule.escape or refused_access(error)
             if escape is not None:
                 raise escape from error
-            raise
+            dtype = floating_type(self.model)
+            if torch.promote_types(dtype, torch.float32) == dtype or is_own(error):
+                raise
+            raise ModelStateError(
+                f"A model in {dtype} is followed in float32, in which its code fails ({error}). Explain the model in "
+                "float32: model.float()."
+            ) from error
         if self.rule.escape is not None:
             raise self.rule.escape
         return score
@@ -245,8 +260,18 @@ class Run:
 
 
 def _relevances(score: Traced, tensors: Sequence[Traced]) -> list[Tensor]:
-    """Return the relevance of each tensor: its multiplier times its difference to its reference."""
-    multipliers = torch.autograd.grad(score.value.sum(), [t.value for t in tensors], allow_unused=True)
+    """Return the relevance of each tensor: its multiplier times its difference to its reference.
+
+    Raises:
+        UnsupportedModelError: If the model has checkpoints of its own, and runs otherwise for the gradient.
+    """
+    try:
+        multipliers = torch.autograd.grad(score.value.sum(), [t.value for t in tensors], allow_unused=True)
+    except CheckpointError as error:
+        raise UnsupportedModelError(
+            "The model runs a part again for the gradient (torch.utils.checkpoint), and the second run is not the "
+            "first. Explain it without checkpoints; for less memory see `checkpoints` of this method."
+        ) from error
     return [
         torch.zeros_like(t.reference) if multiplier is None else (t.value.detach() - t.reference) * multiplier
         for t, multiplier in zip(tensors, multipliers)

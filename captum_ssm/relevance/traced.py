@@ -107,7 +107,7 @@ for _row in FUNCTIONS:
         setattr(Traced, _row.name, property(attrgetter(f"value.{_row.name}")))
 
 
-def refused_access(error: RuntimeError) -> UnsupportedModelError | None:
+def refused_access(error: Exception) -> UnsupportedModelError | None:
     """Return the error of code that reads the memory of a traced tensor, which has none; None for other errors."""
     return _escape("reads the memory of the tokens") if any(part in str(error) for part in _NO_DATA) else None
 
