@@ -437,5 +437,7 @@ READ: dict[str, Piece] = {
         lambda h: h.gather(1, h[..., 0].argmax(1)[:, None, None].expand(-1, 1, E))[:, 0], ANYBODY),
     "standard deviation": function(lambda h: h.std(1), ANYBODY),
     "last token and its neighbour's product": function(lambda h: h[:, -1] * h[:, -2]),
+    "the last token beside the first of the inputs": with_parts(
+        lambda m, h, t: h[:, -1] + (t.inputs[:, 0].to(h) if h.shape == t.inputs.shape else 0), MATRICES),
     "the last token and its own mean": function(lambda h: h[:, -1] + h.detach().mean(1), ANYBODY),
 }  # fmt: skip
