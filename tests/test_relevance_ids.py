@@ -60,9 +60,9 @@ DEPENDENT: dict[str, More] = {
     "low rank": lambda m, ids: m.up(F.embedding(ids, m.low.T)),
     "types": lambda m, ids: m.types((ids > 3).long()),
     "the complementary strand": lambda m, ids: m.tok((V - 1 - ids).flip(1)),
-    "bags of pairs": lambda m, ids: m.bag(torch.stack([ids, ids.roll(1, 1)], -1).reshape(-1, 2)).reshape(2, 6, 8),
+    "bags of pairs": lambda m, ids: m.bag(torch.stack([ids, ids.roll(1, 1)], -1).reshape(-1, 2)).reshape(-1, 6, 8),
     "a token in front": lambda m, ids: m.tok(F.pad(ids, (1, 0), value=3))[:, :-1],
-    "both strands at once": lambda m, ids: m.tok(torch.cat([ids, ids.flip(1)])).view(2, 2, 6, 8).sum(0),
+    "both strands at once": lambda m, ids: m.tok(torch.cat([ids, ids.flip(1)])).view(2, -1, 6, 8).sum(0),
 }
 FIXED: dict[str, More] = {
     "positions": lambda m, ids: m.other(torch.arange(6)),

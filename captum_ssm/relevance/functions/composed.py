@@ -45,6 +45,8 @@ def _embedding(
     """Look up; ``torch.embedding`` has its first two arguments the other way round, and a number third and fourth."""
     if weight.is_floating_point() and max_norm is not None:
         raise NotImplementedError("embedding with a largest norm")
+    if weight.is_floating_point() and input.is_floating_point():
+        raise NotImplementedError("embedding takes integers, and these are floating-point numbers")
     return weight[input] if weight.is_floating_point() else input[weight]
 
 
