@@ -35,8 +35,10 @@ def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) 
     for name, module in model.named_modules():
         rule = EXTERNAL_CODE.of_class(module)
         if rule is not None and not isinstance(rule, Kernel):
-            ruled = partial(_RuledCode, name, type(module).__name__, rule=partial(rule, module), plain=plain)
+            of_module = partial(rule, module)
+            ruled = partial(_RuledCode, name, type(module).__name__, rule=of_module, plain=plain, running=set())
             substitute(module, "forward", ruled, stack)
+    running: set[str] = set()
     for called in called_code(model, frozenset(EXTERNAL_CODE)):
         registered = next((name for name in called.names if name in EXTERNAL_CODE), None)
         rule = None if registered is None else EXTERNAL_CODE[registered]
@@ -44,7 +46,7 @@ def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) 
             rule = rule.of(called.code)
         if registered is not None and rule is not None:
             name = f"{called.path}.{called.name if called.name != 'apply' else registered}"
-            ruled = partial(_RuledCode, name, registered, rule=rule, plain=plain)
+            ruled = partial(_RuledCode, name, registered, rule=rule, plain=plain, running=running)
             substitute(called.home, called.name, ruled, stack)
 
 
@@ -58,6 +60,7 @@ class _RuledCode:
         code: The code.
         rule: The same function, made of functions that have a row.
         plain: Turns arguments into those of the code itself.
+        running: Names whose rules are running: such a rule may call code of its own name, which is then followed.
     """
 
     name: str
@@ -65,9 +68,10 @@ class _RuledCode:
     code: Callable[..., Any]
     rule: Callable[..., Any]
     plain: PlainArguments
+    running: set[str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not traced((args, kwargs)):
+        if self.registered in self.running or not traced((args, kwargs)):
             return self.code(*args, **kwargs)
         plain_args, plain_kwargs = self.plain((args, kwargs))
         with torch.no_grad():
@@ -85,7 +89,11 @@ class _RuledCode:
 
     def _ruled(self, exact: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the rule's result in the form of the code's, further results refused when they are read."""
-        result = self.rule(*args, **kwargs)
+        self.running.add(self.registered)
+        try:
+            result = self.rule(*args, **kwargs)
+        finally:
+            self.running.discard(self.registered)
         if isinstance(result, Tensor) and isinstance(exact, (list, tuple)) and exact:
             return (result, *Unfollowed.of(tuple(exact[1:]), self.registered))
         return result
