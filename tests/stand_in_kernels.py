@@ -282,6 +282,23 @@ def chunk_kda(
     return y, state(output_final_state, q)
 
 
+def chunk_gated_delta_product(
+    q, k, v, g, beta, num_householder, scale=None, initial_state=None, output_final_state=False,
+    use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None,
+):  # fmt: skip
+    if use_qk_l2norm_in_kernel:
+        q, k = length_one(q), length_one(k)
+    q, h, ys = scaled(q, scale), q.new_zeros(()), []
+    for t in range(q.shape[1]):
+        for j in range(t * num_householder, (t + 1) * num_householder):
+            write = (beta[:, j, :, None] * k[:, j]).unsqueeze(-1)
+            a = g[:, t, :, None].exp() if j % num_householder == 0 else torch.ones_like(g[:, t, :, None])
+            w = ((a * k[:, j]).unsqueeze(-1) * h).sum(-2, keepdim=True)
+            h = a.unsqueeze(-1) * h - write * w + write * v[:, j].unsqueeze(-2)
+        ys.append((q[:, t].unsqueeze(-1) * h).sum(-2))
+    return torch.stack(ys, 1), state(output_final_state, q)
+
+
 def chunk_comba(
     q, k, v, p, g, beta=None, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     cu_seqlens=None, cu_seqlens_cpu=None,
@@ -507,6 +524,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         ("fused_recurrent_gated_delta_rule", "fused_recurrent_gdn"), fused_recurrent_gated_delta_rule
     ),
     **dict.fromkeys(("chunk_kda", "fused_recurrent_kda"), chunk_kda),
+    "chunk_gated_delta_product": chunk_gated_delta_product,
     **dict.fromkeys(("chunk_comba", "fused_recurrent_comba"), chunk_comba),
     **dict.fromkeys(("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule"), chunk_dplr_delta_rule),
     **dict.fromkeys(("chunk_iplr_delta_rule", "fused_recurrent_iplr_delta_rule"), chunk_iplr_delta_rule),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan as torch_scan
 from torch.utils._pytree import tree_leaves
 
 from captum_ssm import (
@@ -247,6 +248,13 @@ CALLS: dict[Callable[..., Any], dict[str, Call]] = {
         "plain": lambda t: delta(t, g=t.log_decay("g", H, N)),
         "in the kernel": lambda t: gated_in_kernel(t, H, N),
         "with a bound": lambda t: gated_in_kernel(t, H, N, safe_gate=True, lower_bound=-3.0),
+    },
+    loops.chunk_gated_delta_product: {
+        "plain": lambda t: {
+            "q": t("q", H, N), "k": t("k", 2, H, N).flatten(1, 2), "v": t("v", 2, H, P).flatten(1, 2),
+            "g": t.log_decay("g", H), "beta": t("beta", 2, H).sigmoid().flatten(1, 2), "num_householder": 2,
+            "use_qk_l2norm_in_kernel": True,
+        },
     },
     loops.chunk_comba: {"plain": lambda t: delta(t, p=t("p", H, N), g=t.log_decay("g", H))},
     loops.chunk_dplr_delta_rule: {"plain": lambda t: {n if n != "g" else "gk": v for n, v in low_rank(t).items()}},
@@ -533,6 +541,19 @@ def test_a_class_derived_from_a_known_function_of_autograd_is_refused(kernels: A
             explained(model)
         finally:
             del AUTOGRAD["Derived"]
+
+
+def test_the_associative_scan_of_torch() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = torch_scan(combined, steps(Read(x)), dim=1, combine_mode="generic")[1]
+            return states.tanh().mean(1).flatten(1)[:, :2]
+
+    explained(Layer())
 
 
 def test_a_rule_of_ones_own_takes_the_place_of_a_kernel_s(kernels: Any) -> None:

@@ -84,7 +84,8 @@ def _of_layers(layers: dict[str, nn.Module]) -> Iterator[Called]:
 
 def _static_functions(layer: type) -> set[str]:
     """Return the names of the functions of a class that are none of its methods."""
-    values = {name: value for c in reversed(layer.__mro__) if c is not nn.Module for name, value in vars(c).items()}
+    classes = [c for c in reversed(layer.__mro__) if c not in (nn.Module, object)]
+    values = {name: value for c in classes for name, value in vars(c).items() if not name.startswith("__")}
     methods = (FunctionType, classmethod, property, type)
     return {n for n, v in values.items() if (callable(v) and not isinstance(v, methods)) or isinstance(v, staticmethod)}
 

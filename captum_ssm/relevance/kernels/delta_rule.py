@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.errors import UnsupportedModelError
@@ -132,7 +133,39 @@ def comba(
     return _erasing(q, k, v, g.unsqueeze(-1), write=write, recall=p, scale=scale)
 
 
-@kernel("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule", gk="g")
+@kernel("chunk_gated_delta_product")
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    num_householder: int,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> Tensor:
+    """Run :func:`gated_delta_rule` with several keys and values for each token, which decays before the first of them.
+
+    Args:
+        q: Queries (B, L, H, N).
+        k: Keys (B, J·L, H, N), the J of a token one after the other.
+        v: Values (B, J·L, H, P).
+        g: Logarithms of the decays (B, L, H); None for no decay.
+        beta: (B, J·L, H).
+        num_householder: J.
+        scale: Of the queries; None for one over the root of N.
+        use_qk_l2norm_in_kernel: Whether queries and keys are scaled to length 1.
+
+    Returns:
+        (B, L, H, P).
+    """
+    J = num_householder
+    g = None if g is None else F.pad(g.unsqueeze(2), (0, 0, 0, J - 1)).flatten(1, 2)  # (B, J·L, H)
+    y = gated_delta_rule(q.repeat_interleave(J, dim=1), k, v, g, beta, scale, use_qk_l2norm_in_kernel)
+    return y[:, J - 1 :: J]
+
+
+@kernel("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule", gk="g", ignored="lower_bound")
 @kernel("chunk_rwkv7", "fused_recurrent_rwkv7", r="q", w="g", ignored="lower_bound")
 def diagonal_plus_low_rank(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, scale: float | None = None
