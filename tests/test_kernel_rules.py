@@ -377,7 +377,7 @@ def explained(model: nn.Module, *, dtype: torch.dtype = torch.float64, frozen: b
     method = ImplicitAttentionRelevance(model, **options)
     relevance = method.attribute(x, 1, baselines=None if frozen else reference)
     difference = model(x)[:, 1] - (method.terms["bias"] if frozen else model(reference)[:, 1])
-    bound = 1e-9 if dtype == torch.float64 else 1e-5
+    bound = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     size = relevance.abs().sum((1, 2)) + difference.abs()
     assert ((relevance.sum((1, 2)) - difference).abs() <= bound * size).all()
     assert relevance.abs().max() > 1e-6
@@ -406,6 +406,11 @@ def test_a_kernel_is_explained_in_single_precision_and_with_frozen_gates(
 ) -> None:
     arguments = CALLS[LOOPS[name]][label]
     explained(Model(name, arguments, kernels, states_of(label)), dtype=torch.float32, frozen=frozen)
+
+
+@pytest.mark.parametrize(("name", "label"), ONCE)
+def test_a_kernel_in_half_precision_is_explained_in_single(name: str, label: str, kernels: Any) -> None:
+    explained(Model(name, CALLS[LOOPS[name]][label], kernels, states_of(label)), dtype=torch.bfloat16)
 
 
 @contextmanager
@@ -568,6 +573,91 @@ def test_a_rule_of_ones_own_takes_the_place_of_a_kernel_s(kernels: Any) -> None:
         unregister_rule("chunk_gla")
     finally:
         EXTERNAL_CODE.add("chunk_gla", rule)
+
+
+def test_a_module_that_has_the_name_of_a_kernel_is_followed() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x.cumsum(1).tanh().mean(1)[:, :2]
+
+    layer = type("SelectiveScan", (nn.Module,), {"forward": forward})()
+    layer.weight = nn.Parameter(torch.ones(1))
+    explained(layer)
+
+
+# --- Layers of vision models ------------------------------------------------------------------------------------------
+
+
+class CrossScan(torch.autograd.Function):
+    """Four sequences of an image (B, D, H, W): by rows and by columns, from both ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sequences = x.new_empty((len(x), 4, x.shape[1], x[0, 0].numel()))
+        sequences[:, 0] = x.flatten(2, 3)
+        sequences[:, 1] = x.transpose(2, 3).flatten(2, 3)
+        sequences[:, 2:4] = sequences[:, 0:2].flip(-1)
+        return sequences
+
+
+class SS2D(nn.Module):
+    """The layer of VMamba: the same kernel on four sequences, each with weights of its own, added up."""
+
+    def __init__(self, scan: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.selective_scan, self.into, self.conv = scan, nn.Linear(3, 2 * D), nn.Conv2d(D, D, 3, padding=1, groups=D)
+        self.x_proj = nn.Parameter(torch.randn(4, 2 + 2 * N, D) / D)
+        self.dt_proj, self.dt_bias = nn.Parameter(torch.randn(4, D, 2)), nn.Parameter(torch.randn(4, D))
+        self.A_logs, self.Ds = nn.Parameter(torch.rand(4 * D, N)), nn.Parameter(torch.ones(4 * D))
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two scores of each image (B, 3, H, W)."""
+        y, z = self.into(x.permute(0, 2, 3, 1)).chunk(2, -1)
+        y = F.silu(self.conv(y.permute(0, 3, 1, 2)))
+        height, width = y.shape[2:]
+        xs = CrossScan.apply(y)
+        read = torch.einsum("bkdl,kcd->bkcl", xs, self.x_proj)
+        dts, b, c = read.split([2, N, N], dim=2)
+        dts = torch.einsum("bkrl,kdr->bkdl", dts, self.dt_proj)
+        ys = self.selective_scan(
+            xs.flatten(1, 2), dts.flatten(1, 2), -self.A_logs.exp(), b, c, self.Ds, self.dt_bias.flatten(), True
+        ).unflatten(1, (4, -1))
+        ys = ys[:, :2] + ys[:, 2:].flip(-1)
+        y = ys[:, 0] + ys[:, 1].unflatten(-1, (width, height)).transpose(2, 3).flatten(2)
+        return self.out(self.norm(y.mT) * F.silu(z).flatten(1, 2)).mean(1)
+
+
+class MambaVisionMixer(nn.Module):
+    """The layer of MambaVision: half of the channels go through the kernel, the others past it."""
+
+    def __init__(self, kernels: Any) -> None:
+        super().__init__()
+        self.kernels, self.into = [kernels], nn.Linear(E, D)
+        self.conv = nn.ModuleList(nn.Conv1d(D // 2, D // 2, 3, padding="same", groups=D // 2) for _ in range(2))
+        self.read, self.step = nn.Linear(D // 2, 2 + 2 * N), nn.Linear(2, D // 2)
+        self.A_log, self.D = nn.Parameter(torch.rand(D // 2, N)), nn.Parameter(torch.ones(D // 2))
+        self.out = nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two scores of each example of ``x`` (B, L, E)."""
+        u, z = (F.silu(conv(t)) for conv, t in zip(self.conv, self.into(x).mT.chunk(2, 1)))
+        low, b, c = self.read(u.mT).split([2, N, N], -1)
+        delta = (low @ self.step.weight.mT).mT
+        y = self.kernels[0].selective_scan_fn(
+            u, delta, -self.A_log.exp(), b.mT, c.mT, self.D, z=None, delta_bias=self.step.bias, delta_softplus=True,
+            return_last_state=None,
+        )  # fmt: skip
+        return self.out(torch.cat([y, z], 1).mT).tanh().mean(1)
+
+
+def test_the_layers_of_vision_models(kernels: Any) -> None:
+    torch.manual_seed(0)
+    explained(MambaVisionMixer(kernels))
+    model = SS2D(kernels.SelectiveScanCuda.apply).double().eval()
+    images, reference = torch.randn(2, B, 3, 4, 5, dtype=torch.float64)
+    relevance = ImplicitAttentionRelevance(model).attribute(images, 1, baselines=reference)
+    difference = (model(images) - model(reference))[:, 1]
+    torch.testing.assert_close(relevance.sum((1, 2, 3)), difference, rtol=1e-9, atol=1e-12)
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
