@@ -23,6 +23,7 @@ from captum_ssm import (
     register_rule,
     unregister_rule,
 )
+from captum_ssm.relevance.called_code import called_code
 from captum_ssm.relevance.functions import EXTERNAL_CODE
 from captum_ssm.relevance.kernels import Kernel
 from tests import stand_in_kernels as loops
@@ -487,6 +488,13 @@ def test_a_kernel_is_found_wherever_a_layer_holds_it() -> None:
     after = dict(vars(model)), dict(globals()), dict(vars(Held)), dict(vars(SCAN))
     for names, others in zip(before, after):
         assert names.keys() == others.keys() and all(names[name] is others[name] for name in names)
+
+
+def test_a_model_calls_no_code_of_this_package() -> None:
+    called = list(called_code(Held(), frozenset(EXTERNAL_CODE)))
+    assert any(place.path == __name__ and place.name == "under_another_name" for place in called)
+    assert not [place for place in called if place.path.startswith("captum_ssm")]
+    assert len({(id(place.home), place.name) for place in called}) == len(called)
 
 
 def test_the_arguments_go_by_the_names_of_the_function_that_is_called(kernels: Any) -> None:

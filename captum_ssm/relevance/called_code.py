@@ -56,7 +56,7 @@ def called_code(model: nn.Module, names: frozenset[str]) -> Iterator[Called]:
 def _of_files(files: set[str], names: frozenset[str]) -> Iterator[Called]:
     """Yield all functions in these modules of Python, and those of certain names in all that are loaded."""
     own = [(path, name) for path in files if not path.startswith("torch.") for name in list(vars(sys.modules[path]))]
-    for path, name in (*own, *_loaded(frozenset(n.rpartition(".")[2] for n in names), len(sys.modules))):
+    for path, name in (*own, *_loaded(frozenset(n.rpartition(".")[2] for n in names), tuple(sys.modules))):
         home = sys.modules.get(path)
         code = original(vars(home).get(name)) if home is not None else None
         if isinstance(code, type):
@@ -67,9 +67,10 @@ def _of_files(files: set[str], names: frozenset[str]) -> Iterator[Called]:
 
 
 @lru_cache(maxsize=4)
-def _loaded(names: frozenset[str], _number: int) -> list[tuple[str, str]]:
-    """Return the modules of Python that hold one of these names, with the name, while no other module is loaded."""
-    modules = [(path, module) for path, module in list(sys.modules.items()) if isinstance(module, ModuleType)]
+def _loaded(names: frozenset[str], paths: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return those of these modules of Python, without this package's own, that hold a name, together with the name."""
+    others = (path for path in paths if path.partition(".")[0] != __name__.partition(".")[0])
+    modules = [(path, module) for path in others if isinstance(module := sys.modules.get(path), ModuleType)]
     return [(path, name) for path, module in modules for name in names if name in vars(module)]
 
 
