@@ -219,6 +219,31 @@ def chunk_linear_attn(
     return (y / ((q * k.cumsum(1)).sum(-1, keepdim=True) + 1e-10) if normalize else y), (None, q[:, -1:])
 
 
+def parallel_based(q, k, v, scale=None, use_norm=True):
+    q, ys = scaled(q, scale), []
+    for t in range(q.shape[1]):
+        s = (q[:, t : t + 1] * k[:, : t + 1]).sum(-1)
+        weights = 1 + s + s.square() / 2
+        y = (weights.unsqueeze(-1) * v[:, : t + 1]).sum(1)
+        ys.append(y / (weights.sum(1).unsqueeze(-1) + 1e-6) if use_norm else y)
+    return torch.stack(ys, 1)
+
+
+def chunk_gsa(
+    q, k, v, s, g=None, scale=None, initial_state=None, output_final_state=False, checkpoint_level=2, cu_seqlens=None,
+    cu_seqlens_cpu=None, **kwargs,
+):  # fmt: skip
+    k, v, s, g = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v, s, g))
+    q, keys, values, ys = scaled(q, scale), q.new_zeros(()), q.new_zeros(()), []
+    for t in range(q.shape[1]):
+        a, slot = g[:, t].exp().unsqueeze(-1), s[:, t].unsqueeze(-1)  # (B, H, M, 1)
+        keys = a * keys + slot * k[:, t].unsqueeze(-2)
+        values = a * values + slot * v[:, t].unsqueeze(-2)
+        weights = (keys * q[:, t].unsqueeze(-2)).sum(-1).softmax(-1)
+        ys.append((weights.unsqueeze(-1) * values).sum(-2))
+    return torch.stack(ys, 1), state(output_final_state, q)
+
+
 def chunk_hgrn(x, g, initial_state=None, output_final_state=False, cu_seqlens=None):
     one = x.new_ones(1, 1, 1, 1)
     return loop(one, one, x.unsqueeze(-1), g.exp().unsqueeze(-1)).squeeze(-1), state(output_final_state, x)
@@ -516,6 +541,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn"), chunk_linear_attn
     ),
+    **dict.fromkeys(("parallel_based", "fused_chunk_based"), parallel_based),
+    **dict.fromkeys(("chunk_gsa", "fused_recurrent_gsa"), chunk_gsa),
     **dict.fromkeys(("chunk_hgrn", "fused_recurrent_hgrn", "naive_recurrent_hgrn"), chunk_hgrn),
     **dict.fromkeys(("chunk_rwkv6", "fused_recurrent_rwkv6"), chunk_rwkv6),
     **dict.fromkeys(("chunk_delta_rule", "fused_recurrent_delta_rule"), chunk_delta_rule),

@@ -228,6 +228,14 @@ CALLS: dict[Callable[..., Any], dict[str, Call]] = {
         "plain": lambda t: qkv(t) | {"q": t("q", H, N).exp(), "k": t("k", H, N).exp()},
         "not normalized": partial(qkv, normalize=False),
     },
+    loops.parallel_based: {"plain": qkv, "not normalized": partial(qkv, use_norm=False)},
+    loops.chunk_gsa: {
+        "plain": lambda t: qkv(t, s=t("s", H, 5).sigmoid(), g=t.log_decay("g", H, 5)),
+        "groups": lambda t: {
+            "q": t("q", H, N), "k": t("k", 1, N), "v": t("v", 1, P), "s": t("s", 1, 5).sigmoid(),
+            "g": t.log_decay("g", 1, 5), "output_final_state": True,
+        },
+    },
     loops.chunk_hgrn: {"plain": lambda t: {"x": t("x", D), "g": t.log_decay("g", D)}},
     loops.chunk_rwkv6: {
         "plain": lambda t: {
@@ -427,16 +435,16 @@ def no_kernels() -> Iterator[None]:
             EXTERNAL_CODE.add(name, rule)
 
 
-THREE_FACTORS = (
+OTHER_SHARES = (
     loops.selective_scan_fn, loops.forked_scan_fn, loops.mamba_inner_fn, loops.mamba_inner_fn_no_out_proj,
     loops.mamba_chunk_scan_combined, loops.mamba_split_conv1d_scan_combined, loops.chunk_rwkv6, loops.WKV_6,
     loops.mlstm_chunkwise, loops.wrap_chunkwise, loops.mlstm_parallel, loops.parallel_stabilized_simple,
-    loops.mlstm_siging,
+    loops.mlstm_siging, loops.parallel_based,
 )  # fmt: skip
-"""Loops with a product of three factors, which a rule shares among all three, and a loop two by two."""
+"""Loops with a product of three factors, which a rule shares among all three, and a loop two by two; or of others."""
 
 
-@pytest.mark.parametrize(("name", "label"), [case for case in ONCE if LOOPS[case[0]] not in THREE_FACTORS])
+@pytest.mark.parametrize(("name", "label"), [case for case in ONCE if LOOPS[case[0]] not in OTHER_SHARES])
 def test_a_kernel_is_explained_as_its_loop_is(name: str, label: str, kernels: Any) -> None:
     arguments = CALLS[LOOPS[name]][label]
     found = explained(Model(name, arguments, kernels, states_of(label)), value_share=0.5)
@@ -673,6 +681,8 @@ def test_the_layers_of_vision_models(kernels: Any) -> None:
 REFUSED: dict[str, tuple[Call, str, Any]] = {
     "chunk_gla": (decaying, "initial_state", torch.ones(B, H, N, P)),
     "fused_recurrent_gla": (lambda t: qkv(t, gk=t.log_decay("g", H, N)), "reverse", True),
+    "chunk_gsa": (CALLS[loops.chunk_gsa]["plain"], "g", None),
+    "chunk_kda": (CALLS[loops.chunk_kda]["plain"], "beta", torch.ones(B, L, H, P)),
     "chunk_delta_rule": (delta, "cu_seqlens", torch.tensor([0, 3, L])),
     "mamba_chunk_scan_combined": (ssd, "seq_idx", torch.zeros(B, L, dtype=torch.int32)),
     "mamba_split_conv1d_scan_combined": (split_ssd, "initial_states", torch.zeros(B, H, P, N)),

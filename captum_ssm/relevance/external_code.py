@@ -54,6 +54,8 @@ def substitute_rules(model: nn.Module, plain: PlainArguments, stack: ExitStack) 
 class _RuledCode:
     """Stands in for code that has a rule: gives the rule's result, checked by that of the code itself.
 
+    If the rule gives the first of several results, the others are refused when they are read.
+
     Args:
         name: The name of the code in errors.
         registered: The name that the rule is registered for.
@@ -73,10 +75,16 @@ class _RuledCode:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.registered in self.running or not traced((args, kwargs)):
             return self.code(*args, **kwargs)
+        self.running.add(self.registered)
+        try:
+            result = self.rule(*args, **kwargs)
+        finally:
+            self.running.discard(self.registered)
         plain_args, plain_kwargs = self.plain((args, kwargs))
         with torch.no_grad():
             exact = self.code(*plain_args, **plain_kwargs)
-        result = self._ruled(exact, *args, **kwargs)
+        if isinstance(result, Tensor) and isinstance(exact, (list, tuple)) and exact:
+            result = (result, *Unfollowed.of(tuple(exact[1:]), self.registered))
         for part, expected in zip(tree_leaves(result), tree_leaves(exact)):
             if not isinstance(expected, Tensor) or isinstance(part, Unfollowed):
                 continue
@@ -85,15 +93,4 @@ class _RuledCode:
             if not error <= allowed:
                 cause = f"a wrong rule for {self.registered} (captum_ssm.register_rule)"
                 raise FidelityError(self.name, error, allowed, cause)
-        return result
-
-    def _ruled(self, exact: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the rule's result in the form of the code's, further results refused when they are read."""
-        self.running.add(self.registered)
-        try:
-            result = self.rule(*args, **kwargs)
-        finally:
-            self.running.discard(self.registered)
-        if isinstance(result, Tensor) and isinstance(exact, (list, tuple)) and exact:
-            return (result, *Unfollowed.of(tuple(exact[1:]), self.registered))
         return result

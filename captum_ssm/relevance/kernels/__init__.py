@@ -7,8 +7,8 @@ in the operators of :mod:`captum_ssm.operators`. No package is imported.
 * :mod:`~captum_ssm.relevance.kernels.convolution`: causal_conv1d;
 * :mod:`~captum_ssm.relevance.kernels.selective_scan`,
   :mod:`~captum_ssm.relevance.kernels.state_space_duality`: mamba_ssm;
-* :mod:`~captum_ssm.relevance.kernels.linear_attention`, :mod:`~captum_ssm.relevance.kernels.delta_rule`:
-  flash-linear-attention;
+* :mod:`~captum_ssm.relevance.kernels.linear_attention`, :mod:`~captum_ssm.relevance.kernels.delta_rule`,
+  :mod:`~captum_ssm.relevance.kernels.generalized_delta_rule`: flash-linear-attention;
 * :mod:`~captum_ssm.relevance.kernels.wkv`: RWKV; :mod:`~captum_ssm.relevance.kernels.mlstm`: xLSTM;
 * :mod:`~captum_ssm.relevance.kernels.parallel_scan`: scans of any recurrence.
 """
@@ -16,6 +16,7 @@ in the operators of :mod:`captum_ssm.operators`. No package is imported.
 from captum_ssm.relevance.kernels import (
     convolution,
     delta_rule,
+    generalized_delta_rule,
     linear_attention,
     mlstm,
     parallel_scan,
@@ -30,6 +31,7 @@ __all__ = [
     "Unfollowed",
     "convolution",
     "delta_rule",
+    "generalized_delta_rule",
     "linear_attention",
     "mlstm",
     "parallel_scan",

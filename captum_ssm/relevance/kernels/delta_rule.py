@@ -1,8 +1,6 @@
-"""The operators of flash-linear-attention that erase before they write: the delta rule and its generalisations."""
+"""The operators of flash-linear-attention that erase what they find at a key before they write there."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +9,8 @@ from torch import Tensor
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.delta_rule import log_decay, unit
 from captum_ssm.layers.heads import to_heads
-from captum_ssm.operators import DeltaScan, Product
+from captum_ssm.relevance.kernels.generalized_delta_rule import diagonal_plus_low_rank
 from captum_ssm.relevance.kernels.kernel import kernel
-from captum_ssm.relevance.kernels.over_heads import over_heads
 
 
 @kernel("chunk_delta_rule", "fused_recurrent_delta_rule")
@@ -100,6 +97,9 @@ def kimi_delta(
 
     Returns:
         (B, L, H, P).
+
+    Raises:
+        UnsupportedModelError: If beta has a number for each channel.
     """
     H = v.shape[2]
     if g is not None and use_gate_in_kernel:
@@ -109,11 +109,13 @@ def kimi_delta(
     if beta is None:
         beta = torch.ones_like(v[..., 0])
     if beta.dim() == 4:
-        _refuse("beta", "has a number for each channel")
+        raise UnsupportedModelError(
+            "A delta rule was called with a 'beta' for each channel, which its rule does not follow."
+        )
     if use_beta_sigmoid_in_kernel:
         beta = (2 if allow_neg_eigval else 1) * beta.sigmoid()
     q, k = (to_heads(unit(t) if use_qk_l2norm_in_kernel else t, H) for t in (q, k))
-    return _erasing(q, k, v, g, write=beta.unsqueeze(-1) * k, recall=k, scale=scale)
+    return _erasing(q, v, g, write=beta.unsqueeze(-1) * k, recall=k, scale=scale)
 
 
 @kernel("chunk_comba", "fused_recurrent_comba")
@@ -130,7 +132,7 @@ def comba(
     """Run :func:`gated_delta_rule` where a key ``p`` (B, L, H, N) looks up the value that is erased."""
     q, k, p = (unit(t) if use_qk_l2norm_in_kernel else t for t in (q, k, p))
     write = k if beta is None else beta.unsqueeze(-1) * k
-    return _erasing(q, k, v, g.unsqueeze(-1), write=write, recall=p, scale=scale)
+    return _erasing(q, v, g.unsqueeze(-1), write=write, recall=p, scale=scale)
 
 
 @kernel("chunk_gated_delta_product")
@@ -165,60 +167,7 @@ def gated_delta_product(
     return y[:, J - 1 :: J]
 
 
-@kernel("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule", gk="g", ignored="lower_bound")
-@kernel("chunk_rwkv7", "fused_recurrent_rwkv7", r="q", w="g", ignored="lower_bound")
-def diagonal_plus_low_rank(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, scale: float | None = None
-) -> Tensor:
-    """Run ``h_t = (diag(exp(g_t)) + b_t a_t^T) h_{t-1} + k_t v_t``, ``y_t = scale <q_t, h_t>``.
-
-    Args:
-        q: Queries (B, L, H, N).
-        k: Keys (B, L, H, N).
-        v: Values (B, L, H, P).
-        a: Keys that are looked up in the state (B, L, H, N).
-        b: Directions in which the value found is added (B, L, H, N).
-        g: Logarithms of the decays (B, L, H, N); None for no decay.
-        scale: Of the queries; None for one over the root of N.
-
-    Returns:
-        (B, L, H, P).
-
-    Source:
-        flash-linear-attention ``ops/generalized_delta_rule``; Peng et al. 2025 (arXiv 2503.14456).
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scan = DeltaScan(a=_decay(g, v), b=k, c=q * scale, recall=a, erase=-b, head_size=v.shape[-1])
-    return over_heads(scan, v)
-
-
-@kernel("chunk_iplr_delta_rule", "fused_recurrent_iplr_delta_rule")
-def identity_plus_low_rank(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float | None = None) -> Tensor:
-    """Run :func:`diagonal_plus_low_rank` without decay."""
-    return diagonal_plus_low_rank(q, k, v, a, b, None, scale)
-
-
-@kernel("fused_mul_recurrent_rwkv7", r="q", w="g")
-def rwkv7(q: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, g: Tensor, scale: float | None = None) -> Tensor:
-    """Run :func:`diagonal_plus_low_rank` that erases the value found at ``kk`` in the direction ``kk * a``."""
-    return diagonal_plus_low_rank(q, k, v, -kk, kk * a, g, scale)
-
-
-def _erasing(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, write: Tensor, recall: Tensor, scale: float | None
-) -> Tensor:
+def _erasing(q: Tensor, v: Tensor, g: Tensor | None, *, write: Tensor, recall: Tensor, scale: float | None) -> Tensor:
     """Run a delta rule that writes in the direction in which it erases, (B, L, H, P)."""
-    a = _decay(g, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     decayed = recall if g is None else g.exp() * recall
-    scan = DeltaScan(a=a, b=write, c=q * scale, recall=decayed, erase=write, head_size=v.shape[-1])
-    return over_heads(scan, v)
-
-
-def _decay(g: Tensor | None, v: Tensor) -> Product:
-    """Return the decays of these logarithms (B, L, H, N); 1 if there are none."""
-    return Product((torch.zeros_like(v[:1, :1, :1, :1]) if g is None else g,), exponential=True)
-
-
-def _refuse(argument: str, why: str) -> NoReturn:
-    raise UnsupportedModelError(f"The argument {argument!r} of a delta rule {why}, which has no rule of relevance.")
+    return diagonal_plus_low_rank(q, write, v, decayed, -write, g, scale)

@@ -100,7 +100,7 @@ class Kernel:
             return self.rule(**tree_map(partial(_widened, dtype), arguments))
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"The rule of the kernel {self.name!r} does not fit its arguments: {error} Take the rule away "
                 "(captum_ssm.unregister_rule), or register one of your own (captum_ssm.register_rule)."

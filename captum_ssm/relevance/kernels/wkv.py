@@ -6,7 +6,7 @@ from torch import Tensor
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.averages import averages
-from captum_ssm.relevance.kernels.delta_rule import diagonal_plus_low_rank
+from captum_ssm.relevance.kernels.generalized_delta_rule import diagonal_plus_low_rank
 from captum_ssm.relevance.kernels.kernel import kernel
 from captum_ssm.relevance.kernels.linear_attention import rwkv6
 
