@@ -34,6 +34,7 @@ check-sdist: $(VENV)/dev.done
 
 bench: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.kernel_rules
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.families
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.vision
 

@@ -12,6 +12,8 @@
   sum, for a value and a reference of any two levels;
 * :mod:`~captum_ssm.relevance.follow`: a model run on traced tensors, its mixers by their decomposition;
   :mod:`~captum_ssm.relevance.external_code`: rules that run instead of named code;
+  :mod:`~captum_ssm.relevance.called_code`: where a model finds the functions that it calls;
+  :mod:`~captum_ssm.relevance.kernels`: the rules of the packages' kernels;
   :mod:`~captum_ssm.relevance.checkpoints`: blocks run again for the gradient;
 * :mod:`~captum_ssm.relevance.run`: one explanation, forward, backward, and the sum that must come out.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import Tensor
 from captum_ssm.layers.registry import Registry
 from captum_ssm.relevance.functions.normalization import normalized
 
-EXTERNAL_CODE: Registry[Callable[..., Any]] = Registry("A rule", "captum_ssm.unregister_rule")
+EXTERNAL_CODE: Registry[Any] = Registry("A rule", "captum_ssm.unregister_rule")
 """By the name of a class of modules, or of a function that they call past torch's functions: its composition.
 
 The composition of a module gets the module and then its arguments. A function's name may be preceded by the name of the
-module that calls it: ``"package.module.function"``.
+module that calls it: ``"package.module.function"``. A :class:`~captum_ssm.relevance.kernels.Kernel` is called
+by the names of its arguments.
 """
 
 
