@@ -126,9 +126,9 @@ class Registry(Generic[Entry]):
         """Whether there is an entry of this name."""
         return name in self._entries
 
-    def __iter__(self) -> Iterator[Name]:
-        """Iterate over the names."""
-        return iter(self._entries)
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names; entries of a class have none."""
+        return iter([name for name, _ in self.items()])
 
 
 def _names(cls: type) -> Iterator[Name]:

@@ -7,21 +7,27 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from captum_ssm.network.state import OF_TORCH
+from captum_ssm.network.state import OF_TORCH, has_tensor
 from captum_ssm.network.threads import is_substituted, substitute
 
 
-def run_as_copy(mixer: nn.Module, stack: ExitStack) -> bool:
+def run_as_copy(mixer: nn.Module, stack: ExitStack) -> nn.Module | None:
     """Run a copy of a mixer instead, which shares parameters and hooks, in this thread until the stack is closed.
 
     Returns:
-        Whether it does: not if a function is patched into the mixer, which would run the original.
+        The copy; None if a function is patched into the mixer, which would run the original.
     """
     if "forward" in vars(mixer) and not is_substituted(vars(mixer)["forward"]):
-        return False
+        return None
     clone = _copy(mixer)
     substitute(mixer, "forward", lambda below: clone.forward, stack)
-    return True
+    return clone
+
+
+def keeps_tensors(layer: nn.Module) -> bool:
+    """Whether a layer, or a module within, has tensors that are neither its parameters nor its buffers."""
+    attributes = [(key, value) for module in layer.modules() for key, value in vars(module).items()]
+    return any(key not in OF_TORCH and has_tensor(value) for key, value in attributes)
 
 
 def _copy(module: nn.Module) -> nn.Module:

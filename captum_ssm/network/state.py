@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_ssm.layers.mixers import known_mixers
-
 _ABSENT = object()
 OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes that torch itself keeps on every module, such as its hooks."""
@@ -110,15 +108,6 @@ class State:
             or (id(tensor) in self._held and _address(tensor) != _address(self._held[id(tensor)][1]))
         )
 
-    def keepers(self, model: nn.Module) -> list[nn.Module]:
-        """Return the mixers that keep tensors on themselves or on a module within, now or when the state was taken."""
-        modules = {
-            module
-            for module, now, old in zip(self.modules, self._now, self._attributes)
-            if any(key not in OF_TORCH and _has_tensor(value) for key, value in [*now.items(), *old.items()])
-        }
-        return [mixer for mixer in dict.fromkeys(known_mixers(model).values()) if modules & set(mixer.modules())]
-
     def restore(self) -> None:
         """Bring back the contents that were saved, and the tensors that modules held; with contents the flags too."""
         for number, (tensor, alias) in self._held.items():
@@ -130,12 +119,12 @@ class State:
             for key in [*now.keys() | old.keys()]:
                 before, after = old.get(key, _ABSENT), now.get(key, _ABSENT)
                 flags = bool(self._contents) and _is_flag(before) and _is_flag(after)
-                if before is not after and (flags or _has_tensor(before) or _has_tensor(after)):
+                if before is not after and (flags or has_tensor(before) or has_tensor(after)):
                     now.update({key: before})
                     if before is _ABSENT:
                         del now[key]
         for _, _, part, old_part in self._kept_parts:
-            if not _same(_entries(part), _entries(old_part)) and (_has_tensor(part) or _has_tensor(old_part)):
+            if not _same(_entries(part), _entries(old_part)) and (has_tensor(part) or has_tensor(old_part)):
                 part.clear()
                 part.update(old_part) if isinstance(part, dict) else part.extend(old_part)
 
@@ -218,7 +207,7 @@ def _entries(part: Any) -> Collection[Any]:
     return part.values() if isinstance(part, dict) else part
 
 
-def _has_tensor(value: Any) -> bool:
+def has_tensor(value: Any) -> bool:
     """Whether ``value`` is a tensor, or a list, tuple or dictionary that holds one."""
     if isinstance(value, (list, tuple, dict)):
         return any(isinstance(part, Tensor) for part in _entries(value))

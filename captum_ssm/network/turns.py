@@ -1,7 +1,8 @@
 """Leave a model as it was, whatever it writes on itself when it runs, and whichever threads run it at the same time.
 
 The first run of a model is watched. Later ones are not, since it takes time: the tensors that the first run wrote into
-are saved beforehand, and a mixer that keeps tensors on itself runs as a copy that shares its parameters.
+are saved beforehand, and a mixer that keeps tensors on itself runs as a copy that shares its parameters. The first time
+all mixers do so, since another thread may run the originals.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from captum_ssm.network.copies import run_as_copy
+from captum_ssm.layers.mixers import known_mixers
+from captum_ssm.network.copies import keeps_tensors, run_as_copy
 from captum_ssm.network.eager import run_eagerly
 from captum_ssm.network.state import Place, State, Watch
 from captum_ssm.network.threads import current_thread, hook_for_others
@@ -57,7 +59,8 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
             stack.enter_context(Watch(turn.state))
         else:
             turn.state.save(turn.known.tensors)
-        turn.state.leave_out([mixer for mixer in turn.keepers(model) if run_as_copy(mixer, stack)])
+        turn.copies = {mixer: copy for mixer in turn.mixers(model) if (copy := run_as_copy(mixer, stack)) is not None}
+        turn.state.leave_out(turn.copies)
         yield
         turn.is_complete = True
 
@@ -79,6 +82,7 @@ class _Turn:
     known: _Writes | None
     is_complete: bool = False
     others_ran: bool = False
+    copies: dict[nn.Module, nn.Module] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
     @property
@@ -86,12 +90,17 @@ class _Turn:
         """Whether no other explanation of the model may run at the same time."""
         return self.known is None or bool(self.known.tensors)
 
-    def keepers(self, model: nn.Module) -> list[nn.Module]:
-        """Return the mixers that keep tensors on themselves."""
+    def mixers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the mixers that keep tensors on themselves; all, if that is not known yet."""
         if self.known is None:
-            return self.state.keepers(model)
+            return list(dict.fromkeys(known_mixers(model).values()))
         mixers = [mixer() for mixer in self.known.keepers]
         return [mixer for mixer in mixers if mixer is not None]
+
+    @property
+    def keepers(self) -> tuple[ReferenceType[nn.Module], ...]:
+        """The mixers whose copy has tensors on itself that are neither parameters nor buffers."""
+        return tuple(ref(mixer) for mixer, copy in self.copies.items() if keeps_tensors(copy))
 
     def note_run(self, *_: Any) -> None:
         """Note that another thread runs the model; it waits while the state is brought back."""
@@ -140,18 +149,18 @@ class _Turns:
                 try:
                     yield turn
                 finally:
-                    self._settle(model, turn)
+                    self._settle(turn)
         finally:
             with self._left:
                 del self._inside[thread]
                 self._left.notify_all()
 
-    def _settle(self, model: nn.Module, turn: _Turn) -> None:
+    def _settle(self, turn: _Turn) -> None:
         """Bring the state back, and remember what was written."""
         state, first = turn.state, turn.known is None
         if not first and not turn.is_exclusive and state.is_same:
             return
-        writes = _Writes(state.written(), tuple(ref(mixer) for mixer in state.keepers(model))) if first else None
+        writes = _Writes(state.written(), turn.keepers) if first else None
         if not first and not turn.is_exclusive:
             self._known.pop(turn.kind, None)  # it writes after all: watched the next time
         with turn.lock:

@@ -82,7 +82,6 @@ IDS = [
         text=lambda: "text",
         none=lambda: None,
         number=lambda: 4,
-        two=lambda: (_ids(2, 6), _ids(2, 6)),
         empty_tuple=tuple,
         complex=lambda: _ids(2, 6).to(torch.complex64),
         complex_vectors=lambda: _randn(2, 6, 8).to(torch.complex64),
