@@ -875,6 +875,23 @@ def patch(mixer: nn.Module, factor: float, named: bool = True) -> None:
 
 
 @both
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_a_hook_that_changes_what_a_layer_gives_is_followed(baselines: Any, with_kwargs: bool, mamba: Any) -> None:
+    def behind(module: nn.Module, *arguments: Any) -> Any:
+        y = arguments[-1]
+        return y + y.roll(1, 1)
+
+    mixer = mamba.backbone.layers[1].mixer
+    mixer.register_forward_pre_hook(lambda module, args: (args[0].flip(1), *args[1:]))
+    mixer.register_forward_hook(behind, with_kwargs=with_kwargs)
+    method = Relevance(mamba)
+    scores = method.attribute(IDS, TARGET, baselines=baselines)
+    own = score(mamba, IDS) - (0 if baselines is None else score(mamba, torch.full_like(IDS, baselines)))
+    assert_close(scores.sum(1) + sum(method.terms.values()), own)
+    assert "layers.1.mixer" in method.followed["backbone.layers.1.mixer"]
+
+
+@both
 def test_a_layer_whose_input_has_no_name_is_followed(baselines: Any, mamba: Any) -> None:
     expected = Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)
     patch(mamba.backbone.layers[1].mixer, 1.0, named=False)

@@ -20,7 +20,7 @@ from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.wires import block_name
-from captum_ssm.network.threads import hook
+from captum_ssm.network.threads import hook, is_passing
 
 Replacement = Callable[[LayerCall], Tensor]
 """From a mixer's call to the tensor (B, L, E) that the model goes on with instead of the mixer's output."""
@@ -131,6 +131,20 @@ class _Recorder:
         earlier = sum(call.mixer is mixer for call in self.calls)
         paths = self.names[mixer]
         return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
+
+
+def own_output(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the output of a module's own code, with the caller's hooks behind it, for arguments of a call.
+
+    Hooks before it have changed the arguments already, and the hooks of an explanation are left out.
+    """
+    output = module.forward(*args, **kwargs)
+    for number, behind in list(module._forward_hooks.items()):
+        if not is_passing(behind):
+            arguments = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+            changed: Any = behind(module, *arguments, output)
+            output = output if changed is None else changed
+    return output
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
-from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.recording import own_output, record_mixers
 from captum_ssm.operators import Chain, Flip, Operator, Sum
 from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
@@ -80,7 +80,7 @@ class FollowedMixers:
         """Return the output of a mixer's own code, function by function."""
         x = call.x if call.own_input is None else call.own_input
         arguments = {name: value for name, value in call.kwargs.items() if name != "source"}
-        y: Tensor = first_output(call.mixer.forward(x, **arguments))
+        y: Tensor = first_output(own_output(call.mixer, x, **arguments))
         return y
 
     def _by_decomposition(self, call: LayerCall) -> Tensor:
