@@ -72,10 +72,21 @@ def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     Returns:
         The first argument, and the others by name.
     """
-    bound = signature(type(module).forward).bind(module, *args, **kwargs)
+    bound = _named_signature(type(module)).bind(module, *args, **kwargs)
     arguments = dict(list(bound.arguments.items())[1:])
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
     x = arguments.pop(next(iter(arguments)))
     return x, arguments
+
+
+def _named_signature(cls: type[nn.Module]) -> inspect.Signature:
+    """Return the signature of a class's ``forward``, or of the next base's if it names no arguments, ``(*args)``."""
+    signatures = [signature(vars(base)["forward"]) for base in cls.__mro__ if callable(vars(base).get("forward"))]
+
+    def names_arguments(own: inspect.Signature) -> bool:
+        parameters = list(own.parameters.values())
+        return len(parameters) > 1 and parameters[1].kind is not inspect.Parameter.VAR_POSITIONAL
+
+    return next(filter(names_arguments, signatures), signatures[0])
