@@ -234,6 +234,17 @@ def test_tokens_that_are_no_longer_those_of_the_inputs_are_refused(
             method(model).attribute(inputs, 1)
 
 
+@every_kind
+def test_an_output_turned_round_and_read_by_several_tokens_is_refused(kind: str, ids: Tensor) -> None:
+    """The score reads the last three tokens of the inputs, and the first three of the layer, whatever the codes."""
+    path = lambda m, x, inputs: m.conv((x + m.mix[0](m.norm(x)).flip(1)).mT).mT  # noqa: E731
+    model = Model(path, at=-2)
+    model.mix = model.mix[:1]
+    for method in METHODS.values():
+        with pytest.raises(UnsupportedModelError, match="another path"):
+            method(model).attribute(given(model, ids, kind), 1)
+
+
 def test_ids_moved_before_the_embedding_are_refused(ids: Tensor) -> None:
     for move, reason in ((later_ids, "shifted by 1"), (hashed, "reads several")):
         model = Model(lambda m, x, inputs, move=move: two_layers(m, x * 0 + m.pairs(move(inputs)), inputs))

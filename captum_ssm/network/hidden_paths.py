@@ -1,8 +1,9 @@
 """Find what gradients do not show: code behind ``detach``, ``no_grad`` or numpy that carries values between tokens.
 
-The model runs with other outputs of its mixers at some tokens, in rounds. By its gradients a call reads the token of
-its own number, or the one that its order says, and the explained output the tokens that it has a gradient at. If others
-change it, there is a path without a gradient, which a rollout would leave out.
+The model runs with other outputs of its mixers at some tokens, in rounds, and then at all that the output does not
+read. By its gradients a call reads the token of its own number, or the one that its order says, and the explained
+output the tokens that it has a gradient at. If others change it, there is a path without a gradient, which a rollout
+would leave out.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ def refuse_hidden_paths(
     with torch.enable_grad():
         read = tokens_read(held.calls, held.output)
     of_inputs = graph.in_order_of_inputs(-1, read.any(-1))
-    for marked in token_codes(L).to(read.device).T:
-        places = [_places(marked, graph.order(number), B) for number in range(len(held.calls))]
+    rounds = [marked.expand(B, -1) for marked in token_codes(L).to(read.device).T]
+    for marked in (*rounds, ~of_inputs):
+        places = [_places(marked, graph.order(number)) for number in range(len(held.calls))]
         outputs = [_changed_at(at, call.y) for at, call in zip(places, held.calls)]
         has_tokens = held.inputs.is_floating_point() and not held.takes_images
-        inputs = _changed_at(_places(marked, None, B), held.inputs) if has_tokens else held.inputs
+        inputs = _changed_at(marked, held.inputs) if has_tokens else held.inputs
         with torch.enable_grad():
             calls, output = run_again(model, run, held, inputs, outputs)
             moved = tokens_read(calls, output).ne(read).flatten(1).any(1)
@@ -55,16 +57,16 @@ def refuse_hidden_paths(
                 raise UnsupportedModelError(_reason(f"Layer '{call.name}'"))
         changed = changed_entries(output, held.output)
         if held.has_tokens(output):
-            reached = tokens_first(changed, L).any(-1) & ~_places(marked, of_output, B)
+            reached = tokens_first(changed, L).any(-1) & ~_places(marked, of_output)
         else:
             reached = by_example(changed, B) & of_inputs.any(1) & ~(of_inputs & marked).any(1) & ~moved
         if bool(reached.any()):
             raise UnsupportedModelError(_reason("The explained output"))
 
 
-def _places(marked: Tensor, order: Tensor | None, count: int) -> Tensor:
-    """Return which places of some examples hold a marked token (L,) of the inputs, (B, L)."""
-    return marked.expand(count, -1) if order is None else marked[order]
+def _places(marked: Tensor, order: Tensor | None) -> Tensor:
+    """Return which places hold a marked token of the inputs, both (B, L)."""
+    return marked if order is None else marked.gather(1, order)
 
 
 def _changed_at(places: Tensor, values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.network.threads import Substituted, is_passing, original
+from captum_ssm.network.threads import Substituted, hides_a_class, is_passing, original
 
 Measurement = TypeVar("Measurement")
 
@@ -125,8 +125,8 @@ def _hooks(module: nn.Module) -> tuple[Hashable, ...]:
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
     """Return the flags and functions among a module's attributes; numbers may count its calls."""
-    attributes = [(name, original(value)) for name, value in vars(module).items() if isinstance(value, _KINDS)]
-    return tuple([(name, _value_state(value)) for name, value in attributes])
+    attributes = [(name, value) for name, value in vars(module).items() if isinstance(value, _KINDS)]
+    return tuple([(name, _value_state(original(value))) for name, value in attributes if not hides_a_class(value)])
 
 
 def _value_state(value: Any) -> Hashable:

@@ -22,14 +22,15 @@ class IdReadings:
         calls: For each call the rounds in which its tokens changed, (B, L, rounds).
         output: The rounds in which the explained output changed, (B, rounds).
         output_tokens: The rounds in which the tokens of an output that has tokens changed, (B, L, rounds), else None.
-        moved: From a round to whether the output reads other tokens in it than with the inputs' own ids, (B,).
+        try_others: From tokens (B, L) to two truth values of each example, (B,): whether other ids there change the
+            output, and whether it then reads other tokens than with the inputs' own ids.
     """
 
     tried: bool
     calls: list[Tensor]
     output: Tensor
     output_tokens: Tensor | None
-    moved: Callable[[int], Tensor]
+    try_others: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def reach_output_elsewhere(self, read: Tensor) -> bool:
         """Whether ids of other tokens than ``read`` (B, L) change the output past the mixers.
@@ -43,10 +44,12 @@ class IdReadings:
             Whether they do.
         """
         codes = token_codes(read.shape[1]).to(read.device)
-        for number, marked in enumerate(codes.T):
-            changed = self.output[:, number] & ~(read & marked).any(1)
-            if bool(changed.any()) and bool((changed & ~self.moved(number)).any()):
+        for marked in (torch.ones_like(codes[:, 0]), *codes.T):  # all others, and if that moves the reading, some
+            changed, moved = self.try_others(marked & ~read)
+            if bool((changed & ~moved).any()):
                 return True
+            if not bool(moved.any()):
+                return False
         return False
 
 
@@ -74,18 +77,19 @@ def read_ids(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, m
         output.append(changed_entries(result, held.output))
     by_token = [tokens_first(changed, held.length).any(-1) for changed in output if held.has_tokens(changed)]
 
-    def moved(number: int) -> Tensor:
+    def try_others(tokens: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            calls, result = run_again(model, run, held, texts[number])
+            calls, result = run_again(model, run, held, torch.where(tokens, others, held.inputs))
             now, before = tokens_read(calls, result), tokens_read(held.calls, held.output)
-        return now.ne(before).flatten(1).any(1)
+        changed = by_example(changed_entries(result, held.output), len(others))
+        return changed, now.ne(before).flatten(1).any(1)
 
     return IdReadings(
         bool(others.ne(held.inputs).any()),
         [torch.stack(rounds, -1) for rounds in inputs],
         torch.stack([by_example(changed, len(others)) for changed in output], -1),
         torch.stack(by_token, -1) if by_token else None,
-        moved,
+        try_others,
     )
 
 

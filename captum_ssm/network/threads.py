@@ -175,6 +175,11 @@ def is_substituted(function: Any) -> bool:
     return isinstance(function, Substituted)
 
 
+def hides_a_class(function: Any) -> bool:
+    """Whether an object has a function for no other reason than a substitute of its class's function."""
+    return isinstance(function, Substituted) and not function.is_own
+
+
 def original(function: Any) -> Any:
     """Return the function of which some threads see a substitute; any other value unchanged."""
     return function.original if isinstance(function, Substituted) else function
