@@ -71,8 +71,14 @@ NATIVE = {
         "MultiScaleRetention", "GatedLinearAttention", "HGRN2Attention", "RWKV6Attention", "RWKV6FeedForward",
         "RWKV7Attention", "RWKV7FeedForward", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "Attention",
     ),
+    "mambapy": ("MambaBlock", "VMambaBlock"),
+    "mambavision": ("MambaVisionMixer",),
+    "minGRU_pytorch": ("minGRU", "minLSTM"),
+    "s5": ("S5",),
+    "torchscale": ("MultiScaleRetention",),
+    "xlstm (NX-AI)": ("mLSTMLayer", "mLSTMLayer"),
 }  # fmt: skip
-"""The layers of the packages whose tests have an environment of their own (tests/native)."""
+"""The layers of the packages whose tests have an environment of their own (tests/native, tests/packages)."""
 
 
 class Layer(ast.NodeVisitor):

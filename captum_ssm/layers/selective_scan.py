@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_ssm.layers.activations import secant
 from captum_ssm.layers.heads import to_heads
 from captum_ssm.layers.parameters import convolution, projection, projections
-from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
+from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan, Sum
 
 ReadNorm = Callable[[str, Tensor], Tensor]
 """Norm of the vectors that a head reads: delta's low rank ``"dt"`` (B, L, H, R), ``"b"`` and ``"c"`` (B, L, H, N)."""
@@ -65,6 +65,58 @@ def selective_layer(
     return Chain({**factors, **mask})
 
 
+def backward_names(of_the_layer: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the parameters of the direction from the end, by those of the other direction.
+
+    Args:
+        of_the_layer: Those that are parameters of the layer itself; its modules all have names that end in ``_b``.
+    """
+    tensors = [f"{module}.{tensor}" for module in ("conv1d", "x_proj", "dt_proj") for tensor in ("weight", "bias")]
+    return {name: name.replace(".", "_b.") for name in tensors} | dict(of_the_layer)
+
+
+def bidirectional_layer(
+    x: Tensor,
+    activation: str,
+    weights: Mapping[str, Tensor],
+    backward: Mapping[str, str],
+    halved: bool,
+    norm: ReadNorm = lambda _, read: read,
+) -> Chain:
+    """Build the chain of a layer that reads the sequence from both ends, under one gate.
+
+    Args:
+        x: Input (B, L, E).
+        activation: Name of the activation after the convolutions.
+        weights: Parameters of a layer without heads, by ``MambaMixer``'s names; those of the direction from the end
+            have names of their own.
+        backward: From the names of the first direction's parameters to those of the direction from the end.
+        halved: Whether the sum of the directions is divided by 2.
+        norm: Norm of the vectors that both directions read from their convolved input.
+
+    Returns:
+        Chain of ``out``, ``gate``, ``half`` (where it is halved), ``directions``, ``in``. ``directions`` is the sum of
+        ``forward`` and ``backward``, chains of ``scan``, ``act``, ``conv``.
+    """
+    D = len(weights["D"])
+    into, gate = projections(weights, "in_proj", [D, D])
+    value = into.apply(x, bias=True)
+    turned = {name: weights[other] for name, other in backward.items() if other in weights}
+    directions = {
+        "forward": Chain(selective_factors(one_head(weights), value, activation, norm=norm)),
+        "backward": Chain(selective_factors(one_head(turned), value.flip(1), activation, norm=norm)).flipped(),
+    }
+    return Chain(
+        {
+            "out": projection(weights, "out_proj"),
+            "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
+            **({"half": Diagonal(weights["D"].new_tensor(0.5))} if halved else {}),
+            "directions": Sum(directions),
+            "in": into,
+        }
+    )
+
+
 def selective_factors(
     weights: Mapping[str, Tensor],
     value: Tensor,
@@ -84,17 +136,28 @@ def selective_factors(
     Returns:
         ``scan``, ``act`` and ``conv``.
     """
-    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
-    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
-
     conv = convolution(weights, "conv1d")
     pre = conv.apply(value, bias=True)
     act = Chain(mask).apply(secant(activation, pre))  # the bias of the convolution leaves entries at padding
+    return {"scan": selective_recurrence(weights, act * pre, norm), "act": Diagonal(act), "conv": conv}
 
-    reads = torch.einsum("blhp,hrp->blhr", (act * pre).unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
+
+def selective_recurrence(weights: Mapping[str, Tensor], u: Tensor, norm: ReadNorm = lambda _, read: read) -> Scan:
+    """Build the recurrence, which reads its own coefficients from its input.
+
+    Args:
+        weights: Parameters of this direction, laid out as for :func:`selective_layer`.
+        u: Its input (B, L, D), convolved and activated.
+        norm: Norm of the vectors that are read from it.
+
+    Returns:
+        The recurrence.
+    """
+    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
+    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
+    reads = torch.einsum("blhp,hrp->blhr", u.unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
     low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
     b, c = (to_heads(read, H * P) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
     delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])  # (B, L, D)
     step, rate = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
-    scan = Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])
-    return {"scan": scan, "act": Diagonal(act), "conv": conv}
+    return Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.layers.log_domain import relative_gates, running_max, upper_bound
+from captum_ssm.layers.activations import secant
+from captum_ssm.layers.matrix_memory import matrix_memory
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import group_norm
-from captum_ssm.layers.parameters import parameters, projection, projections
-from captum_ssm.operators import Centre, Chain, Diagonal, Product, Projection, Scan
+from captum_ssm.layers.parameters import convolution, parameters, projection, projections
+from captum_ssm.operators import Centre, Chain, Diagonal, Projection, Sum
 
 
+@register("xlstm.xlstm_large.mLSTMLayer", kernel="mLSTM", family="xlstm (NX-AI)")
 @register("xLSTMLayer", kernel="mLSTM", family="xlstm")
 def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose an mLSTM: linear attention with an exponential input gate and a normaliser, one matrix for each head.
@@ -31,7 +32,7 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     it.
 
     Args:
-        mixer: ``xLSTMLayer`` of transformers.
+        mixer: ``xLSTMLayer`` of transformers, or ``mLSTMLayer`` of NX-AI's xLSTM of 7B.
         x: Input (B, L, E).
         kwargs: Arguments of the call, not used: the model knows no mask.
 
@@ -39,17 +40,18 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         Chain of ``out``, ``gate``, ``norm``, ``scan``, ``centre``, ``in``.
 
     Source:
-        transformers ``modeling_xlstm.py``; Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27; Beck et al. 2025
-        (arXiv 2503.13427).
+        transformers ``modeling_xlstm.py``; xlstm ``xlstm_large/model.py``; Beck et al. 2024 (arXiv 2405.04517),
+        equations 19 to 27; Beck et al. 2025 (arXiv 2503.13427).
     """
     weights, norm = parameters(mixer, x), mixer.multihead_norm
     H, cap = norm.num_heads, mixer.config.gate_soft_cap
+    eps = getattr(mixer.config, "mlstm_backend", mixer.config).eps
     factors = _projections(mixer, weights)
     q, k, v, o, i, f = (factor.apply(x, bias=True) for factor in factors)
     q, k = (t.unflatten(-1, (H, -1)) for t in (q, k))  # (B, L, H, N)
     i, f = (cap * torch.tanh(t / cap) for t in (i, f))  # (B, L, H)
 
-    scan = _memory(q, k, i, F.logsigmoid(f), mixer.config.eps, norm.head_dim)
+    scan = matrix_memory(q, k, i, F.logsigmoid(f), eps, norm.head_dim)
     centre = Centre(norm.head_dim)
     scale, shift = weights["multihead_norm.weight"], weights.get("multihead_norm.bias")
     return Chain(
@@ -64,35 +66,64 @@ def mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     )
 
 
-def _memory(q: Tensor, k: Tensor, i: Tensor, log_f: Tensor, eps: float, P: int) -> Chain:
-    """Build the recurrence of the memory, divided by its normaliser, in a form in which no exponent is positive.
+@register("xlstm.mLSTMLayer", kernel="mLSTM", family="xlstm (NX-AI)")
+def convolved_mlstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
+    """Decompose the mLSTM layer of the first xLSTM, whose queries and keys are convolved.
 
-    The memory is kept relative to ``exp(m_t)``, ``m_t = max(m_{t-1} + log f_t, i_t)``, which cancels but for the
-    layer's ``eps``: that is relative to the m of the layer's own code.
+    Equation::
+
+        y = W_out diag(silu(z)) [diag(norm) S centre W_v + diag(skip) diag(act) M_conv] W_in x + bias
+
+    S is that of :func:`mlstm`; its queries and keys are projections of the convolved and activated input.
 
     Args:
-        q: Queries (B, L, H, N).
-        k: Keys (B, L, H, N).
-        i: Input gates, as exponents (B, L, H).
-        log_f: Logarithms of the forget gates (B, L, H).
-        eps: Added to the normaliser.
-        P: Channels of a head.
+        mixer: ``mLSTMLayer`` of NX-AI's xlstm.
+        x: Input (B, L, E).
+        kwargs: Arguments of the call, not used: the layer takes none.
 
     Returns:
-        Chain of ``total``, the division by the normaliser, and ``weights``.
+        Chain of ``out``, ``gate``, ``paths``, ``in``. ``paths`` is the sum of ``memory``, a chain of ``norm``,
+        ``scan``, ``centre``, ``value``, and of ``convolved``, a chain of ``skip``, ``act``, ``conv``.
+
+    Source:
+        xlstm ``blocks/mlstm/layer.py`` and ``cell.py``; Beck et al. 2024 (arXiv 2405.04517), figure 11.
     """
-    layer_m, m = _log_size(i, log_f), _log_size(upper_bound(i), upper_bound(log_f))  # (B, L, H)
-    a, b = relative_gates(log_f, i, m, before=F.pad(m, (0, 0, 1, -1)))
-    scan = Scan(a=a.unsqueeze(-1), b=Product((b.unsqueeze(-1), k)), c=q * q.shape[-1] ** -0.5)
-    total = torch.maximum(scan.apply(torch.ones_like(i)).abs(), torch.exp(-m)) + eps * torch.exp(layer_m - m)
-    scale = (1 / total).repeat_interleave(P, -1)  # (B, L, D)
-    return Chain({"total": Diagonal(scale), "weights": replace(scan, head_size=P)})
+    weights, cell, D = parameters(mixer, x), mixer.mlstm_cell, len(mixer.learnable_skip)
+    H, P, outnorm = cell.config.num_heads, D // cell.config.num_heads, cell.outnorm
+    (into, gate), conv = projections(weights, "proj_up", [D, D]), convolution(weights, "conv1d.conv")
+    inner = into.apply(x, bias=True)
+    pre = conv.apply(inner, bias=True)
+    act = secant("silu", pre)
+    q, k, value = (_headwise(weights, name) for name in ("q_proj", "k_proj", "v_proj"))
+    queries, keys = (factor.apply(act * pre, bias=True) for factor in (q, k))
+    v = value.apply(inner, bias=True)
+    i, f = (
+        projection(weights, f"mlstm_cell.{n}gate").apply(torch.cat([queries, keys, v], -1), bias=True) for n in "if"
+    )
+
+    queries, keys = (t.unflatten(-1, (H, -1)) for t in (queries, keys))
+    scan = matrix_memory(queries, keys, i, F.logsigmoid(f), _EPS, P, starts_at_0=False)
+    scale = weights["mlstm_cell.outnorm.weight"] + float(outnorm.residual_weight)
+    norm = group_norm(scan.apply(Centre(P).apply(v)), H, outnorm.eps, scale, weights.get("mlstm_cell.outnorm.bias"))
+    memory = Chain({"norm": norm, "scan": scan, "centre": Centre(P), "value": value})
+    convolved = Chain({"skip": Diagonal(weights["learnable_skip"]), "act": Diagonal(act), "conv": conv})
+    return Chain(
+        {
+            "out": projection(weights, "proj_down"),
+            "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
+            "paths": Sum({"memory": memory, "convolved": convolved}),
+            "in": into,
+        }
+    )
 
 
-def _log_size(i: Tensor, log_f: Tensor) -> Tensor:
-    """Compute the logarithm of the memory's size (B, L, H), which the layer starts at 0 before the first token."""
-    start = torch.maximum(i[:, :1], log_f[:, :1])
-    return running_max(log_f, torch.cat([start, i[:, 1:]], dim=1))
+_EPS = 1e-6
+"""Added to the normaliser by the code of xlstm."""
+
+
+def _headwise(weights: Mapping[str, Tensor], name: str) -> Projection:
+    """Build the projection of each head of channels by a matrix of its own, stored as (heads, P, P)."""
+    return Projection(torch.block_diag(*weights[f"{name}.weight"]), weights.get(f"{name}.bias"))
 
 
 def _projections(mixer: Any, weights: Mapping[str, Tensor]) -> list[Projection]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.padding import padding_mask, refuse_packed
-from captum_ssm.layers.parameters import parameters, projection, projections
-from captum_ssm.layers.selective_scan import one_head, selective_factors, selective_layer
-from captum_ssm.operators import Chain, Diagonal, Sum
+from captum_ssm.layers.parameters import parameters
+from captum_ssm.layers.selective_scan import backward_names, bidirectional_layer, one_head, selective_layer
+from captum_ssm.operators import Chain, Diagonal
 
 
 @register(
@@ -74,34 +73,17 @@ def bidirectional(mixer: Any, x: Tensor) -> Chain:
     Source:
         hustvl/Vim ``mamba-1p1p1/mamba_ssm/modules/mamba_simple.py``; Zhu et al. 2024 (arXiv 2401.09417), algorithm 1.
     """
-    weights, D = parameters(mixer, x), len(mixer.A_log)
+    weights = parameters(mixer, x)
     if "conv1d_b.weight" not in weights:
         raise UnsupportedModelError(
             f"This Mamba layer has bimamba_type={getattr(mixer, 'bimamba_type', None)!r}. Of those that read both ways "
             'the adapter knows "v2" alone, that of the published Vision Mamba. Register an adapter of your own for it '
             "(captum_ssm.register)."
         )
-    into, gate = projections(weights, "in_proj", [D, D])
-    value = into.apply(x, bias=True)
-    forward = Chain(selective_factors(one_head(weights), value, mixer.activation))
-    backward = Chain(selective_factors(one_head(_backward(weights)), value.flip(1), mixer.activation)).flipped()
-
     divides = getattr(mixer, "if_divide_out", getattr(mixer, "if_devide_out", False))  # the forks differ in spelling
-    return Chain(
-        {
-            **({"layer_scale": Diagonal(weights["gamma"])} if "gamma" in weights else {}),
-            "out": projection(weights, "out_proj"),
-            "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
-            **({"half": Diagonal(weights["D"].new_tensor(0.5))} if divides else {}),
-            "directions": Sum({"forward": forward, "backward": backward}),
-            "in": into,
-        }
-    )
+    layer = bidirectional_layer(x, mixer.activation, weights, _BACKWARD, divides)
+    return Chain({**({"layer_scale": Diagonal(weights["gamma"])} if "gamma" in weights else {}), **layer.factors})
 
 
-def _backward(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the parameters of the direction from the end, by the names of the other direction."""
-    modules = ("conv1d", "x_proj", "dt_proj")
-    names = {f"{name}.{tensor}": f"{name}_b.{tensor}" for name in modules for tensor in ("weight", "bias")}
-    names |= {"A_log": "A_b_log", "D": "D_b"}
-    return {name: weights[backward] for name, backward in names.items() if backward in weights}
+_BACKWARD = backward_names({"A_log": "A_b_log", "D": "D_b"})
+"""The parameters of the direction from the end, by the names of the other direction's."""
