@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_ssm.layers.activations import secant
 from captum_ssm.layers.heads import to_heads
 from captum_ssm.layers.parameters import convolution, projection, projections
-from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan, Sum
+from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
 
 ReadNorm = Callable[[str, Tensor], Tensor]
 """Norm of the vectors that a head reads: delta's low rank ``"dt"`` (B, L, H, R), ``"b"`` and ``"c"`` (B, L, H, N)."""
@@ -65,56 +65,70 @@ def selective_layer(
     return Chain({**factors, **mask})
 
 
-def backward_names(of_the_layer: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the parameters of the direction from the end, by those of the other direction.
+def names_of_direction(end: str, of_the_layer: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the parameters of a further direction, by those of the first one.
 
     Args:
-        of_the_layer: Those that are parameters of the layer itself; its modules all have names that end in ``_b``.
+        end: Ending of the names of its modules, such as ``"_b"``.
+        of_the_layer: Those that are parameters of the layer itself.
     """
     tensors = [f"{module}.{tensor}" for module in ("conv1d", "x_proj", "dt_proj") for tensor in ("weight", "bias")]
-    return {name: name.replace(".", "_b.") for name in tensors} | dict(of_the_layer)
+    return {name: name.replace(".", f"{end}.") for name in tensors} | dict(of_the_layer)
 
 
-def bidirectional_layer(
-    x: Tensor,
-    activation: str,
-    weights: Mapping[str, Tensor],
-    backward: Mapping[str, str],
-    halved: bool,
-    norm: ReadNorm = lambda _, read: read,
-) -> Chain:
-    """Build the chain of a layer that reads the sequence from both ends, under one gate.
+def gated_layer(x: Tensor, weights: Mapping[str, Tensor], between: Callable[[Tensor], Mapping[str, Operator]]) -> Chain:
+    """Build the chain of a layer whose factors of mixing stand between its projections, under one gate.
 
     Args:
         x: Input (B, L, E).
-        activation: Name of the activation after the convolutions.
-        weights: Parameters of a layer without heads, by ``MambaMixer``'s names; those of the direction from the end
-            have names of their own.
-        backward: From the names of the first direction's parameters to those of the direction from the end.
-        halved: Whether the sum of the directions is divided by 2.
-        norm: Norm of the vectors that both directions read from their convolved input.
+        weights: Parameters by ``MambaMixer``'s names.
+        between: From the input of the convolution (B, L, D) to these factors.
 
     Returns:
-        Chain of ``out``, ``gate``, ``half`` (where it is halved), ``directions``, ``in``. ``directions`` is the sum of
-        ``forward`` and ``backward``, chains of ``scan``, ``act``, ``conv``.
+        Chain of ``out``, ``gate``, these factors, ``in``.
     """
     D = len(weights["D"])
     into, gate = projections(weights, "in_proj", [D, D])
-    value = into.apply(x, bias=True)
-    turned = {name: weights[other] for name, other in backward.items() if other in weights}
-    directions = {
-        "forward": Chain(selective_factors(one_head(weights), value, activation, norm=norm)),
-        "backward": Chain(selective_factors(one_head(turned), value.flip(1), activation, norm=norm)).flipped(),
-    }
     return Chain(
         {
             "out": projection(weights, "out_proj"),
             "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
-            **({"half": Diagonal(weights["D"].new_tensor(0.5))} if halved else {}),
-            "directions": Sum(directions),
+            **between(into.apply(x, bias=True)),
             "in": into,
         }
     )
+
+
+def two_directions(
+    weights: Mapping[str, Tensor],
+    backward: Mapping[str, str],
+    value: Tensor,
+    activation: str,
+    norm: ReadNorm = lambda _, read: read,
+) -> dict[str, Operator]:
+    """Build the directions of a layer that reads the sequence from both ends.
+
+    Args:
+        weights: Parameters of a layer without heads, by ``MambaMixer``'s names; those of the direction from the end
+            have names of their own.
+        backward: From the names of the first direction's parameters to those of the direction from the end.
+        value: Input of the convolutions (B, L, D).
+        activation: Name of the activation after the convolutions.
+        norm: Norm of the vectors that both directions read from their convolved input.
+
+    Returns:
+        ``forward`` and ``backward``, chains of ``scan``, ``act``, ``conv``.
+    """
+    turned = renamed(weights, backward)
+    return {
+        "forward": Chain(selective_factors(one_head(weights), value, activation, norm=norm)),
+        "backward": Chain(selective_factors(one_head(turned), value.flip(1), activation, norm=norm)).flipped(),
+    }
+
+
+def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the parameters of another direction by the names of the first one's."""
+    return {name: weights[other] for name, other in names.items() if other in weights}
 
 
 def selective_factors(

@@ -10,8 +10,15 @@ from torch import Tensor
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms
 from captum_ssm.layers.parameters import parameters
-from captum_ssm.layers.selective_scan import ReadNorm, backward_names, bidirectional_layer, one_head, selective_layer
-from captum_ssm.operators import Chain
+from captum_ssm.layers.selective_scan import (
+    ReadNorm,
+    gated_layer,
+    names_of_direction,
+    one_head,
+    selective_layer,
+    two_directions,
+)
+from captum_ssm.operators import Chain, Diagonal, Sum
 
 
 @register("mambapy.MambaBlock", kernel="S6", family="mambapy")
@@ -64,10 +71,13 @@ def vision_mamba_block(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chai
     norm = _read_norm(mixer, weights)
     if not mixer.config.bidirectional:
         return selective_layer(x, "silu", one_head(weights), {}, norm)
-    return bidirectional_layer(x, "silu", weights, _BACKWARD, mixer.config.divide_output, norm)
+    half = {"half": Diagonal(weights["D"].new_tensor(0.5))} if mixer.config.divide_output else {}
+    return gated_layer(
+        x, weights, lambda value: {**half, "directions": Sum(two_directions(weights, _BACKWARD, value, "silu", norm))}
+    )
 
 
-_BACKWARD = backward_names({"A_log": "A_log_b", "D": "D_b"})
+_BACKWARD = names_of_direction("_b", {"A_log": "A_log_b", "D": "D_b"})
 """The parameters of the direction from the end, by the names of the other direction's."""
 
 
