@@ -384,7 +384,7 @@ class Volume(Mamba):
         self.bimamba_type, self.nslices = "v3", nslices
         for name in ("conv1d", "x_proj", "dt_proj", "D"):
             setattr(self, f"{name}_s", copy.deepcopy(getattr(self, name)))
-        self.A_s_log = nn.Parameter(self.A_log.detach().clone())
+        self.A_s_log = copy.deepcopy(self.A_log)
 
     def forward(self: Any, hidden_states: Tensor, inference_params: None = None) -> Tensor:
         value, z = self.in_proj(hidden_states).chunk(2, -1)
