@@ -1,7 +1,7 @@
 # make demo         explain a sentence with the shipped model
 # make test         run the whole test suite
 # make test-native  run the tests of mamba_ssm's and flash-linear-attention's own layers
-# make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, xlstm, mambavision
+# make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, rwkv7-hf, xlstm, ...
 # make check-sdist  build the source distribution, and run some of its tests in it
 # The first two build .venv on first use, the third .venv-native, the fourth .venv-packages; the next run takes seconds.
 

@@ -17,6 +17,7 @@ with stand_ins.installed():
     from minGRU_pytorch.minGRU import minGRU
     from minGRU_pytorch.minLSTM import minLSTM
     from mlstm_kernels.torch.backend_module import mLSTMBackendConfig
+    from rwkv7_hf import RWKV7ChannelMix, RWKV7Config, RWKV7TimeMix
     from s5.s5_model import S5
     from torchscale.architecture.retnet import RetNetRelPos
     from torchscale.component.multiscale_retention import MultiScaleRetention
@@ -34,8 +35,8 @@ class Record(NamedTuple):
     factors: str
     """Of its chain, in the order of the equation."""
     causal: bool = True
-    arguments: Callable[[], dict[str, Any]] = dict
-    """The layer's other arguments, by name."""
+    arguments: Callable[[int], dict[str, Any]] = lambda batch: {}
+    """The layer's other arguments, by name, for a batch of this size."""
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -72,9 +73,26 @@ def retention() -> nn.Module:
     return MultiScaleRetention(SimpleNamespace(multiway=False, layernorm_eps=1e-5), E, 2 * E, 4)
 
 
-def positions() -> dict[str, Any]:
+def positions(batch: int) -> dict[str, Any]:
     args = SimpleNamespace(decoder_embed_dim=E, decoder_retention_heads=4, recurrent_chunk_size=4)
     return {"rel_pos": RetNetRelPos(args)(L)}
+
+
+RWKV7 = RWKV7Config(
+    hidden_size=E, num_heads=4, head_dim=4, intermediate_size=24, decay_low_rank_dim=3, gate_low_rank_dim=5,
+    a_low_rank_dim=3, v_low_rank_dim=2, num_hidden_layers=3,
+)  # fmt: skip
+
+
+def before(batch: int) -> dict[str, Any]:
+    """No token before the first, and none masked."""
+    return {"shift_state": torch.zeros(batch, E), "attention_mask": torch.ones(batch, L, dtype=torch.bool)}
+
+
+def values(batch: int) -> dict[str, Any]:
+    """The states before the first token, and the values of the model's first layer."""
+    v_first = torch.randn(1, L, E, generator=torch.Generator().manual_seed(3)).expand(batch, -1, -1)
+    return {**before(batch), "recurrent_state": torch.zeros(batch, 4, 4, 4), "v_first": v_first}
 
 
 SELECTIVE, BOTH_WAYS = "out gate scan act conv in", "out gate half directions in"
@@ -104,6 +122,15 @@ LAYERS: dict[str, Record] = {
     "minGRU_pytorch: minGRU": Record(lambda: minGRU(E), oracles.min_gru, "scan act in"),
     "minGRU_pytorch: minGRU, wide": Record(lambda: minGRU(E, 1.5), oracles.min_gru, "out scan act in"),
     "minGRU_pytorch: minLSTM": Record(lambda: minLSTM(E, 1.5), oracles.min_lstm, "out scan act in"),
+    "rwkv7_hf: RWKV7TimeMix, first": Record(
+        lambda: RWKV7TimeMix(RWKV7, 0), oracles.wkv7, "out gate heads padding value shift mask", arguments=values
+    ),
+    "rwkv7_hf: RWKV7TimeMix, later": Record(
+        lambda: RWKV7TimeMix(RWKV7, 1), oracles.wkv7, "out gate heads padding mix value shift mask", arguments=values
+    ),
+    "rwkv7_hf: RWKV7ChannelMix": Record(
+        lambda: RWKV7ChannelMix(RWKV7), oracles.channel_mix7, "value act key shift mask", arguments=before
+    ),
     "s5: S5": Record(s5, oracles.s5, "out scan in"),
     "s5: two blocks, odd width": Record(lambda: s5(7, block_count=2), oracles.s5, "out scan in"),
     "s5: both ways": Record(lambda: s5(bidir=True), oracles.s5, "directions", causal=False),

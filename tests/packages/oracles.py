@@ -247,3 +247,51 @@ def retention(layer: Any, x: Tensor) -> Written:
     rows = times(alpha, v).unflatten(-1, (H, -1))
     normed = torch.stack([torch.cat([rms(h, layer.group_norm.eps) for h in row]) for row in rows])
     return alpha, linear(p, "out_proj", F.silu(g) * normed)
+
+
+def shifted(x: Tensor, mu: Tensor) -> Tensor:
+    """Each token mixed with the one before it."""
+    before = torch.stack([torch.zeros_like(x[0]), *x[:-1]])
+    return x + (before - x) * mu.flatten()
+
+
+def wkv7(layer: Any, x: Tensor) -> Written:
+    """The matrices of the heads: the products of the transitions of the tokens between key and query."""
+    p, (L, E), H = named(layer, x), x.shape, layer.num_heads
+
+    def low_rank(name: str, t: Tensor, between: Any = lambda t: t) -> Tensor:
+        return linear(p, f"{name}_lora.lora.2", between(linear(p, f"{name}_lora.lora.0", t)))
+
+    xr, xw, xk, xv, xa, xg = (shifted(x, p[f"x_{name}"]) for name in "rwkvag")
+    r, key, v = linear(p, "r_proj", xr), linear(p, "k_proj", xk), linear(p, "v_proj", xv)
+    eta, g = low_rank("a", xa).sigmoid(), low_rank("g", xg, torch.sigmoid)
+    w = torch.exp(-math.exp(-0.5) * low_rank("w", xw, torch.tanh).sigmoid())
+    if layer.layer_idx > 0:
+        first = torch.randn(1, L, E, generator=torch.Generator().manual_seed(3))[0].to(x)
+        v = v + (first - v) * low_rank("v", xv).sigmoid()
+    kappa = (key * p["k_k"]).unflatten(-1, (H, -1))
+    kappa = torch.stack([torch.stack([h / math.sqrt(float(h @ h)) for h in token]) for token in kappa])
+    k = key * (1 + (eta - 1) * p["k_a"])
+    r, k, w, eta, values = (t.unflatten(-1, (H, -1)) for t in (r, k, w, eta, v))
+    alpha, y = x.new_zeros(H, L, L), torch.zeros_like(values)
+    for h in range(H):
+        for j in range(L):
+            state = k[j, h]
+            for i in range(j, L):
+                if i > j:
+                    state = w[i, h] * state - (eta[i, h] * kappa[i, h]) * (kappa[i, h] @ state)
+                alpha[h, i, j] = r[i, h] @ state
+                y[i, h] += alpha[h, i, j] * values[j, h]
+    normed = head_norm(y.flatten(1), H, layer.g_norm.eps, p["g_norm.weight"], p["g_norm.bias"])
+    bonus = torch.stack([(r[:, h] * k[:, h] * p["r_k"][h]).sum(-1, keepdim=True) * values[:, h] for h in range(H)], 1)
+    return alpha.repeat_interleave(E // H, 0), linear(p, "o_proj", (normed + bonus.flatten(1)) * g)
+
+
+def channel_mix7(layer: Any, x: Tensor) -> Written:
+    p, (L, E) = named(layer, x), x.shape
+    alpha = x.new_zeros(E, L, L)
+    for i in range(L):
+        alpha[:, i, i] = 1 - p["x_k"]
+        if i:
+            alpha[:, i, i - 1] = p["x_k"]
+    return alpha, linear(p, "value", linear(p, "key", shifted(x, p["x_k"])).relu() ** 2)

@@ -31,7 +31,7 @@ def decomposed(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Chain:
 def test_a_layer_is_decomposed_exactly(name: str) -> None:
     record = LAYERS[name]
     layer = record.build()
-    report = check_adapter(layer, inputs(layer), record.arguments(), causal=record.causal)
+    report = check_adapter(layer, inputs(layer), record.arguments(2), causal=record.causal)
     assert report.fidelity <= 1e-5
     assert " ".join(report.factors) == record.factors
 
@@ -42,7 +42,7 @@ def test_the_decomposition_is_the_layer_written_out(name: str) -> None:
     record = LAYERS[name]
     layer = record.build()
     x = inputs(layer).double()
-    chain = decomposed(layer, x, record.arguments())
+    chain = decomposed(layer, x, record.arguments(2))
     written = [record.oracle(layer, row) for row in x]
     tolerance = 1e-6 if name.startswith(("s5", "torchscale")) else 1e-12  # whose code computes these in float32
     assert relative_error(chain.apply(x, bias=True), torch.stack([y for _, y in written])) <= tolerance

@@ -16,13 +16,15 @@ from captum_ssm import (
     RawImplicitAttention,
     UnsupportedModelError,
 )
+from captum_ssm.network.forward import run_model
 from tests.families import VOCABULARY, perturbed
-from tests.packages.layers import LAYERS, E, L, Record, width
+from tests.packages.layers import LAYERS, RWKV7, E, L, Record, width
 
 from mambapy import vim  # isort: skip
 from mambapy.mamba import Mamba, MambaConfig  # isort: skip
 from mambavision.models.mamba_vision import MambaVision  # isort: skip
 from minGRU_pytorch.minLM import minLM  # isort: skip
+from rwkv7_hf import RWKV7Config, RWKV7ForCausalLM  # isort: skip
 from s5.s5_model import S5Block  # isort: skip
 from torchscale.architecture.config import RetNetConfig  # isort: skip
 from torchscale.architecture.retnet import RetNetDecoder  # isort: skip
@@ -44,13 +46,13 @@ class Reader(nn.Module):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.mixers = nn.ModuleList(record.make() for _ in range(2))
-        self.D, self.arguments = width(self.mixers[0]), record.arguments()
+        self.D, self.arguments = width(self.mixers[0]), record.arguments
         self.embed, self.norm, self.head = nn.Linear(4, self.D), nn.LayerNorm(self.D), nn.Linear(self.D, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
         for mixer in self.mixers:
-            y = mixer(self.norm(h), **self.arguments)
+            y = mixer(self.norm(h), **self.arguments(len(x)))
             h = h + (y[0] if isinstance(y, tuple) else y)
         return self.head(self.norm(h)[:, -1])
 
@@ -72,9 +74,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
-def difference(model: Callable[..., Tensor], x: Tensor, reference: Tensor) -> Tensor:
+def difference(model: nn.Module, x: Tensor, reference: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x)[..., TARGET] - model(reference)[..., TARGET]
+        return run_model(model, x)[..., TARGET] - run_model(model, reference)[..., TARGET]
 
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -181,11 +183,16 @@ def s5_blocks() -> nn.Module:
     return Language(nn.Sequential(S5Block(E, 8, bidir=False), S5Block(E, 8, bidir=True)))
 
 
+def rwkv7() -> nn.Module:
+    return RWKV7ForCausalLM(RWKV7Config(**{**RWKV7.to_dict(), "vocab_size": VOCABULARY}))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mambapy": lambda: Language(Mamba(MambaConfig(d_model=E, n_layers=2, d_state=3))),
     "mambapy, Vision Mamba": lambda: Language(vim.VMamba(vim.MambaConfig(d_model=E, n_layers=2, d_state=3))),
     "minGRU": lambda: LastToken(minLM(num_tokens=VOCABULARY, dim=E, depth=2)),
     "minLSTM": lambda: LastToken(minLM(num_tokens=VOCABULARY, dim=E, depth=2, use_lstm=True)),
+    "RWKV-7": rwkv7,
     "S5": s5_blocks,
     "RetNet": retnet,
     "xLSTM": xlstm,
@@ -210,7 +217,7 @@ def test_a_model_of_the_package_is_explained_by_every_method(make: Callable[[], 
     assert ImplicitAttentionAttribution(model).attribute(ids, TARGET).shape == ids.shape
     method = ImplicitAttentionRelevance(model)
     relevance = method.attribute(ids, TARGET, baselines=3)
-    assert set(method.followed.values()) == {"decomposition"} and len(method.followed) == 2
+    assert set(method.followed.values()) == {"decomposition"} and len(method.followed) == (6 if make is rwkv7 else 2)
     expected = difference(model, ids, torch.full_like(ids, 3))
     torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
 
