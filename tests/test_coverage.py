@@ -74,6 +74,7 @@ NATIVE = {
     "mambapy": ("MambaBlock", "VMambaBlock"),
     "mambavision": ("MambaVisionMixer",),
     "minGRU_pytorch": ("minGRU", "minLSTM"),
+    "recurrentgemma": ("LocalAttentionBlock", "RecurrentBlock"),
     "rwkv7_hf": ("RWKV7ChannelMix", "RWKV7TimeMix"),
     "s5": ("S5",),
     "torchscale": ("MultiScaleRetention",),

@@ -12,7 +12,7 @@
   :mod:`~captum_ssm.layers.initial_state`, and the chains of whole kernels, :mod:`~captum_ssm.layers.selective_scan`,
   :mod:`~captum_ssm.layers.state_space_duality`, :mod:`~captum_ssm.layers.delta_rule`,
   :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
-  :mod:`~captum_ssm.layers.complex_states`;
+  :mod:`~captum_ssm.layers.complex_states`, :mod:`~captum_ssm.layers.real_gated`;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

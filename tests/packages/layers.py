@@ -17,6 +17,7 @@ with stand_ins.installed():
     from minGRU_pytorch.minGRU import minGRU
     from minGRU_pytorch.minLSTM import minLSTM
     from mlstm_kernels.torch.backend_module import mLSTMBackendConfig
+    from recurrentgemma.torch import LocalAttentionBlock, RecurrentBlock
     from rwkv7_hf import RWKV7ChannelMix, RWKV7Config, RWKV7TimeMix
     from s5.s5_model import S5
     from torchscale.architecture.retnet import RetNetRelPos
@@ -95,6 +96,11 @@ def values(batch: int) -> dict[str, Any]:
     return {**before(batch), "recurrent_state": torch.zeros(batch, 4, 4, 4), "v_first": v_first}
 
 
+def places(batch: int) -> dict[str, Any]:
+    """The positions of the tokens, from 0."""
+    return {"segment_pos": torch.arange(L).expand(batch, -1), "return_cache": False}
+
+
 SELECTIVE, BOTH_WAYS = "out gate scan act conv in", "out gate half directions in"
 LAYERS: dict[str, Record] = {
     "mambapy: MambaBlock": Record(mamba_block, oracles.mambapy, SELECTIVE),
@@ -122,6 +128,12 @@ LAYERS: dict[str, Record] = {
     "minGRU_pytorch: minGRU": Record(lambda: minGRU(E), oracles.min_gru, "scan act in"),
     "minGRU_pytorch: minGRU, wide": Record(lambda: minGRU(E, 1.5), oracles.min_gru, "out scan act in"),
     "minGRU_pytorch: minLSTM": Record(lambda: minLSTM(E, 1.5), oracles.min_lstm, "out scan act in"),
+    "recurrentgemma: RecurrentBlock": Record(
+        lambda: RecurrentBlock(E, 4, lru_width=24), oracles.griffin, "out gate scan conv in", arguments=places
+    ),
+    "recurrentgemma: LocalAttentionBlock": Record(
+        lambda: LocalAttentionBlock(E, 2, window_size=3), oracles.local_attention, "out attention in", arguments=places
+    ),
     "rwkv7_hf: RWKV7TimeMix, first": Record(
         lambda: RWKV7TimeMix(RWKV7, 0), oracles.wkv7, "out gate heads padding value shift mask", arguments=values
     ),

@@ -295,3 +295,53 @@ def channel_mix7(layer: Any, x: Tensor) -> Written:
         if i:
             alpha[:, i, i - 1] = p["x_k"]
     return alpha, linear(p, "value", linear(p, "key", shifted(x, p["x_k"])).relu() ** 2)
+
+
+def griffin(layer: Any, x: Tensor) -> Written:
+    p, L, lru = named(layer, x), len(x), layer.rg_lru
+    value, z = linear(p, "linear_x", x), linear(p, "linear_y", x)
+    K = layer.conv1d_temporal_width
+    u = torch.zeros_like(value)
+    for t in range(L):
+        for k in range(min(K, t + 1)):
+            u[t] += p["conv_1d.w"][K - 1 - k] * value[t - k]
+    u = u + p["conv_1d.b"]
+
+    def gate(name: str) -> Tensor:
+        parts = u.chunk(lru.num_heads, -1)
+        return torch.cat(
+            [t @ w + b for t, w, b in zip(parts, p[f"rg_lru.{name}.w"], p[f"rg_lru.{name}.b"])], -1
+        ).sigmoid()
+
+    a = torch.exp(-8 * gate("a_gate") * F.softplus(p["rg_lru.a_param"]))
+    i, D = gate("input_gate"), u.shape[1]
+    alpha = x.new_zeros(D, L, L)
+    for d in range(D):
+        for t in range(L):
+            for s in range(t + 1):
+                size = 1 if s == 0 else torch.sqrt(1 - a[s, d] ** 2)
+                alpha[d, t, s] = size * i[s, d] * torch.prod(a[s + 1 : t + 1, d])
+    return alpha, linear(p, "linear_out", times(alpha, u) * F.gelu(z, approximate="tanh"))
+
+
+def local_attention(layer: Any, x: Tensor) -> Written:
+    p, L, H, P = named(layer, x), len(x), layer.num_heads, layer.head_dim
+
+    def turned(t: Tensor, place: int) -> Tensor:
+        y, pairs = t.clone(), P // 4
+        for pair in range(pairs):
+            angle = place / 10000 ** (pair / pairs)
+            a, b = t[pair], t[pairs + pair]
+            y[pair] = a * math.cos(angle) - b * math.sin(angle)
+            y[pairs + pair] = b * math.cos(angle) + a * math.sin(angle)
+        return y
+
+    q, k, v = (linear(p, f"proj_{name}", x) for name in "qkv")
+    alpha = x.new_zeros(H, L, L)
+    for h in range(H):
+        for i in range(L):
+            seen = range(max(0, i - layer.window_size), i + 1)
+            scores = [turned(q[i, h * P : (h + 1) * P], i) @ turned(k[j], j) / math.sqrt(P) for j in seen]
+            alpha[h, i, seen.start : seen.stop] = torch.stack(scores).softmax(0)
+    alpha = alpha.repeat_interleave(P, 0)
+    return alpha, linear(p, "proj_final", times(alpha, v.repeat(1, H)))

@@ -1,12 +1,14 @@
 """Small stand-ins for what these packages import and their layers need little or nothing of.
 
 mambavision calls the kernel of mamba_ssm, which needs a GPU: here the recurrence runs token by token. timm and
-fairscale need a torchvision that is built against the same torch.
+fairscale need a torchvision that is built against the same torch. recurrentgemma imports its code for jax beside that
+for torch.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -59,6 +61,13 @@ def same(function: Any) -> Any:
     return function
 
 
+class Anything:
+    """Stands for a type of jaxtyping, of any shape."""
+
+    def __class_getitem__(cls, item: Any) -> type[Any]:
+        return cls
+
+
 MODULES: dict[str, dict[str, Any]] = {
     "timm.models.registry": {"register_model": same},
     "timm.models.layers": {
@@ -68,6 +77,9 @@ MODULES: dict[str, dict[str, Any]] = {
     "timm.models._builder": {"resolve_pretrained_cfg": unused, "_update_default_kwargs": unused},
     "timm.models.vision_transformer": {"Mlp": Mlp, "PatchEmbed": unused},
     "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan},
+    "jaxtyping": dict.fromkeys(("Float", "Integer", "Bool", "Int", "Shaped", "PRNGKeyArray"), Anything),
+    "sentencepiece": {"SentencePieceProcessor": Anything},
+    "recurrentgemma.jax": dict.fromkeys(("complex_lib", "layers", "scan"), None),
     "fairscale.nn": {"checkpoint_wrapper": unused, "wrap": unused},
 }  # fmt: skip
 
@@ -78,7 +90,8 @@ def installed() -> Iterator[None]:
     stand_ins: dict[str, ModuleType] = {}
     for path, contents in MODULES.items():
         parts = path.split(".")
-        for depth in range(1, len(parts) + 1):
+        installed_root = find_spec(parts[0]) is not None
+        for depth in range(len(parts) if installed_root else 1, len(parts) + 1):
             stand_ins.setdefault(name := ".".join(parts[:depth]), ModuleType(name))
         vars(stand_ins[path]).update(contents)
     with patch.dict(sys.modules, stand_ins):

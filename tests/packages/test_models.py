@@ -24,6 +24,8 @@ from mambapy import vim  # isort: skip
 from mambapy.mamba import Mamba, MambaConfig  # isort: skip
 from mambavision.models.mamba_vision import MambaVision  # isort: skip
 from minGRU_pytorch.minLM import minLM  # isort: skip
+from recurrentgemma.common import GriffinConfig, TemporalBlockType  # isort: skip
+from recurrentgemma.torch import griffin  # isort: skip
 from rwkv7_hf import RWKV7Config, RWKV7ForCausalLM  # isort: skip
 from s5.s5_model import S5Block  # isort: skip
 from torchscale.architecture.config import RetNetConfig  # isort: skip
@@ -145,6 +147,18 @@ class Language(nn.Module):
         return self.head(y)[:, -1]
 
 
+class Griffin(nn.Module):
+    """RecurrentGemma: its model takes the positions of the tokens too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kinds = (TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION)
+        self.model = griffin.Griffin(GriffinConfig(VOCABULARY, E, 24, 2, kinds, True, 3, 30.0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, torch.arange(ids.shape[1]).expand(len(ids), -1), return_cache=False)[0][:, -1]
+
+
 class LastToken(nn.Module):
     """Reads the logits of the last token."""
 
@@ -218,6 +232,15 @@ def test_a_model_of_the_package_is_explained_by_every_method(make: Callable[[], 
     method = ImplicitAttentionRelevance(model)
     relevance = method.attribute(ids, TARGET, baselines=3)
     assert set(method.followed.values()) == {"decomposition"} and len(method.followed) == (6 if make is rwkv7 else 2)
+    expected = difference(model, ids, torch.full_like(ids, 3))
+    torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_recurrentgemma_is_followed_by_relevance(ids: Tensor) -> None:
+    model = built(Griffin)
+    method = ImplicitAttentionRelevance(model)
+    relevance = method.attribute(ids, TARGET, baselines=3)
+    assert set(method.followed.values()) == {"decomposition"}
     expected = difference(model, ids, torch.full_like(ids, 3))
     torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
 
