@@ -56,3 +56,29 @@ def complex_states(decay: Tensor, B: Tensor, C: Tensor, skip: Tensor, x: Tensor)
         skip=F.pad(x.new_ones(E), (len(read.T) - E, 0)),
     )
     return Chain({"out": Projection(read), "scan": scan, "in": Projection(into)})
+
+
+def complex_kernels(decay: Tensor, weights: Tensor, skip: Tensor, x: Tensor) -> Scan:
+    """Build the scan of a layer whose channels have complex states of their own, in pairs of conjugates.
+
+    Equation::
+
+        y_t = sum_{s <= t} 2 Re(sum_n weights_n decay_n^(t-s)) x_s + skip x_t
+
+    Args:
+        decay: (D, N), complex.
+        weights: Of the states in the output (D, N), complex.
+        skip: Direct path (D,).
+        x: Any tensor (B, L, D) of the shape and type of the input.
+
+    Returns:
+        The scan, with 2N states for each channel.
+    """
+    angles = torch.arange(x.shape[1], device=decay.device).view(-1, 1, 1) * decay.to(torch.cdouble).angle()  # (L, D, N)
+    phases = angles + weights.to(torch.cdouble).angle()
+    return Scan(
+        a=decay.abs().repeat(1, 2)[None, None].to(x),
+        b=torch.cat([angles.cos(), angles.sin()], -1)[None].to(x),
+        c=(2 * weights.abs().repeat(1, 2) * torch.cat([phases.cos(), phases.sin()], -1))[None].to(x),
+        skip=skip.to(x),
+    )

@@ -19,6 +19,7 @@ from captum_ssm.layers.adapters import native_s6 as native_s6
 from captum_ssm.layers.adapters import native_ssd as native_ssd
 from captum_ssm.layers.adapters import recurrentgemma as recurrentgemma
 from captum_ssm.layers.adapters import rg_lru as rg_lru
+from captum_ssm.layers.adapters import s4d as s4d
 from captum_ssm.layers.adapters import s5 as s5
 from captum_ssm.layers.adapters import s6 as s6
 from captum_ssm.layers.adapters import short_conv as short_conv
