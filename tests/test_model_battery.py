@@ -296,6 +296,12 @@ def image(m: Any, x: Tensor) -> Tensor:
     return m.head(m.blocks(m.patches(x).flatten(2).mT).mean(1))
 
 
+def alternating(m: Any, x: Tensor) -> Tensor:
+    """One block reads from the first patch, the next from the last, as in Vision-LSTM."""
+    h = m.patches(x).flatten(2).mT
+    return m.head(m.others(m.blocks(h).flip(1)).flip(1).mean(1))
+
+
 def u_shape(m: Any, x: Tensor) -> Tensor:
     """Half the size and back, with a path across; the answer is the mean logits of each class."""
     wide = m.down(x).relu()
@@ -421,6 +427,12 @@ CASES: dict[str, Case] = {
     ),
     "image, both ends": Case(
         lambda: Model(image, patches=nn.Conv2d(2, D, 2, 2), blocks=Blocks(BothEnds), head=head()), ((2, 6, 8),)
+    ),
+    "image, one end and the other": Case(
+        lambda: Model(
+            alternating, patches=nn.Conv2d(2, D, 2, 2), blocks=Blocks(mamba), others=Blocks(mamba2), head=head()
+        ),
+        ((2, 6, 8),),
     ),
     "image, overlapping patches": Case(
         lambda: Model(image, patches=nn.Conv2d(2, D, 3, 2, 1), blocks=Blocks(BothEnds), head=head()),
