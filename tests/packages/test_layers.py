@@ -61,6 +61,16 @@ def test_a_layer_that_starts_from_a_state_is_refused(name: str) -> None:
     assert decomposed(layer, inputs(layer), {"prev_hidden": None, "return_next_prev_hidden": True})
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if "recurrentgemma" in name])
+def test_a_row_of_several_sequences_is_refused(name: str) -> None:
+    layer = LAYERS[name].build()
+    starts = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).expand(2, -1)
+    with pytest.raises(UnsupportedModelError, match=r"'segment_pos'.*packed into one"):
+        decomposed(layer, inputs(layer), {"segment_pos": starts})
+    with pytest.raises(ModelStateError, match="'cache'"):
+        decomposed(layer, inputs(layer), {"segment_pos": starts, "cache": ()})
+
+
 def test_the_other_forms_of_s5_are_refused() -> None:
     layer, liquid = s5().eval(), s5(liquid=True).eval()
     with pytest.raises(UnsupportedModelError, match=r"liquid.*captum_ssm.register"):
