@@ -108,7 +108,7 @@ def check_masked(chain: Chain, real: Tensor, blind: bool = False) -> None:
 
 def test_these_classes_are_registered_and_no_other() -> None:
     softmax = {support.layer: support.family for support in supported() if support.kernel == "softmax attention"}
-    native = {"MHA": "mamba_ssm", "Attention": "fla"}  # tests/native
+    native = {"MHA": "mamba_ssm", "Attention": "fla", "LocalAttentionBlock": "recurrentgemma"}  # tests/native, packages
     assert softmax == {layer: family for family, layer in CLASS.items()} | native
     interface = type("LlamaAttention", (nn.Module,), vars(tiny("jamba").get_submodule("model.layers.1.self_attn")))
     assert find_adapter(interface()) is None

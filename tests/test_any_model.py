@@ -146,8 +146,11 @@ def test_a_callable_and_a_method_need_no_model() -> None:
 def test_the_other_methods_ask_for_known_layers_and_say_what_does_not() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Layers that look like token mixers: S6.*Relevance needs none"):
         ImplicitAttentionRollout(filled(Series()))
-    with pytest.raises(UnsupportedModelError, match="LSTM"):
-        ImplicitAttentionRollout(nn.Sequential(nn.LSTM(2, 2)))
+    for network in (nn.LSTM(2, 2), nn.GRU(2, 2), type("sLSTMLayer", (nn.Linear,), {})(2, 2)):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"{type(network).__name__} is not gated-linear.*Relevance needs"
+        ):
+            ImplicitAttentionRollout(nn.Sequential(network))
 
 
 def test_a_layer_and_a_neuron_of_any_model() -> None:

@@ -1,10 +1,12 @@
 """Layers that read the sequence from both ends: the operators that they need, and Vision Mamba's layer."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm import (
@@ -14,7 +16,6 @@ from captum_ssm import (
     InvalidInputError,
     LayerImplicitAttention,
     RawImplicitAttention,
-    UnsupportedModelError,
     register,
     unregister,
 )
@@ -338,13 +339,91 @@ def test_the_layer_passes_the_conformance_suite() -> None:
             check_adapter(layer(options), randn(2, 6, options["d_model"]))
 
 
-def test_directions_that_share_their_convolution_are_refused_by_name() -> None:
-    mixer = layer(SIZES["plain"])
-    for name in ("conv1d_b", "x_proj_b", "dt_proj_b", "D_b"):
-        delattr(mixer, name)
-    mixer.bimamba_type = "v1"
-    with pytest.raises(UnsupportedModelError, match=r"bimamba_type='v1'.*\"v2\""):
-        bidirectional(mixer, randn(1, 3, 4))
+def read(
+    mixer: Any, value: Tensor, end: str, A_log: Tensor, order: list[int], convolved: Tensor | None = None
+) -> Tensor:
+    """Read the tokens of ``value`` (B, L, D) in this order, one after the other; the output is in their own order.
+
+    Each is convolved with those that are read before it, unless the convolved input (B, L, D) is given.
+    """
+    conv, x_proj, dt_proj = (getattr(mixer, name + end) for name in ("conv1d", "x_proj", "dt_proj"))
+    h, y, K = value.new_zeros(len(value), mixer.d_inner, mixer.d_state), torch.zeros_like(value), mixer.d_conv
+    for place, token in enumerate(order):
+        taken = [(k, order[place - (K - 1) + k]) for k in range(K) if place - (K - 1) + k >= 0]
+        pre = sum((conv.weight[:, 0, k] * value[:, before] for k, before in taken), conv.bias)
+        u = F.silu(pre) if convolved is None else convolved[:, token]
+        low, b, c = x_proj(u).split([mixer.dt_rank, mixer.d_state, mixer.d_state], -1)
+        delta = F.softplus(dt_proj(low)).unsqueeze(-1)
+        h = torch.exp(-delta * A_log.exp()) * h + delta * u.unsqueeze(-1) * b.unsqueeze(1)
+        y[:, token] = (h * c.unsqueeze(1)).sum(-1) + getattr(mixer, "D" + end) * u
+    return y
+
+
+class FirstVersion(Mamba):
+    """Vision Mamba's layer of ``bimamba_type="v1"``: the directions share all but their decays, and are not halved."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(if_divide_out=False, **options)
+        self.bimamba_type = "v1"
+        for name in ("conv1d_b", "x_proj_b", "dt_proj_b", "D_b"):
+            delattr(self, name)
+
+    def forward(self: Any, hidden_states: Tensor, inference_params: None = None) -> Tensor:
+        value, z = self.in_proj(hidden_states).chunk(2, -1)
+        u = F.silu(self.conv1d(value.mT)[..., : value.shape[1]].mT)
+        order = [*range(value.shape[1])]
+        y = read(self, value, "", self.A_log, order) + read(self, value, "", self.A_b_log, order[::-1], u)
+        return self.out_proj(y * F.silu(z))
+
+
+class Volume(Mamba):
+    """SegMamba's layer, ``bimamba_type="v3"``, which also reads the first token of each slice, then the second, ..."""
+
+    def __init__(self, nslices: int, **options: Any) -> None:
+        super().__init__(if_divide_out=False, **options)
+        self.bimamba_type, self.nslices = "v3", nslices
+        for name in ("conv1d", "x_proj", "dt_proj", "D"):
+            setattr(self, f"{name}_s", copy.deepcopy(getattr(self, name)))
+        self.A_s_log = copy.deepcopy(self.A_log)
+
+    def forward(self: Any, hidden_states: Tensor, inference_params: None = None) -> Tensor:
+        value, z = self.in_proj(hidden_states).chunk(2, -1)
+        L = value.shape[1]
+        of_a_slice = L // self.nslices
+        slices = [k * of_a_slice + number for number in range(of_a_slice) for k in range(self.nslices)]
+        orders = {"": range(L), "_b": range(L - 1, -1, -1), "_s": slices}
+        ways = (read(self, value, end, getattr(self, f"A{end}_log"), [*order]) for end, order in orders.items())
+        out: Tensor = self.out_proj(sum(ways) * F.silu(z))
+        return out
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "v1": (lambda: FirstVersion(d_model=4, d_state=3), ["forward", "backward"]),
+    "v3": (lambda: Volume(3, d_model=4, d_state=3), ["forward", "backward", "slices"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_with_other_directions_are_their_loops_written_out(name: str) -> None:
+    make, directions = OTHERS[name]
+    mixer = moved(make())
+    report = check_adapter(mixer, randn(2, 6, 4), causal=False, tolerance=1e-12)
+    after = ("act", "conv") if name == "v1" else ()
+    assert report.factors == ("out", "gate", "directions", *after, "in")
+    chain = bidirectional(mixer, randn(2, 6, 4))
+    assert list(chain.factors["directions"].summands) == directions  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_of_layers_with_other_directions_is_explained(name: str) -> None:
+    embed, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    model = moved(nn.Sequential(embed, OTHERS[name][0](), OTHERS[name][0](), head))
+    forward, x, other = (lambda x: model(x).mean(1)), randn(2, 6, 3), randn(2, 6, 3)
+    assert ImplicitAttentionRollout(forward, model=model).attribute(x).any()
+    method = ImplicitAttentionAttribution(forward, model=model, without=("backward",))
+    assert method.attribute(x, 1).any() and max(method.fidelity.values()) <= 1e-12
+    relevance = ImplicitAttentionRelevance(forward, model).attribute(x, 1, baselines=other)
+    assert_close(relevance.flatten(1).sum(1), (forward(x) - forward(other))[:, 1].detach(), 1e-9)
 
 
 @pytest.mark.parametrize("attention", ["unified", "scan"])

@@ -71,8 +71,18 @@ NATIVE = {
         "MultiScaleRetention", "GatedLinearAttention", "HGRN2Attention", "RWKV6Attention", "RWKV6FeedForward",
         "RWKV7Attention", "RWKV7FeedForward", "DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "Attention",
     ),
+    "mambapy": ("MambaBlock", "VMambaBlock"),
+    "mambavision": ("MambaVisionMixer",),
+    "minGRU_pytorch": ("minGRU", "minLSTM"),
+    "recurrentgemma": ("LocalAttentionBlock", "RecurrentBlock"),
+    "rwkv7_hf": ("RWKV7ChannelMix", "RWKV7TimeMix"),
+    "s4": ("S4D",),
+    "s5": ("S5",),
+    "torchscale": ("MultiScaleRetention",),
+    "xlstm (NX-AI)": ("mLSTMLayer", "mLSTMLayer"),
 }  # fmt: skip
-"""The layers of the packages whose tests have an environment of their own (tests/native)."""
+"""The layers of the packages whose tests have an environment of their own (tests/native, tests/packages),
+and of repositories that are no package."""
 
 
 class Layer(ast.NodeVisitor):

@@ -17,14 +17,16 @@ from captum_ssm.operators import (
     CausalConv,
     Centre,
     Chain,
+    Conv,
     DeltaScan,
     Diagonal,
-    Flip,
     HeadOperator,
     Operator,
     Product,
     Projection,
+    Rearranged,
     Recurrence,
+    Reordered,
     Scan,
     Sum,
 )
@@ -218,6 +220,20 @@ def flipped(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, in
     return made.flipped(), shape
 
 
+def two_sided(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    """A convolution that reads some tokens ahead, between gates."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    B, L, D, K = draw.choice([1, 2]), draw.choice([1, 2, 5, 8]), draw.choice([1, 3]), draw.choice([2, 3, 4])
+    bias = draw.choice([None, torch.randn(D, dtype=dtype)])
+    return Conv(torch.randn(D, K, dtype=dtype), draw.randrange(1, K), bias), (B, L, D)
+
+
+def reordered(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
+    made, shape = random.Random(seed).choice([diagonal, convolution, scan, delta, attention, core])(seed, dtype)
+    return Reordered(made, torch.randperm(shape[1])), shape
+
+
 def other_core(shape: tuple[int, int, int], dtype: torch.dtype) -> Chain:
     """Another core for tokens of this shape."""
     B, L, D = shape
@@ -251,10 +267,22 @@ def both_ways(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, 
 
 
 Build = Callable[[int, torch.dtype], tuple[Operator, tuple[int, int, int]]]
-CHANNELWISE: list[Build] = [diagonal, convolution, scan, delta, attention, core, flipped, bidirectional, parallel]
+CHANNELWISE: list[Build] = [
+    diagonal,
+    convolution,
+    scan,
+    delta,
+    attention,
+    core,
+    flipped,
+    bidirectional,
+    parallel,
+    two_sided,
+    reordered,
+]
 ALL: list[Build] = [*CHANNELWISE, projection, centre, layer, tangled, both_ways]
-READ_THE_FUTURE: list[Build] = [attention, tangled, flipped, bidirectional, both_ways]
-NOTHING_AFTER_A_START: list[Build] = [flipped, bidirectional, both_ways]
+READ_THE_FUTURE: list[Build] = [attention, tangled, flipped, bidirectional, both_ways, two_sided, reordered]
+NOTHING_AFTER_A_START: list[Build] = [flipped, bidirectional, both_ways, two_sided, reordered]
 """Where they are not causal, outputs before a start exist."""
 
 every_operator = pytest.mark.parametrize("build", ALL, ids=lambda build: build.__name__)
@@ -497,7 +525,7 @@ def test_channels_may_be_taken_before_or_after(build: Build, seed: int) -> None:
     operator, shape = build(seed, torch.float64)
     x = torch.randn(shape, dtype=torch.float64)
     inner = operator.factors.get("scan") if isinstance(operator, Chain) else operator
-    inner = inner.operator if isinstance(inner, Flip) else inner
+    inner = inner.operator if isinstance(inner, Rearranged) else inner
     P = inner.head_size if isinstance(inner, HeadOperator) else 1
     for index in indices(shape[-1], P, random.Random(seed)):
         taken = operator.channels(index)
@@ -1203,3 +1231,21 @@ def test_gradients_flow_through_a_whole_chain(build: Build) -> None:
     u = torch.randn_like(chain.apply(x))
     (gradient,) = torch.autograd.grad((chain.apply(x, bias=True) * u).sum(), x)
     assert_close(gradient, chain.adjoint(u))
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_a_convolution_that_reads_ahead_is_torchs_with_the_same_length(K: int) -> None:
+    x, w, bias = torch.randn(2, 6, 3), torch.randn(3, K), torch.randn(3)
+    expected = F.conv1d(x.mT, w.unsqueeze(1), bias, padding="same", groups=3).mT
+    assert_close(Conv(w, K // 2, bias).apply(x, bias=True), expected)
+
+
+def test_a_reordered_operator_reads_the_tokens_in_its_order() -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    conv = CausalConv(torch.randn(1, 2))
+    x = torch.randn(1, 4, 1)
+    y = Reordered(conv, order).apply(x)[0, :, 0]
+    read = [2, 0, 3, 1]
+    for place, token in enumerate(read):
+        before = x[0, read[place - 1], 0] if place else 0.0
+        assert_close(y[token], conv.w[0, 1] * x[0, token, 0] + conv.w[0, 0] * before)

@@ -239,7 +239,7 @@ def test_an_output_turned_round_and_read_by_several_tokens_is_refused(kind: str,
     """The score reads the last three tokens of the inputs, and the first three of the layer, whatever the codes."""
     path = lambda m, x, inputs: m.conv((x + m.mix[0](m.norm(x)).flip(1)).mT).mT  # noqa: E731
     model = Model(path, at=-2)
-    model.mix = model.mix[:1]
+    model.mix = model.mix[:1].eval()
     for method in METHODS.values():
         with pytest.raises(UnsupportedModelError, match="another path"):
             method(model).attribute(given(model, ids, kind), 1)

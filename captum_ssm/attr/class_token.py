@@ -13,7 +13,7 @@ from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError, UnsupportedModelError
 from captum_ssm.matrices.split_layer import SplitLayer
 from captum_ssm.network.graph import ResidualGraph
-from captum_ssm.operators import Chain, Flip, Operator, Scan
+from captum_ssm.operators import Chain, Operator, Rearranged, Scan
 
 Recipe = Literal["raw", "rollout", "attribution-2024", "attribution-2025"]
 """The treatment of the class token's row of every channel, ``a_dj`` of a layer:
@@ -134,8 +134,8 @@ def _channels(directions: dict[str, Chain], token: Tensor, channels: int, late: 
 
 def _late(operator: Operator) -> Operator:
     """Return a recurrence that reads its state before it writes it; any other operator as it is."""
-    if isinstance(operator, Flip):
-        return Flip(_late(operator.operator))
+    if isinstance(operator, Rearranged):
+        return replace(operator, operator=_late(operator.operator))
     return replace(operator, lag=1) if isinstance(operator, Scan) else operator
 
 

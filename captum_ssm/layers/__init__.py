@@ -8,9 +8,11 @@
   :mod:`~captum_ssm.layers.activations`, :mod:`~captum_ssm.layers.norms`, :mod:`~captum_ssm.layers.rotary`,
   :mod:`~captum_ssm.layers.log_domain`, :mod:`~captum_ssm.layers.padding`, :mod:`~captum_ssm.layers.heads`,
   :mod:`~captum_ssm.layers.parameters`, :mod:`~captum_ssm.layers.token_shift`, :mod:`~captum_ssm.layers.bypass`,
-  :mod:`~captum_ssm.layers.attention_weights`, :mod:`~captum_ssm.layers.fla_factors`, and the chains of whole kernels,
-  :mod:`~captum_ssm.layers.selective_scan`, :mod:`~captum_ssm.layers.state_space_duality`,
-  :mod:`~captum_ssm.layers.delta_rule`, :mod:`~captum_ssm.layers.averages`;
+  :mod:`~captum_ssm.layers.attention_weights`, :mod:`~captum_ssm.layers.fla_factors`,
+  :mod:`~captum_ssm.layers.initial_state`, and the chains of whole kernels, :mod:`~captum_ssm.layers.selective_scan`,
+  :mod:`~captum_ssm.layers.state_space_duality`, :mod:`~captum_ssm.layers.delta_rule`,
+  :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
+  :mod:`~captum_ssm.layers.complex_states`, :mod:`~captum_ssm.layers.real_gated`;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

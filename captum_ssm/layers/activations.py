@@ -21,6 +21,13 @@ def _gelu_tanh_secant(u: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (u + 0.044715 * u**3)))
 
 
+def _linear_sigmoid_secant(u: Tensor) -> Tensor:
+    """Of ``u + 1/2`` for positive u and the sigmoid for negative u, less the 1/2 that both have at 0."""
+    positive = 0.5 * (1 + torch.sign(u))
+    below = u.clamp(max=-1e-12)  # at 0 the slope of the sigmoid
+    return positive + (1 - positive) * torch.tanh(below / 2) / (2 * below)
+
+
 _SECANTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.sigmoid,
     "swish": torch.sigmoid,
@@ -29,6 +36,7 @@ _SECANTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelutanh": _gelu_tanh_secant,  # the name that activation_name reads off transformers' module
     "relu": lambda u: (u > 0).to(u),
     "relu2": torch.relu,
+    "linear_sigmoid": _linear_sigmoid_secant,
     "identity": torch.ones_like,
     "linear": torch.ones_like,
 }

@@ -147,13 +147,26 @@ def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     if not mixers:
         refuse_scripted(model)
         alike = sorted({type(module).__name__ for module in model.modules() if _mixes_by_its_code(module)})
+        reasons = "".join(sorted({not_gated_linear(module) for module in model.modules()}))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that captum_ssm can decompose. Layers that look like token "
-            f"mixers: {', '.join(alike) or 'none'}. Supported: {supported_families()}. For a layer of your own, "
-            "write an adapter (captum_ssm.register) and check it (captum_ssm.testing.check_adapter). "
+            f"mixers: {', '.join(alike) or 'none'}. {reasons}Supported: {supported_families()}. For a layer of your "
+            "own, write an adapter (captum_ssm.register) and check it (captum_ssm.testing.check_adapter). "
             "ImplicitAttentionRelevance needs none: it follows every function of torch."
         )
     return mixers
+
+
+_NONLINEAR = re.compile("s?LSTM|GRU|RNN")
+"""Recurrent networks whose gates or states are nonlinear functions of the state before, without endings of the name."""
+
+
+def not_gated_linear(module: nn.Module) -> str:
+    """Return why a recurrent network has no matrices, as a sentence for a message; empty for all other modules."""
+    names = [re.sub("(Layer|Cell|Base|Block)+$", "", cls.__name__) for cls in type(module).__mro__]
+    if not any(_NONLINEAR.fullmatch(name) for name in names):
+        return ""
+    return f"{type(module).__name__} is not gated-linear: its gates read its own state, so it has no matrices. "
 
 
 _MIXING = re.compile(

@@ -40,9 +40,23 @@ def rotate(t: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     Source:
         Su et al. 2021 (arXiv 2104.09864), equation 34.
     """
-    turned, unturned = t[..., : 2 * angles.shape[-1]], t[..., 2 * angles.shape[-1] :]
+    return turn(t, angles.cos(), angles.sin(), interleaved)
+
+
+def turn(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first pairs of entries of queries or keys, each by the angle that has this cosine and sine.
+
+    Args:
+        t: Queries or keys (B, L, H, N).
+        cos: (B, L, H, A), with 1 where they are shared; 2A is at most N.
+        sin: (B, L, H, A), with 1 where they are shared.
+        interleaved: Whether neighbours make a pair, instead of the first and the second half of the 2A entries.
+
+    Returns:
+        (B, L, H, N).
+    """
+    turned, unturned = t[..., : 2 * cos.shape[-1]], t[..., 2 * cos.shape[-1] :]
     x, y = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
     pairs = [x * cos - y * sin, x * sin + y * cos]
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat([turned, unturned], -1)

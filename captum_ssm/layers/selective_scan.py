@@ -65,6 +65,72 @@ def selective_layer(
     return Chain({**factors, **mask})
 
 
+def names_of_direction(end: str, of_the_layer: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the parameters of a further direction, by those of the first one.
+
+    Args:
+        end: Ending of the names of its modules, such as ``"_b"``.
+        of_the_layer: Those that are parameters of the layer itself.
+    """
+    tensors = [f"{module}.{tensor}" for module in ("conv1d", "x_proj", "dt_proj") for tensor in ("weight", "bias")]
+    return {name: name.replace(".", f"{end}.") for name in tensors} | dict(of_the_layer)
+
+
+def gated_layer(x: Tensor, weights: Mapping[str, Tensor], between: Callable[[Tensor], Mapping[str, Operator]]) -> Chain:
+    """Build the chain of a layer whose factors of mixing stand between its projections, under one gate.
+
+    Args:
+        x: Input (B, L, E).
+        weights: Parameters by ``MambaMixer``'s names.
+        between: From the input of the convolution (B, L, D) to these factors.
+
+    Returns:
+        Chain of ``out``, ``gate``, these factors, ``in``.
+    """
+    D = len(weights["D"])
+    into, gate = projections(weights, "in_proj", [D, D])
+    return Chain(
+        {
+            "out": projection(weights, "out_proj"),
+            "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
+            **between(into.apply(x, bias=True)),
+            "in": into,
+        }
+    )
+
+
+def two_directions(
+    weights: Mapping[str, Tensor],
+    backward: Mapping[str, str],
+    value: Tensor,
+    activation: str,
+    norm: ReadNorm = lambda _, read: read,
+) -> dict[str, Operator]:
+    """Build the directions of a layer that reads the sequence from both ends.
+
+    Args:
+        weights: Parameters of a layer without heads, by ``MambaMixer``'s names; those of the direction from the end
+            have names of their own.
+        backward: From the names of the first direction's parameters to those of the direction from the end.
+        value: Input of the convolutions (B, L, D).
+        activation: Name of the activation after the convolutions.
+        norm: Norm of the vectors that both directions read from their convolved input.
+
+    Returns:
+        ``forward`` and ``backward``, chains of ``scan``, ``act``, ``conv``.
+    """
+    turned = renamed(weights, backward)
+    return {
+        "forward": Chain(selective_factors(one_head(weights), value, activation, norm=norm)),
+        "backward": Chain(selective_factors(one_head(turned), value.flip(1), activation, norm=norm)).flipped(),
+    }
+
+
+def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the parameters of another direction by the names of the first one's."""
+    return {name: weights[other] for name, other in names.items() if other in weights}
+
+
 def selective_factors(
     weights: Mapping[str, Tensor],
     value: Tensor,
@@ -84,17 +150,28 @@ def selective_factors(
     Returns:
         ``scan``, ``act`` and ``conv``.
     """
-    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
-    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
-
     conv = convolution(weights, "conv1d")
     pre = conv.apply(value, bias=True)
     act = Chain(mask).apply(secant(activation, pre))  # the bias of the convolution leaves entries at padding
+    return {"scan": selective_recurrence(weights, act * pre, norm), "act": Diagonal(act), "conv": conv}
 
-    reads = torch.einsum("blhp,hrp->blhr", (act * pre).unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
+
+def selective_recurrence(weights: Mapping[str, Tensor], u: Tensor, norm: ReadNorm = lambda _, read: read) -> Scan:
+    """Build the recurrence, which reads its own coefficients from its input.
+
+    Args:
+        weights: Parameters of this direction, laid out as for :func:`selective_layer`.
+        u: Its input (B, L, D), convolved and activated.
+        norm: Norm of the vectors that are read from it.
+
+    Returns:
+        The recurrence.
+    """
+    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
+    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
+    reads = torch.einsum("blhp,hrp->blhr", u.unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
     low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
     b, c = (to_heads(read, H * P) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
     delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])  # (B, L, D)
     step, rate = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
-    scan = Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])
-    return {"scan": scan, "act": Diagonal(act), "conv": conv}
+    return Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])

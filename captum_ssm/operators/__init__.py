@@ -32,11 +32,11 @@ coefficients.
 """
 
 from captum_ssm.operators.attention import Attention
-from captum_ssm.operators.base import Flip, Index, Operator
+from captum_ssm.operators.base import Flip, Index, Operator, Rearranged, Reordered
 from captum_ssm.operators.chain import Chain
 from captum_ssm.operators.coefficient import Coefficient, Product
 from captum_ssm.operators.delta import DeltaScan
-from captum_ssm.operators.elementary import CausalConv, Centre, Diagonal, Projection
+from captum_ssm.operators.elementary import CausalConv, Centre, Conv, Diagonal, Projection
 from captum_ssm.operators.heads import HeadOperator
 from captum_ssm.operators.recurrence import Recurrence
 from captum_ssm.operators.scan import Scan
@@ -48,6 +48,7 @@ __all__ = [
     "Centre",
     "Chain",
     "Coefficient",
+    "Conv",
     "DeltaScan",
     "Diagonal",
     "Flip",
@@ -56,7 +57,9 @@ __all__ = [
     "Operator",
     "Product",
     "Projection",
+    "Rearranged",
     "Recurrence",
+    "Reordered",
     "Scan",
     "Sum",
 ]

@@ -1,9 +1,10 @@
-"""The interface of an operator on token sequences, and the operator on the reversed sequence."""
+"""The interface of an operator on token sequences, and operators that read the tokens in another order."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -126,17 +127,24 @@ class Operator(ABC):
 
 
 @dataclass(frozen=True)
-class Flip(Operator):
-    """An operator on the sequence read from its last token to its first: ``y = flip(A flip(x))``.
+class Rearranged(Operator):
+    """An operator on the sequence with its tokens in another order: ``y = back(A there(x))``.
 
-    :meth:`Operator.flipped` makes it of operators that mix tokens. The flip of a causal operator reads only the future.
-    Coefficients that differ by token belong to the flipped sequence: the first belongs to the last token.
+    Coefficients that differ by token belong to the rearranged sequence. Subclasses say what the order is.
 
     Args:
         operator: A.
     """
 
     operator: Operator
+
+    @abstractmethod
+    def there(self, x: Tensor) -> Tensor:
+        """Return the tokens of ``x`` (..., L, channels) in the order in which A reads them."""
+
+    @abstractmethod
+    def back(self, y: Tensor) -> Tensor:
+        """Return the tokens of ``y`` (..., L, channels), in the order in which A reads them, in their own."""
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]
@@ -149,11 +157,6 @@ class Flip(Operator):
         return self.operator.mixes_channels
 
     @property
-    def anticausal(self) -> bool:  # type: ignore[override]
-        """Whether A is causal."""
-        return self.operator.causal
-
-    @property
     def terms(self) -> tuple[str, ...]:
         """Names of the optional terms of A."""
         return self.operator.terms
@@ -164,12 +167,44 @@ class Flip(Operator):
         return self.operator.sizes
 
     def apply(self, x: Tensor, bias: bool = False) -> Tensor:
-        """Return ``flip(A flip(x))``. Cost: one pass of A."""
-        return self.operator.apply(x.flip(-2), bias).flip(-2)
+        """Return ``back(A there(x))``. Cost: one pass of A."""
+        return self.back(self.operator.apply(self.there(x), bias))
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Return ``flip(A^T flip(u))``. Cost: one pass of A^T."""
-        return self.operator.adjoint(u.flip(-2)).flip(-2)
+        """Return ``back(A^T there(u))``: an order is undone by its transpose. Cost: one pass of A^T."""
+        return self.back(self.operator.adjoint(self.there(u)))
+
+    def without(self, *terms: str) -> Self:
+        """Return the operator in this order without these terms."""
+        return replace(self, operator=self.operator.without(*terms))
+
+    def channels(self, index: Index) -> Self:
+        """Return the operator in this order on a selection of channels."""
+        return replace(self, operator=self.operator.channels(index))
+
+
+@dataclass(frozen=True)
+class Flip(Rearranged):
+    """An operator on the sequence read from its last token to its first: ``y = flip(A flip(x))``.
+
+    :meth:`Operator.flipped` makes it of operators that mix tokens. The flip of a causal operator reads only the future.
+
+    Args:
+        operator: A.
+    """
+
+    @property
+    def anticausal(self) -> bool:  # type: ignore[override]
+        """Whether A is causal."""
+        return self.operator.causal
+
+    def there(self, x: Tensor) -> Tensor:
+        """Return the tokens of ``x`` (..., L, channels) from the last to the first."""
+        return x.flip(-2)
+
+    def back(self, y: Tensor) -> Tensor:
+        """Return the tokens of ``y`` (..., L, channels) from the last to the first."""
+        return y.flip(-2)
 
     def flipped(self) -> Operator:
         """Return A itself."""
@@ -179,19 +214,48 @@ class Flip(Operator):
         """Return the diagonal of A, flipped."""
         return self.operator.diagonal(like).expand(like.shape).flip(-2)
 
-    def without(self, *terms: str) -> Flip:
-        """Return the flipped operator without these terms."""
-        return Flip(self.operator.without(*terms))
-
-    def channels(self, index: Index) -> Flip:
-        """Return the flipped operator on a selection of channels."""
-        return Flip(self.operator.channels(index))
-
     def columns(self, v: Tensor, tokens: slice) -> Tensor:
         """Return the contributions of single tokens, (J, B, L, output channels), see :meth:`Operator.columns`."""
         L = v.shape[1]
         mirrored = slice(L - tokens.stop, L - tokens.start)
         return self.operator.columns(v.flip(1), mirrored).flip(0, 2)
+
+
+@dataclass(frozen=True)
+class Reordered(Rearranged):
+    """An operator that reads the tokens in an order of its own: ``y[order] = A x[order]``.
+
+    One of the four ways of a scan over the columns of an image, or over the slices of a volume. Of all orders it is
+    neither causal nor anticausal.
+
+    Args:
+        operator: A.
+        order: (L,), the number of the token that A reads at each place; each token once.
+
+    Example:
+        >>> columns = torch.arange(6).view(2, 3).T.flatten()  # of an image of 2 rows and 3 columns
+        >>> columns.tolist()
+        [0, 3, 1, 4, 2, 5]
+    """
+
+    order: Tensor
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The place of each token in the order, (L,)."""
+        return self.order.argsort()
+
+    def there(self, x: Tensor) -> Tensor:
+        """Return the tokens of ``x`` (..., L, channels) in this order."""
+        return x[..., self.order, :]
+
+    def back(self, y: Tensor) -> Tensor:
+        """Return the tokens of ``y`` (..., L, channels), which are in this order, in their own."""
+        return y[..., self._places, :]
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the diagonal of A, its tokens in their own order."""
+        return self.back(self.operator.diagonal(like).expand(like.shape))
 
 
 def one_hot(v: Tensor, tokens: slice) -> Tensor:

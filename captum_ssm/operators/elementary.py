@@ -118,6 +118,55 @@ class CausalConv(Operator):
         return self.w.shape[0], self.w.shape[0]
 
 
+@dataclass(frozen=True)
+class Conv(Operator):
+    """Depthwise convolution that also reads tokens ahead: ``y_t = sum_k w_k x_{t + ahead - (K-1) + k} + bias``.
+
+    Args:
+        w: (D, K), taps in torch's order: ``w[:, K-1-ahead]`` weighs the current token.
+        ahead: Number of later tokens that are read, 0 to K - 1.
+        bias: (D,) or None.
+    """
+
+    w: Tensor
+    ahead: int
+    bias: Tensor | None = None
+
+    mixes_tokens = True
+    optional = ("bias",)
+
+    def apply(self, x: Tensor, bias: bool = False) -> Tensor:
+        """Return the convolution of ``x`` (..., B, L, D). Cost: O(L·D·K)."""
+        later = F.pad(x, (0, 0, 0, self.ahead))  # (..., B, L + ahead, D)
+        y = causal_convolution(later, self.w)[..., self.ahead :, :]
+        return y + self.bias if bias and self.bias is not None else y
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return the convolution of ``u`` (..., B, L, D) with the taps in reverse order. Cost: O(L·D·K)."""
+        return self._reversed().apply(u)
+
+    def flipped(self) -> Conv:
+        """Return the convolution with the taps in reverse order."""
+        return self._reversed()
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the taps that weigh the current token, (D,)."""
+        return self.w[:, -1 - self.ahead]
+
+    def channels(self, index: Index) -> Conv:
+        """Return the convolution of a selection of channels."""
+        return Conv(self.w[index], self.ahead, None if self.bias is None else self.bias[index])
+
+    def _reversed(self) -> Conv:
+        """Return the convolution that reads as many tokens ahead as this one reads before."""
+        return Conv(self.w.flip(1), self.w.shape[1] - 1 - self.ahead, self.bias)
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Output and input channels."""
+        return self.w.shape[0], self.w.shape[0]
+
+
 def causal_convolution(x: Tensor, w: Tensor) -> Tensor:
     """Convolve ``x`` with the taps: a separate function, so that a rule of relevance can replace it.
 

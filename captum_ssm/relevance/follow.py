@@ -16,7 +16,7 @@ from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.network.recording import own_output, record_mixers
-from captum_ssm.operators import Chain, Flip, Operator, Sum
+from captum_ssm.operators import Chain, Operator, Rearranged, Sum
 from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
@@ -173,8 +173,8 @@ def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor
         return reduce(lambda x, factor: _separate_skip(factor, x, skips), factors, x)
     if isinstance(operator, Sum):
         return reduce(add, (_separate_skip(summand, x, skips) for summand in operator.summands.values()))
-    if isinstance(operator, Flip):
-        return _separate_skip(operator.operator, x.flip(-2), skips).flip(-2)
+    if isinstance(operator, Rearranged):
+        return operator.back(_separate_skip(operator.operator, operator.there(x), skips))
     skip = getattr(operator, "skip", None)
     if skip is None:
         return operator.apply(x, bias=True)

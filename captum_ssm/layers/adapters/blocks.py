@@ -158,7 +158,7 @@ def rwkv7(block: Any, mixer: Any, state: Tensor) -> Wire:
         x + mix(norm(x), v_first)
 
     Args:
-        block: ``RWKV7Block`` of fla.
+        block: ``RWKV7Block`` of fla or of rwkv7-hf.
         mixer: Its time mixing or channel mixing.
         state: Input of the block (B, L, E).
 

@@ -1,4 +1,4 @@
-"""Channel mixing of RWKV-6 and RWKV-7 in flash-linear-attention, which mixes each token with the one before it."""
+"""Channel mixing of RWKV-6 and RWKV-7, which mixes each token with the one before it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def channel_mix6(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     return Chain({"gate": Diagonal(gate), **factors})
 
 
+@register("RWKV7ChannelMix", kernel="token shift", family="rwkv7_hf", parts=("x_k", "key", "value"))
 @register("fla.RWKV7FeedForward", kernel="token shift", family="fla")
 def channel_mix7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the channel mixing of RWKV-7.
@@ -51,7 +52,7 @@ def channel_mix7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         y = W_v diag(act) W_k shift_k diag(mask) x
 
     Args:
-        mixer: ``RWKV7FeedForward`` of fla.
+        mixer: ``RWKV7FeedForward`` of fla, or ``RWKV7ChannelMix`` of rwkv7-hf.
         x: Input (B, L, E).
         kwargs: Arguments of the call; ``attention_mask`` (B, L) is 0 at padding.
 
@@ -59,7 +60,8 @@ def channel_mix7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         Chain of ``value``, ``act``, ``key``, ``shift`` and, with a mask, ``mask``.
 
     Source:
-        flash-linear-attention ``models/rwkv7/modeling_rwkv7.py``; Peng et al. 2025 (arXiv 2503.14456), section 4.
+        flash-linear-attention ``models/rwkv7/modeling_rwkv7.py``; rwkv7-hf ``modeling_rwkv7.py``; Peng
+        et al. 2025 (arXiv 2503.14456), section 4.
     """
     weights, mask = parameters(mixer, x), unpacked_mask(mixer, kwargs, x)
     return Chain(_feed_forward(mixer, weights, x, "key", weights["x_k"], mask))
@@ -82,5 +84,6 @@ def _feed_forward(
         ``value``, ``act``, ``key``, ``shift`` and, with a mask, ``mask``.
     """
     into: dict[str, Operator] = {"key": projection(weights, key), "shift": token_shift(before=mu, now=1 - mu), **mask}
-    act = secant(activation_name(mixer.act_fn), Chain(into).apply(x, bias=True))
+    name = activation_name(mixer.act_fn) if hasattr(mixer, "act_fn") else "relu2"
+    act = secant(name, Chain(into).apply(x, bias=True))
     return {"value": projection(weights, "value"), "act": Diagonal(act), **into}

@@ -1,4 +1,4 @@
-"""Time mixing of RWKV-7 in flash-linear-attention."""
+"""Time mixing of RWKV-7, in flash-linear-attention and in rwkv7-hf."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _TINY = 1e-24
 """Added to the squared length of a key, which may be 0, where the layer takes torch's ``normalize``."""
 
 
+@register("RWKV7TimeMix", kernel="WKV-7", family="rwkv7_hf", parts=("w_lora", "g_norm", "x_w"))
 @register("fla.RWKV7Attention", kernel="WKV-7", family="fla")
 def wkv7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """Decompose the time mixing of RWKV-7.
@@ -39,7 +40,7 @@ def wkv7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     ``v_first`` is a bias.
 
     Args:
-        mixer: ``RWKV7Attention`` of fla.
+        mixer: ``RWKV7Attention`` of fla, or ``RWKV7TimeMix`` of rwkv7-hf.
         x: Input (B, L, E); in a model (B, L, 2E), followed by the input of the first layer.
         kwargs: Arguments of the call: ``attention_mask`` (B, L) is 0 at padding, ``v_first`` is (B, L, D), ``source``
             is the first layer.
@@ -50,10 +51,11 @@ def wkv7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         chain of ``norm``, ``scan``, ``centre``, and ``bonus``.
 
     Source:
-        flash-linear-attention ``layers/rwkv7.py``; Peng et al. 2025 (arXiv 2503.14456), section 4.
+        flash-linear-attention ``layers/rwkv7.py``; rwkv7-hf ``modeling_rwkv7.py``; Peng et al. 2025
+        (arXiv 2503.14456), section 4.
     """
     weights, mask = parameters(mixer, x), unpacked_mask(mixer, kwargs, x)
-    masked, H, centre = Chain(mask).apply(x[..., : mixer.hidden_size]), mixer.num_heads, Centre(mixer.head_v_dim)
+    masked, H, centre = Chain(mask).apply(x[..., : mixer.hidden_size]), mixer.num_heads, Centre(_channels(mixer))
     inputs = {name: _shift(weights[f"x_{name}"]).apply(masked) for name in "rwkvag"}
     scan, r, k = _recurrence(mixer, weights, inputs)
     value: dict[str, Operator] = {
@@ -64,7 +66,7 @@ def wkv7(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     y, eps = scan.apply(centre.apply(Chain(value).apply(x, bias=True))), mixer.g_norm.eps
     norm = group_norm(y, H, eps, weights.get("g_norm.weight"), weights.get("g_norm.bias"))
     recurrence = Chain({"norm": norm, "scan": scan, "centre": centre})
-    bonus = (r * weights["r_k"] * k).sum(-1).repeat_interleave(mixer.head_v_dim, -1)  # (B, L, D)
+    bonus = (r * weights["r_k"] * k).sum(-1).repeat_interleave(centre.size, -1)  # (B, L, D)
     return Chain(
         {
             "out": projection(weights, "o_proj"),
@@ -99,10 +101,10 @@ def _recurrence(
     eta = low_rank(weights, "a_lora.lora", inputs["a"]).sigmoid()
     log_a = _SLOWEST * low_rank(weights, "w_lora.lora", inputs["w"], torch.tanh).sigmoid()
     kappa = heads(key * weights["k_k"])  # (B, L, H, N)
-    kappa = kappa * inverse_length(kappa, 1e-6 if mixer.fuse_norm else _TINY)
+    kappa = kappa * inverse_length(kappa, 1e-6 if getattr(mixer, "fuse_norm", False) else _TINY)
     r, k = heads(r), heads(key * (1 + (eta - 1) * weights["k_a"]))
     erase = kappa * heads(eta)
-    scan = DeltaScan(a=heads(log_a).exp(), b=k, c=r, recall=kappa, erase=erase, head_size=mixer.head_v_dim)
+    scan = DeltaScan(a=heads(log_a).exp(), b=k, c=r, recall=kappa, erase=erase, head_size=_channels(mixer))
     return scan, r, k
 
 
@@ -134,7 +136,7 @@ def _values(mixer: Any, weights: Mapping[str, Tensor], x: Tensor, kwargs: Mappin
     }
 
 
-@register_source("RWKV7Attention")
+@register_source("RWKV7Attention", "RWKV7TimeMix")
 def first_layer(mixer: Any, calls: Sequence[Any]) -> Any:
     """Find the call of the first layer, whose input makes the values ``v_first``.
 
@@ -150,6 +152,11 @@ def first_layer(mixer: Any, calls: Sequence[Any]) -> Any:
     """
     first = (call for call in reversed(calls) if type(call.mixer) is type(mixer) and call.mixer.layer_idx == 0)
     return None if mixer.layer_idx == 0 else next(first, None)
+
+
+def _channels(mixer: Any) -> int:
+    """Return P, the channels of a head; fla's layer may have others than its keys."""
+    return getattr(mixer, "head_v_dim", mixer.head_dim)
 
 
 def _shift(mu: Tensor) -> CausalConv:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.padding import padding_mask, refuse_packed
-from captum_ssm.layers.parameters import parameters, projection, projections
-from captum_ssm.layers.selective_scan import one_head, selective_factors, selective_layer
-from captum_ssm.operators import Chain, Diagonal, Sum
+from captum_ssm.layers.parameters import parameters
+from captum_ssm.layers.selective_scan import (
+    gated_layer,
+    names_of_direction,
+    one_head,
+    renamed,
+    selective_factors,
+    selective_layer,
+    selective_recurrence,
+    two_directions,
+)
+from captum_ssm.operators import Chain, Diagonal, Operator, Reordered, Sum
 
 
 @register(
@@ -38,8 +46,7 @@ def native_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         Chain of ``out``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and, with a mask, ``mask``.
 
     Raises:
-        UnsupportedModelError: If the call packs several sequences into one, or Vision Mamba's layer has directions that
-            share their convolution.
+        UnsupportedModelError: If the call packs several sequences into one.
 
     Source:
         mamba_ssm ``modules/mamba_simple.py``; flash-linear-attention ``layers/mamba.py``.
@@ -57,51 +64,52 @@ def bidirectional(mixer: Any, x: Tensor) -> Chain:
 
         y = W_out diag(silu(z)) [S M + flip S_b M_b flip] W_in x / 2 + bias
 
-    ``S M`` are the factors of one direction; the direction from the end has a second convolution and recurrence.
+    ``S M`` are the factors of one direction; the direction from the end has a second convolution and recurrence. In the
+    first version (v1) it has the decays alone of its own: ``[S + flip S_b flip] M``. In SegMamba (v3) a third direction
+    reads the first token of every slice of a volume, then the second of every slice, and so on.
 
     Args:
-        mixer: ``Mamba`` of Vision Mamba's fork of mamba_ssm, with ``bimamba_type="v2"``.
+        mixer: ``Mamba`` of Vision Mamba's fork of mamba_ssm, of any ``bimamba_type``, or of SegMamba's.
         x: Input (B, L, E).
 
     Returns:
         Chain of ``layer_scale`` (where the layer has one), ``out``, ``gate``, ``half`` (where the layer divides by 2),
-        ``directions``, ``in``. ``directions`` is the sum of ``forward`` and ``backward``, chains of ``scan``, ``act``,
-        ``conv``.
-
-    Raises:
-        UnsupportedModelError: If the directions share their convolution (``bimamba_type="v1"``).
+        ``directions``, ``in``. ``directions`` is the sum of ``forward``, ``backward`` and, in SegMamba, ``slices``,
+        chains of ``scan``, ``act``, ``conv``. In v1 it is a sum of scans, and ``act``, ``conv`` stand after it.
 
     Source:
-        hustvl/Vim ``mamba-1p1p1/mamba_ssm/modules/mamba_simple.py``; Zhu et al. 2024 (arXiv 2401.09417), algorithm 1.
+        hustvl/Vim ``mamba-1p1p1/mamba_ssm/modules/mamba_simple.py``; Zhu et al. 2024 (arXiv 2401.09417), algorithm 1;
+        ge-xing/SegMamba ``mamba/mamba_ssm/modules/mamba_simple.py``; Xing et al. 2024 (arXiv 2401.13560), section 2.2.
     """
-    weights, D = parameters(mixer, x), len(mixer.A_log)
-    if "conv1d_b.weight" not in weights:
-        raise UnsupportedModelError(
-            f"This Mamba layer has bimamba_type={getattr(mixer, 'bimamba_type', None)!r}. Of those that read both ways "
-            'the adapter knows "v2" alone, that of the published Vision Mamba. Register an adapter of your own for it '
-            "(captum_ssm.register)."
-        )
-    into, gate = projections(weights, "in_proj", [D, D])
-    value = into.apply(x, bias=True)
-    forward = Chain(selective_factors(one_head(weights), value, mixer.activation))
-    backward = Chain(selective_factors(one_head(_backward(weights)), value.flip(1), mixer.activation)).flipped()
-
+    weights = parameters(mixer, x)
     divides = getattr(mixer, "if_divide_out", getattr(mixer, "if_devide_out", False))  # the forks differ in spelling
-    return Chain(
-        {
-            **({"layer_scale": Diagonal(weights["gamma"])} if "gamma" in weights else {}),
-            "out": projection(weights, "out_proj"),
-            "gate": Diagonal(F.silu(gate.apply(x, bias=True))),
-            **({"half": Diagonal(weights["D"].new_tensor(0.5))} if divides else {}),
-            "directions": Sum({"forward": forward, "backward": backward}),
-            "in": into,
-        }
-    )
+    half = {"half": Diagonal(weights["D"].new_tensor(0.5))} if divides else {}
+
+    def between(value: Tensor) -> dict[str, Operator]:
+        if "conv1d_b.weight" not in weights:
+            return _shared_convolution(weights, value, mixer.activation)
+        directions = two_directions(weights, _BACKWARD, value, mixer.activation)
+        if "A_s_log" in weights:
+            order = torch.arange(value.shape[1], device=value.device).view(mixer.nslices, -1).T.flatten()
+            other = one_head(renamed(weights, _SLICES))
+            slices = Chain(selective_factors(other, value[:, order], mixer.activation))
+            directions["slices"] = Reordered(slices, order)
+        return {**half, "directions": Sum(directions)}
+
+    scale = {"layer_scale": Diagonal(weights["gamma"])} if "gamma" in weights else {}
+    return Chain({**scale, **gated_layer(x, weights, between).factors})
 
 
-def _backward(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the parameters of the direction from the end, by the names of the other direction."""
-    modules = ("conv1d", "x_proj", "dt_proj")
-    names = {f"{name}.{tensor}": f"{name}_b.{tensor}" for name in modules for tensor in ("weight", "bias")}
-    names |= {"A_log": "A_b_log", "D": "D_b"}
-    return {name: weights[backward] for name, backward in names.items() if backward in weights}
+def _shared_convolution(weights: Mapping[str, Tensor], value: Tensor, activation: str) -> dict[str, Operator]:
+    """Build the factors of directions that read the same convolved input and differ in their decays alone."""
+    own = one_head(weights)
+    factors = selective_factors(own, value, activation)
+    u = Chain({name: factors[name] for name in ("act", "conv")}).apply(value, bias=True)
+    backward = selective_recurrence({**own, "A_log": weights["A_b_log"]}, u.flip(1)).flipped()
+    directions = Sum({"forward": factors["scan"], "backward": backward})
+    return {"directions": directions, "act": factors["act"], "conv": factors["conv"]}
+
+
+_BACKWARD = names_of_direction("_b", {"A_log": "A_b_log", "D": "D_b"})
+_SLICES = names_of_direction("_s", {"A_log": "A_s_log", "D": "D_s"})
+"""The parameters of the further directions, by the names of the first one's."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.layers.activations import activation, activation_name
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import convolution, parameters, projection
-from captum_ssm.operators import Chain, Diagonal, Scan
+from captum_ssm.layers.real_gated import real_gated_recurrence
+from captum_ssm.operators import Chain, Diagonal
 
 
 @register("RecurrentGemmaRecurrentBlock", kernel="RG-LRU", family="recurrent_gemma")
@@ -43,42 +42,13 @@ def rg_lru(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     into, conv = projection(weights, "linear_x"), convolution(weights, "conv_1d")
     convolved = conv.apply(into.apply(x, bias=True), bias=True)
     gate = projection(weights, "linear_y").apply(x, bias=True)
+    H, starts = mixer.rg_lru.num_attention_heads, kwargs["position_ids"] == 0
     return Chain(
         {
             "out": projection(weights, "linear_out"),
             "gate": Diagonal(activation(activation_name(mixer.act_fn), gate)),
-            "scan": _recurrence(convolved, weights, mixer.rg_lru.num_attention_heads, kwargs["position_ids"] == 0),
+            "scan": real_gated_recurrence(convolved, weights, H, starts),
             "conv": conv,
             "in": into,
         }
-    )
-
-
-def _recurrence(x: Tensor, weights: Mapping[str, Tensor], H: int, starts: Tensor) -> Scan:
-    """Build the recurrence of a layer.
-
-    Args:
-        x: Convolved input (B, L, D).
-        weights: Parameters of the layer by name.
-        H: Number of heads that the gates are block-diagonal in.
-        starts: (B or 1, L), True where a sequence starts.
-
-    Returns:
-        The recurrence.
-    """
-    starts, heads = starts.unsqueeze(-1), x.unflatten(-1, (H, -1))
-    r, i = (
-        torch.einsum("blhp,hpq->blhq", heads, weights[f"rg_lru.{name}_gate_weight"])
-        .add(weights[f"rg_lru.{name}_gate_bias"])
-        .sigmoid()
-        .flatten(-2)
-        for name in ("recurrent", "input")
-    )
-    log_a = -8 * r * F.softplus(weights["rg_lru.recurrent_param"])
-    # not expm1: near a = 1 rounding is felt, and has to be the layer's; the bound is below it, for the gradient at 0
-    scale = (1 - torch.exp(2 * log_a)).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-    return Scan(
-        a=torch.where(starts, 0, log_a.exp()).unsqueeze(-1),
-        b=(torch.where(starts, 1, scale) * i).unsqueeze(-1),
-        c=x.new_ones(1, 1, 1, 1),
     )
