@@ -440,7 +440,7 @@ CASES: dict[str, Case] = {
         MIXED_BEFORE,
     ),
     "points, a set": Case(lambda: Model(set_of_points, embed=linear(3), head=head()), ((9, 3),), NO_LAYER, near=True),
-    "points, sorted": Case(series(sorted_points, mamba), ((9, 3),), near=True),
+    "points, sorted": Case(series(sorted_points, mamba), ((9, 3),), "order of the tokens", near=True),
     "points, neighbours": Case(series(neighbours, mamba), ((9, 3),), MIXED_BEFORE),
     "video, frames as tokens": Case(series(video, mamba, width=8), ((L, 2, 2, 2),), SHAPE),
     "encoder and decoder": Case(

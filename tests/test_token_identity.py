@@ -237,7 +237,10 @@ def test_tokens_that_are_no_longer_those_of_the_inputs_are_refused(
 @every_kind
 def test_an_output_turned_round_and_read_by_several_tokens_is_refused(kind: str, ids: Tensor) -> None:
     """The score reads the last three tokens of the inputs, and the first three of the layer, whatever the codes."""
-    path = lambda m, x, inputs: m.conv((x + m.mix[0](m.norm(x)).flip(1)).mT).mT  # noqa: E731
+
+    def path(m: Any, x: Tensor, inputs: Tensor) -> Tensor:
+        return F.conv1d((x + m.mix[0](m.norm(x)).flip(1)).mT, m.conv.weight, m.conv.bias, padding=1).mT
+
     model = Model(path, at=-2)
     model.mix = model.mix[:1].eval()
     for method in METHODS.values():

@@ -77,7 +77,7 @@ def _changed_at(places: Tensor, values: Tensor) -> Tensor:
 
 def _reason(name: str) -> str:
     return (
-        f"{name} reads values of other tokens than its gradient shows: code behind detach(), no_grad() or numpy "
-        "carries values between tokens, which an explanation would silently leave out. Let a gradient pass there, or "
-        "use ImplicitAttentionRelevance, which follows every function."
+        f"{name} reads values of other tokens than its gradient shows: code behind detach(), no_grad() or numpy, or an "
+        "order of the tokens that depends on their values, carries values between tokens, which an explanation would "
+        "silently leave out. Let a gradient pass there, sort before the model, or use ImplicitAttentionRelevance, which follows every function."
     )
