@@ -175,7 +175,7 @@ def test_unknown_options_are_refused() -> None:
     model = vision_mamba()
     with pytest.raises(InvalidInputError, match=r"recipe must be one of raw, rollout, .* not 'ours'"):
         ClassTokenAttention(model, recipe="ours")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="start_layer must be at least 0, not -1"):
+    with pytest.raises(InvalidInputError, match="start_layer must be an int of at least 0, not -1"):
         ClassTokenAttention(model, start_layer=-1)
     with pytest.raises(InvalidInputError, match="start_layer is 4, but the model has 4 layers"):
         ClassTokenAttention(model, start_layer=4).attribute(some_images(), target=3)

@@ -71,7 +71,7 @@ class ClassTokenAttention(ImplicitAttentionMethod):
         if recipe not in get_args(Recipe):
             raise InvalidInputError(f"recipe must be one of {', '.join(get_args(Recipe))}, not {recipe!r}.")
         if not isinstance(start_layer, int) or start_layer < 0:
-            raise InvalidInputError(f"start_layer must be at least 0, an int, not {start_layer!r}.")
+            raise InvalidInputError(f"start_layer must be an int of at least 0, not {start_layer!r}.")
         self.recipe: Recipe = recipe
         self.start_layer = start_layer
 

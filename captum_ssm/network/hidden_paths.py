@@ -79,5 +79,6 @@ def _reason(name: str) -> str:
     return (
         f"{name} reads values of other tokens than its gradient shows: code behind detach(), no_grad() or numpy, or an "
         "order of the tokens that depends on their values, carries values between tokens, which an explanation would "
-        "silently leave out. Let a gradient pass there, sort before the model, or use ImplicitAttentionRelevance, which follows every function."
+        "silently leave out. Let a gradient pass there, sort before the model, or use ImplicitAttentionRelevance, "
+        "which follows every function."
     )
