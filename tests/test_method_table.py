@@ -37,7 +37,7 @@ def test_relevance_explains_all_that_is_written_in_torch(found: Any) -> None:
     for name, (_, cells) in found.items():
         outside = any(word in name for word in ("leaves torch", "torch.jit", "random"))
         assert all(bool(cell.cause) == outside for cell in cells[:2]), name
-        assert all(cell.cause or cell.error <= 1e-5 for cell in cells), name
+        assert all(cell.cause or cell.error <= 5e-5 for cell in cells), name
 
 
 def test_each_cause_is_a_whole_sentence(found: Any) -> None:
