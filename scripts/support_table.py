@@ -124,7 +124,8 @@ and torch {torch.__version__.partition("+")[0]} on a CPU. *Largest error*: of a 
 output in float32, relative to the largest output. *Left padding*: exact if scores equal those of the sentence alone;
 where the model itself is not exact, because it ignores the mask or, in some configurations, has a bias before its
 convolution, the call is refused, and padding on the right works. *Types*: `all` is float64, float32, bfloat16 and
-float16. Any other layer that mixes tokens is refused by name.
+float16. Any other layer that mixes tokens is refused by name,
+but for relevance, which follows it function by function.
 {END}"""
 
 

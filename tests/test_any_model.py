@@ -22,6 +22,7 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.operators import Chain, Diagonal
+from tests.test_causes import LoraLinear
 
 D, N, L = 6, 4, 10
 
@@ -162,6 +163,28 @@ def test_a_layer_and_a_neuron_of_any_model() -> None:
     torch.testing.assert_close(total((head,)), expected, atol=1e-5, rtol=1e-5)
     neuron = NeuronImplicitAttentionRelevance(model, "embed").attribute(x, (0, 2), baselines=reference)
     assert neuron.shape == x.shape and neuron[:, 1:].eq(0).all()
+
+
+def test_a_layer_beside_one_that_is_followed_function_by_function() -> None:
+    """Only the factors of a chain ask for the decomposition, not the input of a layer."""
+    model: Any = Series(known)
+    model.mixers[0].in_proj = LoraLinear(model.mixers[0].in_proj)
+    filled(model)
+    x, reference = inputs(2, L, 3), inputs(2, L, 3, seed=2)
+    method = LayerImplicitAttentionRelevance(model, "head")
+    relevance = method.attribute(x, 1, baselines=reference)
+    torch.testing.assert_close(total((relevance,)), difference(model, (x,), (reference,))[:, 1], atol=1e-5, rtol=1e-5)
+    assert method.followed["mixers.0"].startswith("Layer") and method.followed["mixers.1"] == "decomposition"
+    with pytest.raises(UnsupportedModelError, match="LoRA"):
+        LayerImplicitAttentionRelevance(model, "mixers.1", factor="scan").attribute(x, 1, baselines=reference)
+
+
+@pytest.mark.parametrize("method", [LayerImplicitAttentionRelevance, NeuronImplicitAttentionRelevance])
+def test_a_layer_of_a_callable_needs_its_model(method: Any) -> None:
+    model = filled(Series())
+    with pytest.raises(InvalidInputError, match=r"layer 'head' is not known.*\(forward_func, layer, model\)"):
+        method(lambda x: model(x), "head")
+    assert method(lambda x: model(x), "head", model).layer is model.head
 
 
 # --- Inputs of any shape, and several -----------------------------------------------------------------------------

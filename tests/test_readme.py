@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from captum_ssm import supported, unregister
 from tutorials.vision_mamba import load_digits_model, two_digit_canvases
@@ -14,7 +15,7 @@ from tutorials.vision_mamba import load_digits_model, two_digit_canvases
 README = Path(__file__).parents[1] / "README.md"
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-FIRST, CALLABLE, CONTRAST, RELEVANCE, METRICS, IMAGES, GENERATION, ADAPTER = BLOCKS
+FIRST, CALLABLE, CONTRAST, RELEVANCE, METRICS, ANY_MODEL, IMAGES, GENERATION, ADAPTER = BLOCKS
 DERIVATION = README.parent / "docs" / "relevance.md"
 
 
@@ -46,6 +47,16 @@ def test_the_examples_explain_the_shipped_model(tmp_path: Path, monkeypatch: pyt
     assert result.token_attr.shape == (len(result.output_tokens), len(result.input_tokens))
     assert len(result.input_tokens) == names["prompt"].shape[1] + len(result.output_tokens) - 1
     plt.close(names["figure"])
+
+
+def test_the_example_of_any_model_adds_up() -> None:
+    names: dict[str, Any] = {}
+    exec(ANY_MODEL, names)
+    forecast, (series, features), (usual, _) = names["forecast"], names["inputs"], names["usual"]
+    with torch.no_grad():
+        difference = forecast(series, features) - forecast(usual.expand_as(series), torch.zeros_like(features))
+    found = names["of_series"].sum((1, 2)) + names["of_features"].sum(1)
+    torch.testing.assert_close(found, difference[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_examples_explain_images() -> None:

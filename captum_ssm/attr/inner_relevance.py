@@ -120,6 +120,8 @@ class _LayerProbe(_InnerProbe):
 class _FactorProbe(_InnerProbe):
     """Collects the input of one factor of a mixer's chain."""
 
+    watches_factors = True
+
     def __init__(self, layer: str, factor: str) -> None:
         super().__init__(layer)
         self.factor = factor
@@ -222,4 +224,9 @@ def find_layer(method: ModelMethod, layer: nn.Module | str) -> tuple[str, nn.Mod
         if module is layer or (name and name == layer):
             return name, module
     shown = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+    if type(method.model) is nn.Module:
+        raise InvalidInputError(
+            f"forward_func is a plain callable, so the model that has the layer {shown} is not known. Pass it too: "
+            f"{type(method).__name__}(forward_func, layer, model)."
+        )
     raise InvalidInputError(f"{type(method.model).__name__} has no layer {shown}; see its named_modules().")

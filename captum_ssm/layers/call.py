@@ -77,7 +77,11 @@ def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
-    x = arguments.pop(next(iter(arguments)))
+    first = next(iter(arguments))
+    x = arguments.pop(first)
+    named = bound.signature.parameters.get(first)
+    if named is not None and named.kind is named.VAR_POSITIONAL and len(x) == 1:
+        (x,) = x  # of a wrapper's forward(*args, **kwargs)
     return x, arguments
 
 

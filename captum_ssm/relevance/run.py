@@ -58,7 +58,10 @@ class Probe:
 
     Attributes:
         tensors: The tensors of one run, in the order in which the model had them.
+        watches_factors: Whether the factors of the mixers' chains are wanted, which only a decomposition has.
     """
+
+    watches_factors = False
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -155,7 +158,7 @@ class Run:
             self.probe.attach(stack)
         follow_gates = not self._is_frozen or options.gate_rule == "half"
         skips = self._skips if options.separate_skip else None
-        on_factor = None if self.probe is None else self.probe.on_factor
+        on_factor = self.probe.on_factor if self.probe is not None and self.probe.watches_factors else None
         self.followed = stack.enter_context(
             follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor)
         )
