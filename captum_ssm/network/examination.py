@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
-from captum_ssm.layers.mixers import supported_families
+from captum_ssm.layers.mixers import not_gated_linear, supported_families
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph
 from captum_ssm.network.held_run import ModuleRun, gradients, hold, is_inside, tokens_first, weighed
 from captum_ssm.network.measurements import Measurements
@@ -138,9 +138,12 @@ def _refuse_mixing(runs: list[ModuleRun], length: int) -> None:
                 "silently leave it out. Put it into a layer and register an adapter for that with captum_ssm.register, "
                 "or use ImplicitAttentionRelevance, which follows every function."
             )
+        around = [culprit, *(outer for outer in runs if is_inside(culprit.name, outer.name))]
+        reason = next(filter(None, (not_gated_linear(outer.module) for outer in around)), "")
         raise UnsupportedModelError(
             f"Layer '{culprit.name}' ({name}) mixes tokens, and no adapter knows it, so an explanation would silently "
-            f"leave it out. Supported: {supported_families()}. Register an adapter for {name} with captum_ssm.register."
+            f"leave it out. {reason}Supported: {supported_families()}. Register an adapter for {name} with "
+            "captum_ssm.register, or use ImplicitAttentionRelevance, which follows every function."
         )
 
 

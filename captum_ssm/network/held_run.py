@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph, Stream
@@ -154,10 +155,21 @@ def _trace(model: nn.Module, calls: list[LayerCall], embeddings: Tensor, output:
 
 
 def gradients(score: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradient of a score at each source; zero where it does not depend on it."""
+    """Return the gradient of a score at each source; zero where it does not depend on it.
+
+    Raises:
+        UnsupportedModelError: If the code of the model has no gradient here.
+    """
     if not score.requires_grad:
         return tuple(map(torch.zeros_like, sources))
-    return torch.autograd.grad(score, list(sources), retain_graph=True, materialize_grads=True)
+    try:
+        return torch.autograd.grad(score, list(sources), retain_graph=True, materialize_grads=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"The gradient of the code between the layers fails ({error}), as where a model runs a part again for the "
+            "gradient (torch.utils.checkpoint). Explain it without such checkpoints, or use "
+            "ImplicitAttentionRelevance, which follows every function."
+        ) from error
 
 
 def weighed(tensor: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _norms(tensors: list[Tensor]) -> tuple[float, ...]:
             if dtype.is_floating_point and dtype.itemsize > 1:
                 norms += torch.stack(torch._foreach_norm(alike)).tolist()
             else:
-                norms += [float(tensor.double().norm()) for tensor in alike]
+                norms += [float((tensor if tensor.is_complex() else tensor.double()).norm()) for tensor in alike]
     return tuple(norms)
 
 

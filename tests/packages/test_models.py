@@ -245,15 +245,16 @@ def test_recurrentgemma_is_followed_by_relevance(ids: Tensor) -> None:
     torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_recurrentgemma_is_refused_by_the_methods_of_matrices_as_its_blocks_run_again(ids: Tensor) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"torch\.utils\.checkpoint"):
+        ImplicitAttentionRollout(built(Griffin)).attribute(ids)
+
+
 def test_an_slstm_is_refused_by_the_methods_of_matrices(ids: Tensor) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.xlstm.*mixes tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.xlstm.*mixes tokens.*sLSTMLayer is not gated-linear"):
         ImplicitAttentionRollout(built(with_slstm)).attribute(ids)
 
 
-without_rules = pytest.mark.xfail(raises=UnsupportedModelError, reason="a function of the model has no rule yet")
-
-
-@without_rules
 def test_an_slstm_is_followed_by_relevance(ids: Tensor) -> None:
     model = built(with_slstm)
     relevance = ImplicitAttentionRelevance(model).attribute(ids, TARGET, baselines=3)
@@ -273,7 +274,6 @@ def images() -> Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-@without_rules
 def test_mambavision_is_followed_by_relevance(images: Tensor) -> None:
     model = built(mambavision)
     relevance = ImplicitAttentionRelevance(model).attribute(images, TARGET, baselines=0.0)
