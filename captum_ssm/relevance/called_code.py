@@ -54,9 +54,10 @@ def called_code(model: nn.Module, names: frozenset[str]) -> Iterator[Called]:
 
 
 def _of_files(files: set[str], names: frozenset[str]) -> Iterator[Called]:
-    """Yield all functions in these modules of Python, and those of certain names in all that are loaded."""
-    own = [(path, name) for path in files if not path.startswith("torch.") for name in list(vars(sys.modules[path]))]
-    for path, name in (*own, *_loaded(frozenset(n.rpartition(".")[2] for n in names), tuple(sys.modules))):
+    """Yield the functions of certain names in these modules of Python, by any alias, and in all that are loaded."""
+    bare = _without_modules(names)
+    sizes = tuple((path, len(vars(sys.modules[path]))) for path in sorted(files) if not path.startswith("torch."))
+    for path, name in (*_aliases(bare, sizes), *_loaded(bare, tuple(sys.modules))):
         home = sys.modules.get(path)
         code = original(vars(home).get(name)) if home is not None else None
         if isinstance(code, type):
@@ -64,6 +65,19 @@ def _of_files(files: set[str], names: frozenset[str]) -> Iterator[Called]:
                 yield Called(code, "apply", path, original(code.apply))
         elif code is not None:
             yield Called(home, name, path, code)
+
+
+@lru_cache(maxsize=4)
+def _without_modules(names: frozenset[str]) -> frozenset[str]:
+    """Return names of functions without the modules in front."""
+    return frozenset(name.rpartition(".")[2] for name in names)
+
+
+@lru_cache(maxsize=16)
+def _aliases(names: frozenset[str], sizes: tuple[tuple[str, int], ...]) -> list[tuple[str, str]]:
+    """Return the names that these modules of Python, given with how much they hold, have for functions of names."""
+    held = [(path, *item) for path, _ in sizes for item in list(vars(sys.modules[path]).items())]
+    return [(path, name) for path, name, code in held if name in names or _own_name(original(code)) in names]
 
 
 @lru_cache(maxsize=4)
