@@ -78,10 +78,15 @@ def read_ids(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, m
     by_token = [tokens_first(changed, held.length).any(-1) for changed in output if held.has_tokens(changed)]
 
     def try_others(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            calls, result = run_again(model, run, held, torch.where(tokens, others, held.inputs))
-            now, before = tokens_read(calls, result), tokens_read(held.calls, held.output)
+        ids = torch.where(tokens, others, held.inputs)
+        with torch.no_grad():
+            _, result = run_again(model, run, held, ids)
         changed = by_example(changed_entries(result, held.output), len(others))
+        if not bool(changed.any()):
+            return changed, changed
+        with torch.enable_grad():
+            calls, result = run_again(model, run, held, ids)
+            now, before = tokens_read(calls, result), tokens_read(held.calls, held.output)
         return changed, now.ne(before).flatten(1).any(1)
 
     return IdReadings(
