@@ -618,14 +618,16 @@ def became(call: Call) -> tuple[str, str]:
 
 
 def _error_of_the_model(call: Call) -> Exception | None:
-    """Return the error that the model alone raises for the inputs: those of a user's own code are passed on."""
+    """Return the error that the model alone raises for the inputs, or a part: those of a user's code are passed on."""
     inputs = call.arguments["inputs"]
     if call.subject.name == "language model":
         return None
-    try:
-        call.subject.model(*inputs if isinstance(inputs, tuple) else (inputs,))
-    except Exception as error:
-        return error
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for part in (tensors, [x[:1] for x in tensors if isinstance(x, Tensor) and x.dim()]):
+        try:
+            call.subject.model(*part)
+        except Exception as error:
+            return error
     return None
 
 
