@@ -597,7 +597,7 @@ def became(call: Call) -> tuple[str, str]:
     except AssertionError as error:
         found, result, detail = None, "refused: AssertionError", str(error)
     except Exception as error:
-        theirs = isinstance(error, type(_error_of_the_model(call)))
+        theirs = isinstance(error, _errors_of_the_model(call))
         result = "an error of the model" if theirs else f"WRONG: an error of the package ({type(error).__name__})"
         found, detail = None, str(error)
     after = _state(call)
@@ -617,18 +617,18 @@ def became(call: Call) -> tuple[str, str]:
     return _wrong_scores(call, found) or (result, "")
 
 
-def _error_of_the_model(call: Call) -> Exception | None:
-    """Return the error that the model alone raises for the inputs, or a part: those of a user's code are passed on."""
-    inputs = call.arguments["inputs"]
+def _errors_of_the_model(call: Call) -> tuple[type[Exception], ...]:
+    """Return the errors that the model alone raises for the inputs, and a part: those of a user's code are passed on."""
+    inputs, errors = call.arguments["inputs"], list[type[Exception]]()
     if call.subject.name == "language model":
-        return None
+        return ()
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     for part in (tensors, [x[:1] for x in tensors if isinstance(x, Tensor) and x.dim()]):
         try:
             call.subject.model(*part)
         except Exception as error:
-            return error
-    return None
+            errors.append(type(error))
+    return tuple(errors)
 
 
 def _wrong_scores(call: Call, found: Any) -> tuple[str, str] | None:
