@@ -618,7 +618,7 @@ def became(call: Call) -> tuple[str, str]:
 
 
 def _errors_of_the_model(call: Call) -> tuple[type[Exception], ...]:
-    """Return the errors that the model alone raises for the inputs, and a part: those of a user's code are passed on."""
+    """Return the errors that the model alone raises for the inputs, and for a part: a user's own are passed on."""
     inputs, errors = call.arguments["inputs"], list[type[Exception]]()
     if call.subject.name == "language model":
         return ()
