@@ -6,22 +6,18 @@ for. Whatever happens, nothing may be left changed. ``--only K`` makes call K al
 broken.
 """
 
-import argparse
 import sys
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 import captum_ssm as cs
 from tests.conftest import build, snapshot
+from tests.properties.command import command
 from tests.properties.grammar import Drawn, Embedded
 from tests.properties.laws import REFUSALS, TOLERANCE
 from tests.properties.pieces import READ, Mixer, Step, V
@@ -684,30 +680,14 @@ def _difference(call: Call, inputs: Tensor) -> Tensor | None:
 
 def main() -> int:
     """Run, print the counts, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first call")
-    parser.add_argument("--only", type=int, help="the number of the one call to make")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    numbers = range(options.first, options.first + options.calls) if options.only is None else [options.only]
-    explained, counts, shown = subjects(), Counter[str](), Counter[str]()
-    began = time.perf_counter()
-    for number in numbers:
-        call = drawn_call(explained, options.seed, number)
+    explained = subjects()
+
+    def become(seed: int, number: int) -> Iterator[tuple[str, str]]:
+        call = drawn_call(explained, seed, number)
         result, detail = became(call)
-        counts[result] += 1
-        shown[result] += 1
-        if options.only is not None or ("WRONG" in result and shown[result] <= 20):
-            print(f"--seed {options.seed} --only {number}: {result}\n    {call.text}\n    {detail[:300]}", flush=True)
-    took = time.perf_counter() - began
-    for name, count in sorted(counts.items()):
-        print(f"{count:6d}  {name}")
-    print(f"{len(numbers)} calls of seed {options.seed} in {took:.0f} s, {len(numbers) / took:.0f} a second")
-    return int(any("WRONG" in name for name in counts))
+        yield result, f"{result}\n    {call.text}\n    {detail[:300]}"
+
+    return command("calls", 1000, __doc__, become, most=20)
 
 
 if __name__ == "__main__":
