@@ -22,6 +22,7 @@ from captum_ssm import (
     unregister,
 )
 from captum_ssm.operators import Chain, Diagonal
+from captum_ssm.relevance.explanation import Explanation
 from tests.test_causes import LoraLinear
 
 D, N, L = 6, 4, 10
@@ -121,9 +122,8 @@ def test_relevance_of_a_small_step_is_the_gradient_times_it() -> None:
 
 
 def test_one_way_or_the_other_the_sum_is_the_same() -> None:
-    """The mixer by its decomposition, and the same mixer behind a class of another name."""
+    """The mixers by their decomposition, and the same mixers in a model that the method is not told of."""
     model, x, reference = filled(Series(known)), inputs(2, L, 3), inputs(2, L, 3, seed=2)
-    own = type("Another", (nn.Module,), {"forward": lambda self, x: self.inner(x)})
     stranger = Series(known)
     stranger.load_state_dict(model.state_dict())
     stranger.eval()
@@ -131,7 +131,7 @@ def test_one_way_or_the_other_the_sum_is_the_same() -> None:
     by_chain = ImplicitAttentionRelevance(model)
     one, other = (method.attribute(x, 1, baselines=reference) for method in (by_chain, by_loop))
     torch.testing.assert_close(total((one,)), total((other,)), atol=1e-5, rtol=1e-5)
-    assert len(by_chain.followed) == 2 and by_loop.followed == {} and own is not None
+    assert len(by_chain.followed) == 2 and by_loop.followed == {}
 
 
 def test_a_callable_and_a_method_need_no_model() -> None:
@@ -272,14 +272,13 @@ def test_a_bag_has_one_score() -> None:
 def test_a_model_that_runs_twice() -> None:
     """The two towers of a siamese network share their weights."""
     model = filled(Series())
-    twice = lambda x, y: F.cosine_similarity(model(x), model(y))  # noqa: E731
     x, y = inputs(2, L, 3), inputs(2, L, 3, seed=4)
-    parts = ImplicitAttentionRelevance(lambda x, y: (model(x) * model(y)).sum(1), model).attribute(
-        (x, y), baselines=(0, 0)
-    )
-    expected = difference(lambda x, y: (model(x) * model(y)).sum(1), (x, y), (x * 0, y * 0))
-    torch.testing.assert_close(total(parts), expected, atol=1e-5, rtol=1e-5)
-    assert twice(x, y).shape == (2,)
+    for join in (lambda a, b: (a * b).sum(1), F.cosine_similarity):
+        twice = lambda x, y, join=join: join(model(x), model(y))  # noqa: E731
+        parts = ImplicitAttentionRelevance(twice, model).attribute((x, y), baselines=(0, 0))
+        expected = difference(twice, (x, y), (x * 0, y * 0))
+        assert expected.shape == (2,)
+        torch.testing.assert_close(total(parts), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_complex_inputs_are_refused() -> None:
@@ -341,3 +340,12 @@ def test_a_class_of_a_common_name_is_another_layer_if_its_parts_are_missing() ->
     with pytest.raises(UnsupportedModelError, match="S6"):
         ImplicitAttentionRollout(model)
     assert ImplicitAttentionRelevance(model).attribute(inputs(2, L, 3), 1, baselines=0).shape == (2, L, 3)
+
+
+def test_batches_whose_layers_went_different_ways_are_joined() -> None:
+    """A layer that was decomposed in the second batch alone keeps its error."""
+    parts = [
+        Explanation((torch.ones(1, 2),), {}, torch.zeros(1), 0.0, set(), fidelity, {})
+        for fidelity in ({"first": 1e-7}, {"first": 2e-7, "second": 3e-7})
+    ]
+    assert Explanation.joined(parts).fidelity == {"first": 2e-7, "second": 3e-7}

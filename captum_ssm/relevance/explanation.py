@@ -44,12 +44,13 @@ class Explanation:
     @staticmethod
     def _merged(parts: Sequence[Explanation], merge: Callable[[Sequence[Tensor]], Tensor]) -> Explanation:
         names = dict.fromkeys(name for part in parts for name in part.terms)
+        layers = dict.fromkeys(name for part in parts for name in part.fidelity)
         return Explanation(
             tuple(map(merge, zip(*(part.relevance for part in parts)))),
             {name: merge([part.terms.get(name, torch.zeros_like(part.delta)) for part in parts]) for name in names},
             merge([part.delta for part in parts]),
             max(part.completeness for part in parts),
             set[str]().union(*(part.decisions for part in parts)),
-            {name: max(part.fidelity.get(name, 0.0) for part in parts) for name in parts[0].fidelity},
+            {name: max(part.fidelity.get(name, 0.0) for part in parts) for name in layers},
             {name: way for part in parts for name, way in part.followed.items()},
         )

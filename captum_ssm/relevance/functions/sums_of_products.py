@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,18 +151,9 @@ def _solve_triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, u
 
 @composed("linalg_solve")
 def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
-    inverse = _of_plain(a, lambda: torch.linalg.inv(a))
+    if torch.overrides.has_torch_function_unary(a):
+        raise NotImplementedError("the inverse of a matrix that depends on the input")
+    inverse = torch.linalg.inv(a)
     if b.dim() == 1 or (left and b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]):
         return (inverse @ b.unsqueeze(-1)).squeeze(-1)
     return inverse @ b if left else b @ inverse
-
-
-def _of_plain(matrix: Tensor, inverse: Callable[[], Tensor]) -> Tensor:
-    """Return an inverse.
-
-    Raises:
-        NotImplementedError: If the matrix is traced.
-    """
-    if torch.overrides.has_torch_function_unary(matrix):
-        raise NotImplementedError("the inverse of a matrix that depends on the input")
-    return inverse()
