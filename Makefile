@@ -3,19 +3,19 @@
 # make test-native  run the tests of mamba_ssm's and flash-linear-attention's own layers
 # make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, rwkv7-hf, xlstm, ...
 # make check-sdist  build the source distribution, and run some of its tests in it
-# The first two build .venv on first use, the third .venv-native, the fourth .venv-packages; the next run takes seconds.
+# The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native
-PACKAGES := .venv-packages
+OVERLAYS := packages
 WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native test-packages lint check-sdist bench benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) lint check-sdist bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -26,8 +26,8 @@ test: $(VENV)/test.done
 test-native: $(NATIVE)/native.done
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NATIVE)/bin/python -m pytest tests/native $(PYTEST_ARGS)
 
-test-packages: $(PACKAGES)/packages.done
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/packages $(PYTEST_ARGS)
+$(OVERLAYS:%=test-%): test-%: .venv-%/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest tests/$* $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
@@ -69,16 +69,16 @@ $(NATIVE)/native.done: pyproject.toml constraints.txt constraints-native.txt | $
 		mamba-ssm causal-conv1d flash-linear-attention fla-core
 	@touch $@
 
-# Packages of pure Python, on top of the main environment: its torch and its pip are those of this one. Seconds. What else
-# they ask for, their layers do without (tests/packages/stand_ins.py).
-$(PACKAGES)/packages.done: constraints-packages.txt $(VENV)/test.done
-	@echo "Installing the packages of constraints-packages.txt into $(PACKAGES)"
-	@rm -rf $(PACKAGES)
-	@$(VENV)/bin/python -m venv --without-pip $(PACKAGES)
+# Packages on top of the main environment, whose torch and pip these environments use: constraints-NAME.txt lists all that
+# is installed, as nothing is installed for being asked for by another package.
+$(OVERLAYS:%=.venv-%/installed): .venv-%/installed: constraints-%.txt $(VENV)/test.done
+	@echo "Installing the packages of constraints-$*.txt into .venv-$*"
+	@rm -rf .venv-$*
+	@$(VENV)/bin/python -m venv --without-pip .venv-$*
 	@$(VENV)/bin/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> $$($(PACKAGES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth
-	@$(PACKAGES)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+		> $$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NATIVE) $(PACKAGES) out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) out build *.egg-info
