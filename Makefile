@@ -21,7 +21,7 @@ demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
 
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-native: $(NATIVE)/native.done
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NATIVE)/bin/python -m pytest tests/native $(PYTEST_ARGS)
