@@ -32,7 +32,7 @@ def eight() -> Tensor:
 
 
 def log_probabilities(model: Any, ids: Tensor, text: Tensor) -> Tensor:
-    """Of each written token of a text after the tokens before it, which are those of ``ids``, from runs of the model."""
+    """Of each written token of a text, after the tokens of ``ids`` before it, from runs of the model."""
     with torch.no_grad():
         rows = [model(ids[:, :k]).logits[0, -1].log_softmax(-1)[text[0, k]] for k in range(START, text.shape[1])]
     return torch.stack(rows)
@@ -66,7 +66,7 @@ def test_each_row_sums_to_the_log_probability_of_its_token(
 def test_each_row_is_the_relevance_of_that_token_alone(eight: Tensor) -> None:
     """Also with ids in the place of each token, several references, and the options of the method."""
     model = build("mamba")
-    references = [1, torch.randint(3, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(2))]
+    references: list[Any] = [1, torch.randint(3, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(2))]
     method = ImplicitAttentionRelevance(model, value_share=0.7)
     rows = LLMImplicitAttention(method, None).explain(eight, START, baselines=references)
     for row, k in enumerate(range(START, 8)):
@@ -83,15 +83,16 @@ def test_a_reference_is_of_relevance_and_of_whole_models(eight: Tensor) -> None:
         LLMImplicitAttention(ImplicitAttentionAttribution(model), None).explain(eight, START, baselines=1)
     layer = LayerImplicitAttentionRelevance(model, model.backbone.layers[0])
     with pytest.raises(InvalidInputError, match="not by LayerImplicitAttentionRelevance"):
-        LLMImplicitAttention(layer, None)  # type: ignore[arg-type]
+        LLMImplicitAttention(layer, None)
 
 
 @pytest.mark.parametrize("wrap", SAME.values(), ids=SAME)
 def test_a_host_is_explained_as_the_model_inside(wrap: Any, eight: Tensor) -> None:
     model = build("mamba")
-    for method, options in ((ImplicitAttentionRelevance, {"baselines": 2}), (ImplicitAttentionAttribution, {})):
-        expected = LLMImplicitAttention(method(model), None).explain(eight, START, **options)
-        rows = LLMImplicitAttention(method(wrap(model)), None).explain(eight, START, **options)
+    methods: list[tuple[Any, Any]] = [(ImplicitAttentionRelevance, 2), (ImplicitAttentionAttribution, None)]
+    for method, baselines in methods:
+        expected = LLMImplicitAttention(method(model), None).explain(eight, START, baselines=baselines)
+        rows = LLMImplicitAttention(method(wrap(model)), None).explain(eight, START, baselines=baselines)
         torch.testing.assert_close(rows, expected, rtol=0, atol=0)
 
 
