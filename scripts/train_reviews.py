@@ -202,8 +202,8 @@ def train_tokenizer(sentences: list[str], reviews: list[str], size: int, pieces:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNK,
-        eos_token=EOS,
-        extra_special_tokens=[SENTIMENT],
+        bos_token=EOS,  # it stands between texts, so before one too, as GPT-2's does
+        eos_token=SENTIMENT,  # the token that the tokenizer itself ends a text with, by which shap knows it
         padding_side="right",
         truncation_side="right",
         model_max_length=2 * MAX_TOKENS,
@@ -420,7 +420,7 @@ def new_model(recipe: Recipe) -> MambaForCausalLM:
         num_hidden_layers=recipe.layers,
         state_size=recipe.states,
         pad_token_id=PAD_ID,
-        bos_token_id=None,
+        bos_token_id=EOS_ID,
         eos_token_id=EOS_ID,
         tie_word_embeddings=True,
     )

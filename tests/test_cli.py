@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import captum_ssm
+import captum_ssm.cli.loading
 from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRelevance, cli, register_rule, unregister_rule
 from captum_ssm.cli.methods import METHODS
 from captum_ssm.models import REVIEWS
@@ -104,14 +104,14 @@ def test_a_contrast_that_is_no_other_word_is_refused(run: Any) -> None:
 @pytest.mark.parametrize("method", ["attribution", "rollout", "raw"])
 def test_a_generation_is_explained_token_by_token(run: Any, tmp_path: Path, method: str) -> None:
     page, picture = tmp_path / "page.html", tmp_path / "picture.png"
-    shown = run("A gorgeous movie. It is", "--generate", 5, "--method", method, "--html", page, "--png", picture)
+    shown = run("A gorgeous movie. It is", "--generate", 4, "--method", method, "--html", page, "--png", picture)
     assert shown.status == 0 and not shown.err
     rows = re.findall(r"^  (\S+) +(\S+ [+-][\d.e-]+(?:, \S+ [+-][\d.e-]+)*)$", shown.out, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 4
     written = re.search(r"^written +(.+)$", shown.out, re.MULTILINE)
     assert written and f"Where {written.group(1).strip()!r} comes from" in shown.out
     assert [row[0] for row in rows] == re.findall(r"\w+|[^\w\s]", written.group(1))
-    assert "log-probability of each of 5 tokens" in shown.flat and "largest relative error over" in shown.flat
+    assert "log-probability of each of 4 tokens" in shown.flat and "largest relative error over" in shown.flat
     assert Text(page.read_text(encoding="utf-8")).text.strip() == "A gorgeous movie. It is"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -121,12 +121,59 @@ def test_a_generation_is_explained_by_an_attribution_if_no_method_is_asked_for(r
     assert shown.status == 0 and "ImplicitAttentionAttribution: rectify token, unified attention" in shown.flat
 
 
+@pytest.mark.parametrize("reference", ["unk", "none"])
+def test_a_generation_is_explained_by_relevance(run: Any, reference: str) -> None:
+    """Each written token's strongest scores are those of its own relevance, which sum to its log-probability."""
+    text = "A gorgeous movie. It is"
+    shown = run(text, "--generate", 3, "--method", "relevance", "--reference", reference)
+    assert shown.status == 0 and not shown.err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS).eval(), AutoTokenizer.from_pretrained(REVIEWS)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    written = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert shown.fact("written") == tokenizer.decode(written[0, ids.shape[1] :]).strip()
+    rows = re.findall(r"^  \S+ +(\S+) ([+-][\d.e-]+), ", shown.out, re.MULTILINE)
+    for k, (name, value) in enumerate(rows):
+        before, target = written[:, : ids.shape[1] + k], int(written[0, ids.shape[1] + k])
+        method = ImplicitAttentionRelevance(lambda ids: model(ids).logits[:, -1].log_softmax(-1), model)
+        scores = method.attribute(before, target, baselines=None if reference == "none" else tokenizer.unk_token_id)[0]
+        best = int(scores.abs().argmax())
+        assert (name, value) == (tokenizer.decode([int(before[0, best])]).strip(), f"{float(scores[best]):+.2g}")
+    assert len(rows) == 3
+    sums = shown.fact("completeness")
+    assert ("less that after the reference" in sums) == (reference == "unk") == ("a term of bias" not in sums)
+
+
+def test_a_generation_continues_the_text(run: Any) -> None:
+    """The shipped tokenizer asks for the sentiment behind a text; what a model writes is not the answer to that."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(REVIEWS).eval(), AutoTokenizer.from_pretrained(REVIEWS)
+    ids = tokenizer(GOOD, return_tensors="pt", add_special_tokens=False).input_ids
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+    shown = run(GOOD, "--generate", 4)
+    assert shown.fact("written") == tokenizer.decode(written[0]).strip() != "positive"
+    assert "<sentiment>" not in shown.out
+
+
+def test_a_token_in_front_of_a_text_belongs_to_the_prompt(run: Any, tmp_path: Path) -> None:
+    folder = save(tmp_path / "both", pad_token="[PAD]", cls_token="[red]", sep_token="<b>")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[red] $A <b>", special_tokens=[("[red]", 6), ("<b>", 7)]
+    )
+    tokenizer.save_pretrained(folder)
+    shown = run("a good film", "--model", folder, "--generate", 2, "--method", "relevance")
+    assert "[red] kept" in shown.fact("reference") and "<b>" not in shown.fact("not shown")
+    model = MambaForCausalLM.from_pretrained(folder).eval()
+    written = model.generate(torch.tensor([[6, 2, 3, 5]]), max_new_tokens=2, do_sample=False)[0, 4:]
+    assert shown.fact("written") == tokenizer.decode(written).strip()
+
+
 @pytest.mark.parametrize(("options", "part"), [
-    (["--method", "relevance"], "leave --generate out, or .* --method attribution, rollout or raw"),
-    (["--reference", "pad"], "--reference is no option of the method attribution.*leave --reference out"),
+    (["--reference", "pad"], "--reference is no option of the method attribution.*add --method relevance, or leave"),
     (["--fusion", "mean"], "--fusion is no option of the method attribution.*add --method rollout or raw"),
 ])  # fmt: skip
-def test_a_generation_is_not_explained_by_relevance(run: Any, options: list[str], part: str) -> None:
+def test_an_option_of_a_method_that_does_not_explain_the_generation_is_refused(
+    run: Any, options: list[str], part: str
+) -> None:
     assert_refused(run(GOOD, "--generate", 3, *options), part)
 
 
@@ -646,6 +693,44 @@ def test_a_folder_without_a_tokenizer_is_refused(run: Any, checkpoint: Path) -> 
     for path in checkpoint.glob("token*"):
         path.unlink()
     assert_refused(run("a film", "--model", checkpoint))  # transformers may make up one that knows no word
+
+
+# --- Adapters, quantised models, several devices ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "package", "extra"), [
+    (["--load-in", "8bit"], "bitsandbytes", "quantized"),
+    (["--load-in", "4bit"], "accelerate", "quantized"),
+    (["--device-map", "auto"], "accelerate", "quantized"),
+    (["--model"], "peft", "peft"),
+])  # fmt: skip
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    run: Any, options: list[str], package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = lambda name: None if name == package else object()  # noqa: E731
+    monkeypatch.setattr(captum_ssm.cli.loading, "find_spec", found)
+    if options == ["--model"]:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        options = [*options, str(tmp_path)]
+    assert_refused(run(GOOD, *options), rf"{package}: pip install 'captum-ssm\[{extra}\]'")
+
+
+def test_an_adapter_without_a_model_is_refused(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captum_ssm.cli.loading, "find_spec", lambda name: object())
+    for text, part in (("{}", "add base_model_name_or_path"), ("{", "cannot read .*adapter_config.json")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        assert_refused(run(GOOD, "--model", tmp_path), part)
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    (["--device", "cpu", "--device-map", "auto"], "--device is one device, --device-map are several"),
+    (["--device-map", "{backbone"], "--device-map is no JSON"),
+])  # fmt: skip
+def test_a_place_that_is_none_is_refused(
+    run: Any, options: list[str], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captum_ssm.cli.loading, "find_spec", lambda name: object())
+    assert_refused(run(GOOD, *options), part)
 
 
 # --- As a program -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.network.forward import checked_mask
+from captum_ssm.network.hosts import called
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, refuse_wrong_counts, select_examples
 from captum_ssm.network.interface import is_language_model
 
@@ -51,11 +52,12 @@ class ModelMethod(GradientAttribution):
 
     @property
     def model(self) -> nn.Module:
-        """The model whose layers are explained, read when it is needed."""
+        """The model whose layers are explained, read when it is needed; not a host in whose place it is called."""
         if self._model is not None:
-            return self._model
-        if isinstance(self.forward_func, nn.Module):
-            return self.forward_func
+            return called(self._model)
+        forward_func = called(self.forward_func)
+        if isinstance(forward_func, nn.Module):
+            return forward_func
         owner = getattr(self.forward_func, "__self__", None)  # of a method
         if isinstance(owner, nn.Module):
             return owner

@@ -242,12 +242,16 @@ class ImplicitAttentionRelevance(AnyModelMethod):
                         advance()
                     explanations.append(Explanation.mean(of_batch))
             explanation = Explanation.joined(explanations)
-        self.terms, self.completeness = explanation.terms, explanation.completeness
-        self.held, self.fidelity = explanation.decisions, explanation.fidelity
-        self.followed = explanation.followed
+        self.keep(explanation)
         relevance = tuple(_of_sign(r, sign) for r in explanation.relevance)
         result = format_output(is_tuple(inputs), tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
         return (result, explanation.delta) if return_convergence_delta else result
+
+    def keep(self, explanation: Explanation) -> None:
+        """Keep all that belongs to the sum of an explanation as the attributes of the method."""
+        self.terms, self.completeness = explanation.terms, explanation.completeness
+        self.held, self.fidelity = explanation.decisions, explanation.fidelity
+        self.followed = explanation.followed
 
     def _run(
         self,

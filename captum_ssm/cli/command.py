@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from captum_ssm import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError, models
 from captum_ssm.cli.generation import explain_generation
+from captum_ssm.cli.loading import Placement
 from captum_ssm.cli.options import parser, resolve
 from captum_ssm.cli.output import show, terminal
 from captum_ssm.cli.prediction import explain_prediction
@@ -44,7 +45,8 @@ def explain(options: argparse.Namespace) -> None:
             or a file cannot be written.
     """
     console = terminal()  # first: it needs a package that may be missing, and loading a model takes time
-    text_model = TextModel.load(options.model or str(models.REVIEWS), options.dtype, options.device)
+    placement = Placement(options.dtype, options.device or "cpu", options.load_in, options.device_map)
+    text_model = TextModel.load(options.model or str(models.REVIEWS), placement)
     encoding = text_model.encode(options.text)
     explain_text = explain_prediction if options.generate is None else explain_generation
     show(explain_text(options, text_model, encoding), console, {"html": options.html, "png": options.png})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Encoding:
     def added(self) -> list[int]:
         """Positions of the tokens that the tokenizer added and that stand nowhere in the text."""
         return [k for k, (start, end) in enumerate(self.offsets) if start == end]
+
+    def to_continue(self) -> Encoding:
+        """Return the text without the tokens that the tokenizer added behind it, which end a text or ask a question."""
+        L = 1 + max(k for k, (start, end) in enumerate(self.offsets) if start < end)
+        return replace(self, ids=self.ids[:, :L], mask=self.mask[:, :L], offsets=self.offsets[:L])
 
     def reference_ids(self, token: int) -> Tensor:
         """Return the ids of a reference text, (1, L): one token everywhere but where the tokenizer added a token."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from captum_ssm import LLMImplicitAttention
+from captum_ssm import ImplicitAttentionRelevance, LLMImplicitAttention
 from captum_ssm.cli.encoding import Encoding
 from captum_ssm.cli.explanation import Explanation
 from captum_ssm.cli.methods import METHODS, method_facts
@@ -33,20 +33,31 @@ def explain_generation(options: argparse.Namespace, text_model: TextModel, encod
         CommandError: If an option does not go with a generation, or the model is a classifier.
     """
     _refuse_other_options(options, text_model)
+    encoding = encoding.to_continue()
     method = METHODS[options.method](text_model.model, None, options)
     llm = LLMImplicitAttention(method, text_model.tokenizer)
     answer = llm.generate(encoding.ids, {"max_new_tokens": options.generate, "do_sample": False})
     ids = torch.cat([encoding.ids, answer], dim=1)
     start = encoding.ids.shape[1]
-    rows = llm.explain(ids, start, show_progress=True)  # (generated tokens, all tokens but the last)
+    sums, baselines = {}, None
+    if isinstance(method, ImplicitAttentionRelevance):
+        reference = text_model.reference(options.reference)
+        baselines = None if reference is None else _reference_ids(encoding, reference, ids)
+        sums = {"reference": encoding.describe_reference(reference)}
+    rows = llm.explain(
+        ids, start, baselines=baselines, show_progress=True
+    )  # (generated tokens, all tokens but the last)
+    if isinstance(method, ImplicitAttentionRelevance):
+        sums["completeness"] = _describe_completeness(method)
 
     tokens = [text_model.name(token) for token in ids[0].tolist()]
-    sums = rows.sum(0)[:start]
+    of_text = rows.sum(0)[:start]
     facts = {
         "written": text_model.tokenizer.decode(answer[0]),
         "explained": f"log-probability of each of {len(rows)} tokens; the text is coloured by their sum",
+        **sums,
         **method_facts(method, options, text_model.source),
-        **encoding.describe_added(sums),
+        **encoding.describe_added(of_text),
     }
     title = f"Where {facts['written'].strip()!r} comes from"
     draw = partial(
@@ -58,8 +69,34 @@ def explain_generation(options: argparse.Namespace, text_model: TextModel, encod
         label="score for the log-probability",
         title=title,
     )
-    passage = Passage.from_offsets(encoding.text, encoding.offsets, sums, title, facts)
+    passage = Passage.from_offsets(encoding.text, encoding.offsets, of_text, title, facts)
     return Explanation(passage, draw, tuple(_strongest(rows, tokens, start)))
+
+
+def _reference_ids(encoding: Encoding, token: int, ids: Tensor) -> Tensor:
+    """Return the reference of all tokens but the last: one token everywhere but where the tokenizer added a token.
+
+    Args:
+        encoding: The text in tokens.
+        token: The id of the token.
+        ids: Text and written tokens (1, L).
+
+    Returns:
+        Token ids (1, L - 1).
+    """
+    start = encoding.ids.shape[1]
+    return torch.cat([encoding.reference_ids(token), torch.full_like(ids[:, start:-1], token)], dim=1)
+
+
+def _describe_completeness(method: ImplicitAttentionRelevance) -> str:
+    """Return in words how the scores of each written token add up."""
+    terms = " and ".join(f"a term of {name}" for name in method.terms)
+    difference = "" if "bias" in method.terms else ", less that after the reference"
+    together = f"together with {terms} " if terms else ""
+    return (
+        f"the scores of each written token {together}sum to its log-probability{difference}; largest relative error "
+        f"{method.completeness:.1e}"
+    )
 
 
 def _refuse_other_options(options: argparse.Namespace, text_model: TextModel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import captum_ssm
-from captum_ssm.cli.methods import MATRIX_METHODS, METHOD_OPTIONS, METHODS
+from captum_ssm.cli.methods import METHOD_OPTIONS, METHODS
 from captum_ssm.cli.problems import CommandError
 
 
@@ -31,7 +31,8 @@ def _add_question(command: argparse.ArgumentParser) -> None:
         "--model",
         default=None,
         metavar="PATH_OR_HUB_ID",
-        help="folder written by save_pretrained, or a name on the hub (default: the shipped model)",
+        help="folder written by save_pretrained, also of a PEFT adapter, or a name on the hub (default: the shipped "
+        "model)",
     )
     command.add_argument(
         "--target", default=None, help="token or class to explain, by name or number (default: the prediction)"
@@ -109,7 +110,19 @@ def _add_execution(command: argparse.ArgumentParser) -> None:
         default="float32",
         help="floating-point type of the model (default: %(default)s)",
     )
-    command.add_argument("--device", default="cpu", help="torch device to run on (default: %(default)s)")
+    command.add_argument("--device", default=None, help="torch device to run on (default: cpu)")
+    command.add_argument(
+        "--load-in",
+        choices=["8bit", "4bit"],
+        default=None,
+        help="quantise the layers' weights by bitsandbytes (default: floating point)",
+    )
+    command.add_argument(
+        "--device-map",
+        default=None,
+        metavar="MAP",
+        help="spread the model over devices by accelerate: auto, balanced, sequential, or JSON from parts to devices",
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
 
@@ -124,25 +137,20 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         A copy of the options, complete.
 
     Raises:
-        CommandError: If an option belongs to another method.
+        CommandError: If an option belongs to another method, or two do not go together.
     """
     options = argparse.Namespace(**vars(options))
+    if options.device is not None and options.device_map is not None:
+        raise CommandError("--device is one device, --device-map are several; leave one of them out.")
     is_default = options.method is None
     if is_default:
         options.method = "relevance" if options.generate is None else "attribution"
-    elif options.method == "relevance" and options.generate is not None:
-        raise CommandError(
-            "--method relevance explains one prediction, not what is generated; leave --generate out, or explain the "
-            f"generation by --method {_alternatives(MATRIX_METHODS)}."
-        )
     for name, (methods, default) in METHOD_OPTIONS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif options.method not in methods:
             method = f"{options.method}, the default here" if is_default else options.method
             remedy = f"add --method {_alternatives(methods)}, or leave --{name} out"
-            if methods == ("relevance",) and options.generate is not None:
-                remedy = f"leave --{name} out"
             raise CommandError(f"--{name} is no option of the method {method}; {remedy}.")
         elif name == "gates" and options.reference != "none":
             raise CommandError("--gates is for frozen gates; add --reference none, or leave --gates out.")

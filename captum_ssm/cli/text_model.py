@@ -11,7 +11,9 @@ from torch import Tensor
 
 from captum_ssm import models
 from captum_ssm.cli.encoding import Encoding
-from captum_ssm.cli.problems import MISSING_EXTRA, CommandError
+from captum_ssm.cli.loading import Placement, load
+from captum_ssm.cli.problems import CommandError
+from captum_ssm.network.hosts import inside
 
 SPECIAL_TOKENS = ("unk", "pad", "mask")
 """Special tokens of a tokenizer that may replace a word; the first one that the model has is the default reference."""
@@ -22,7 +24,7 @@ class TextModel:
     """A transformers model with its tokenizer, and the words for its predictions.
 
     Attributes:
-        model: A causal language model, or a classifier.
+        model: A causal language model, or a classifier; with an adapter, PEFT's host around it.
         tokenizer: Its fast tokenizer.
         source: Where the model comes from, in words.
     """
@@ -32,40 +34,27 @@ class TextModel:
     source: str
 
     @classmethod
-    def load(cls, source: str, dtype: str, device: str) -> TextModel:
+    def load(cls, source: str, placement: Placement) -> TextModel:
         """Load a model and its tokenizer.
 
         Args:
-            source: A folder, or a name on the hub.
-            dtype: Name of a floating-point type of torch.
-            device: A device of torch.
+            source: A folder, also of a PEFT adapter, or a name on the hub.
+            placement: How the model is stored, and where.
 
         Returns:
-            The model in evaluation mode, on the device, with its tokenizer.
+            The model in evaluation mode with its tokenizer.
 
         Raises:
-            CommandError: If transformers is missing, the model cannot be loaded, or its tokenizer is not a fast one.
+            CommandError: If a package is missing, the model cannot be loaded, or its tokenizer is not a fast one.
         """
-        try:
-            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError as error:
-            raise CommandError(MISSING_EXTRA) from error
-        logging.set_verbosity_error()
-        if source == str(models.REVIEWS):
-            logging.disable_progress_bar()
-        try:
-            architectures = AutoConfig.from_pretrained(source).architectures or []
-            classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
-            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            model = auto.from_pretrained(source, dtype=getattr(torch, dtype)).eval().to(device)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:
-            raise CommandError(f"cannot load a model from {source!r} to device {device!r}: {error}") from error
-        if not tokenizer.is_fast:
-            raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
+        model, tokenizer = load(source, placement)
         name = "the shipped movie-review Mamba" if source == str(models.REVIEWS) else source
-        return cls(model, tokenizer, f"{name}, {type(model).__name__}")
+        return cls(model, tokenizer, f"{name}, {type(inside(model)).__name__}")
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model's inputs are on: that of its first parameter with values."""
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def encode(self, text: str) -> Encoding:
         """Cut the text into tokens.
@@ -87,13 +76,13 @@ class TextModel:
         offsets = [(int(start), int(end)) for start, end in encoding["offset_mapping"][0]]
         if not any(end > start for start, end in offsets):
             raise CommandError("the text has no token to explain; pass at least one word.")
-        ids, mask = (encoding[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (encoding[name].to(self.device) for name in ("input_ids", "attention_mask"))
         return Encoding(text, self.tokenizer, ids, mask, offsets)
 
     @property
     def classifies(self) -> bool:
         """Whether the model scores classes rather than vocabulary entries."""
-        return type(self.model).__name__.endswith("ForSequenceClassification")
+        return type(inside(self.model)).__name__.endswith("ForSequenceClassification")
 
     def name(self, target: int) -> str:
         """Return the word for a class or a vocabulary entry."""

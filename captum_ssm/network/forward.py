@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.errors import InvalidInputError, ModelStateError
+from captum_ssm.errors import InvalidInputError, ModelStateError, is_own
 from captum_ssm.layers.call import signature
-from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model
+from captum_ssm.network.hosts import called, takes_features
+from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model, models_inside
 from captum_ssm.network.reference_kernels import remedy_for
 from captum_ssm.network.threads import hook
 
@@ -32,7 +33,8 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
         classifier. For any other callable its output.
 
     Raises:
-        InvalidInputError: If the mask does not fit the inputs, leaves a sequence empty, or the model takes none.
+        InvalidInputError: If the mask does not fit the inputs, leaves a sequence empty, or the model takes none; or if
+            a module that only holds a language model cannot be called with tokens.
         ModelStateError: If a kernel cannot take the model's tensors.
         RuntimeError: From the model itself.
         ValueError: From the model itself.
@@ -49,9 +51,10 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
 def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
     if is_mamba_ssm_model(forward_func):
         _refuse_arguments(forward_func, args)
+    forward_func = called(forward_func)
     if not is_language_model(forward_func):
         with _token_ids(forward_func, inputs) as ids:
-            return forward_func(ids, *args)
+            return _call(forward_func, ids, args)
     if len(args) > 1:
         raise InvalidInputError(
             f"A transformers model takes one additional forward argument, its attention mask, but got {len(args)}. "
@@ -61,9 +64,44 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> 
     logits = language_logits(forward_func, inputs, mask)
     if logits.dim() == 2:
         return logits
+    logits = logits[:, -inputs.shape[1] :]  # without those of virtual tokens in front, which a host may add
     positions = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     last = positions[:, -1] if mask is None else (positions * mask.bool()).amax(1)
     return logits[torch.arange(len(logits), device=logits.device), last]
+
+
+def _call(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Any:
+    """Return the output of a callable that is no language model.
+
+    Raises:
+        InvalidInputError: If it is a module that holds a language model, and cannot be called so or returns no tensor,
+            as a LightningModule may: the message names the attributes that hold one.
+        AttributeError: From the callable itself, as all that follow.
+        LookupError: If it takes a dictionary, for example.
+        TypeError: If it takes other arguments, for example.
+    """
+    try:
+        output = forward_func(inputs, *args)
+    except (TypeError, NotImplementedError, LookupError, AttributeError) as error:
+        names = [] if is_own(error) else models_inside(forward_func)
+        if not names:
+            raise
+        cause = f"its forward fails ({type(error).__name__}: {error})"
+        raise InvalidInputError(_holder(forward_func, cause, names)) from error
+    names = [] if isinstance(output, Tensor) else models_inside(forward_func)
+    if names:
+        cause = f"its forward returns a {type(output).__name__}, no tensor"
+        raise InvalidInputError(_holder(forward_func, cause, names))
+    return output
+
+
+def _holder(module: object, cause: str, names: list[str]) -> str:
+    """Return the message that a module only holds language models, by the names of its attributes that do."""
+    return (
+        f"{type(module).__name__} is called with the tokens alone, and {cause}. It holds a language model, which is "
+        f"explained if you pass it: {' or '.join(f'forward_func.{name}' for name in names)}. Or pass a function that "
+        "returns the explained output, with model=."
+    )
 
 
 def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -82,9 +120,18 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
         with _token_ids(model, inputs) as ids:
             return model(ids).logits
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    if takes_features(model):
+        return _features(model, {name: inputs, **({} if mask is None else {"attention_mask": mask})})
     output = model(**{name: inputs}, attention_mask=mask, use_cache=False)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits
+
+
+def _features(model: Callable[..., Any], features: dict[str, Tensor]) -> Tensor:
+    """Return the sentence embeddings (B, E), the scores, or the hidden states (B, L, E) of a module of features."""
+    output = model(features)
+    names = ("sentence_embedding", "scores", "token_embeddings")
+    return output[next(name for name in names if name in output)]
 
 
 def _refuse_other_width(model: Callable[..., Any], inputs: Tensor) -> None:

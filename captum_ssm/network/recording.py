@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.wires import block_name
+from captum_ssm.network.interface import output_embeddings
 from captum_ssm.network.threads import hook, is_passing
 
 Replacement = Callable[[LayerCall], Tensor]
@@ -152,13 +153,13 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
     """Record the input (B, L, E) of a language model's output embeddings while the context is open.
 
     Args:
-        model: A language model with ``get_output_embeddings``.
+        model: A language model.
 
     Yields:
         The list of inputs, one for each run of the model.
     """
     recorded: list[Tensor] = []
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = cast(nn.Module, output_embeddings(model))
     with ExitStack() as hooks:
         hook(head.register_forward_pre_hook, lambda module, args: recorded.append(args[0]), hooks)
         yield recorded

@@ -1,0 +1,174 @@
+"""Load a model and its tokenizer: with a PEFT adapter on it, quantised, or spread over several devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_ssm import models
+from captum_ssm.cli.problems import MISSING_EXTRA, CommandError
+
+IN_FLOATING_POINT = ("lm_head", "score", "dt_proj")
+"""Parts of a quantised model that are not quantised: the outputs, and a part whose weight Mamba's own code multiplies
+by, which it cannot do once the weight is packed."""
+
+_FAILURES = (OSError, ValueError, RuntimeError, AssertionError, ImportError, KeyError)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the numbers of a model are stored, and where.
+
+    Attributes:
+        dtype: Name of a floating-point type of torch.
+        device: A device of torch.
+        load_in: ``"8bit"`` or ``"4bit"``, or None for floating point.
+        device_map: A strategy of accelerate such as ``"auto"``, or a dictionary from parts to devices as JSON; None for
+            the one device.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    load_in: str | None = None
+    device_map: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``from_pretrained``.
+
+        Raises:
+            CommandError: If a package is missing, or the map is no JSON.
+        """
+        arguments: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.device_map is not None or self.load_in is not None:
+            _require("accelerate", "--device-map" if self.load_in is None else "--load-in", "quantized")
+            arguments["device_map"] = {"": self.device} if self.device_map is None else _device_map(self.device_map)
+        if self.load_in is not None:
+            _require("bitsandbytes", "--load-in", "quantized")
+            from transformers import BitsAndBytesConfig
+
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                **{f"load_in_{self.load_in}": True},
+                llm_int8_skip_modules=list(IN_FLOATING_POINT),
+                bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+            )
+        return arguments
+
+
+def load(source: str, placement: Placement) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: A folder, or a name on the hub; also the folder of a PEFT adapter, which names the model that it is for.
+        placement: How the model is stored, and where.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer: the adapter's, if it has one.
+
+    Raises:
+        CommandError: If a package is missing, the model cannot be loaded, or its tokenizer is not a fast one.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise CommandError(MISSING_EXTRA) from error
+    logging.set_verbosity_error()
+    if source == str(models.REVIEWS):
+        logging.disable_progress_bar()
+    adapter = Path(source) / "adapter_config.json"
+    base, arguments = _base(adapter) if adapter.is_file() else source, placement.arguments()
+    with _named(base, placement.device):
+        config = AutoConfig.from_pretrained(base)
+        classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        if adapter.is_file():
+            classifies = _adapter_config(adapter).get("task_type") == "SEQ_CLS"
+        auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        model = auto.from_pretrained(base, **arguments)
+    if adapter.is_file():
+        with _named(source, placement.device):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, source)
+    with _named(source, placement.device):
+        model = model.eval() if "device_map" in arguments else model.eval().to(placement.device)
+        tokenizer = AutoTokenizer.from_pretrained(source if (Path(source) / "tokenizer.json").is_file() else base)
+    if not tokenizer.is_fast:
+        raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
+    return model, tokenizer
+
+
+def _base(adapter: Path) -> str:
+    """Return the name of the model that an adapter is for.
+
+    Raises:
+        CommandError: If the adapter does not name it, or peft is not installed.
+    """
+    _require("peft", f"the adapter in {str(adapter.parent)!r}", "peft")
+    base = _adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise CommandError(
+            f"{str(adapter)!r} does not name the model that the adapter is for; add base_model_name_or_path to it."
+        )
+    return str(base)
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter.
+
+    Raises:
+        CommandError: If the file is no JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads(adapter.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"cannot read {str(adapter)!r}: {error}") from error
+    return config
+
+
+def _device_map(text: str) -> Any:
+    """Return a map of devices: a dictionary from JSON, or a strategy or device by its name.
+
+    Raises:
+        CommandError: If it begins as JSON and is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CommandError(
+            f'--device-map is no JSON: {error}; write \'{{"backbone": "cpu", "lm_head": 0}}\'.'
+        ) from error
+
+
+def _require(package: str, user: str, extra: str) -> None:
+    """Raise if a package is not installed.
+
+    Raises:
+        CommandError: With the extra that has it.
+    """
+    if find_spec(package) is None:
+        raise CommandError(f"{user} needs {package}: pip install 'captum-ssm[{extra}]'")
+
+
+@contextmanager
+def _named(source: str, device: str) -> Iterator[None]:
+    """Name a model in the errors of the libraries that load it.
+
+    Yields:
+        None.
+
+    Raises:
+        CommandError: For such an error.
+    """
+    try:
+        yield
+    except _FAILURES as error:
+        raise CommandError(f"cannot load a model from {source!r} to device {device!r}: {error}") from error

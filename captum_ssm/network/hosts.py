@@ -1,0 +1,74 @@
+"""Wrappers of other libraries around a model, known by how they are built; none of these libraries is imported.
+
+Calling some hosts is calling the model inside, which is then called in their place. Others add to it, such as virtual
+tokens, or pool its output: they are called themselves. A module with a model among its attributes and a ``forward`` of
+its own, as a LightningModule, is no host: it is called as any other module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from captum_ssm.errors import ModelStateError
+
+
+class Host(NamedTuple):
+    """One kind of wrapper.
+
+    Attributes:
+        parts: Names of attributes that all wrappers of this kind have, of their own or of their class.
+        inside: Name of the attribute that is the model inside.
+        call: ``"inside"``: the model inside is called in its place. ``"alike"``: it is called as the model inside.
+            ``"features"``: it takes and returns a dictionary.
+    """
+
+    parts: tuple[str, ...]
+    inside: str
+    call: Literal["inside", "alike", "features"]
+
+
+HOSTS = {
+    "torch.nn.DataParallel": Host(("module", "device_ids", "scatter"), "module", "inside"),
+    "nnsight": Host(("_module", "interleaver", "trace"), "_module", "inside"),
+    "TransformerLens's bridge": Host(("original_model", "adapter", "run_with_hooks"), "original_model", "inside"),
+    "PEFT": Host(("peft_config", "base_model", "save_pretrained"), "base_model", "alike"),
+    "PEFT's tuner": Host(("peft_config", "inject_adapter", "model"), "model", "alike"),
+    "sentence-transformers": Host(("0", "module_kwargs", "tokenizer"), "0", "features"),
+    "sentence-transformers' first module": Host(("auto_model", "tokenizer", "save"), "auto_model", "features"),
+}
+"""The kinds of hosts by the library that has them."""
+
+
+def host_of(model: object) -> Host | None:
+    """Return the kind of host that this is; None for a model that stands alone."""
+    own = {*getattr(model, "__dict__", {}), *getattr(model, "__dict__", {}).get("_modules", {})}
+    kinds = (host for host in HOSTS.values() if all(part in own or hasattr(type(model), part) for part in host.parts))
+    return next(kinds, None)
+
+
+def called(forward_func: Any) -> Any:
+    """Return the model inside a host that adds nothing to it, to be called in its place; any other value unchanged.
+
+    Raises:
+        ModelStateError: If the host has not loaded the model yet.
+    """
+    while (host := host_of(forward_func)) is not None and host.call == "inside":
+        if vars(forward_func).get("dispatched") is False:
+            raise ModelStateError(
+                f"The {type(forward_func).__name__} has not loaded its weights yet. Call its dispatch() first."
+            )
+        forward_func = getattr(forward_func, host.inside)
+    return forward_func
+
+
+def inside(model: Any) -> Any:
+    """Return the model inside all hosts around it; any other value unchanged."""
+    while (host := host_of(model)) is not None:
+        model = getattr(model, host.inside)
+    return model
+
+
+def takes_features(model: object) -> bool:
+    """Whether this takes and returns a dictionary of features, as sentence-transformers' modules do."""
+    host = host_of(model)
+    return host is not None and host.call == "features"
