@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.layers.precision import Autocast, narrowest
+
 signature = lru_cache(inspect.signature)
 """The signature of a function, read once."""
 
@@ -30,6 +32,7 @@ class LayerCall:
             (:func:`captum_ssm.register_wire`).
         own_input: Input of the mixer alone (B, L, E), if ``x`` also holds the input of an earlier call
             (:func:`captum_ssm.layers.sources.register_source`).
+        autocast: The autocast that the mixer ran under.
     """
 
     name: str
@@ -39,11 +42,17 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     state: Tensor | None = None
     own_input: Tensor | None = None
+    autocast: Autocast = ()
 
     @property
     def wide_input(self) -> Tensor:
         """The input in float32 or wider, the type that the layer is decomposed in."""
         return at_least_float32(self.x)
+
+    @property
+    def narrowest_type(self) -> torch.dtype:
+        """The type with the coarsest rounding among that of the output and those of autocast."""
+        return narrowest([self.y.dtype, *dict(self.autocast).values()])
 
     def detach(self) -> LayerCall:
         """Return the call free of the graph."""

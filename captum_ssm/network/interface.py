@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from captum_ssm.layers.call import signature
@@ -33,11 +32,6 @@ def input_embeddings(model: Any) -> nn.Module | None:
     if is_mamba_ssm_model(model):
         return getattr(model, "backbone", model).embedding
     return model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
-
-
-def floating_type(model: nn.Module) -> torch.dtype:
-    """Return the type of the model's first floating-point parameter; torch's default one if it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _takes(model: object, *names: str) -> bool:

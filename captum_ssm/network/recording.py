@@ -18,6 +18,7 @@ from captum_ssm.errors import ModelStateError
 from captum_ssm.layers.call import LayerCall, call_arguments, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.wires import block_name
 from captum_ssm.network.threads import hook, is_passing
@@ -32,7 +33,7 @@ def record_mixers(
     *,
     hold: bool = False,
     replacement: Replacement | None = None,
-    prepare: Callable[[Any], Any] = lambda arguments: arguments,
+    prepare: Callable[[nn.Module, Any], Any] = lambda mixer, arguments: arguments,
     on_call: Callable[[], object] = lambda: None,
 ) -> Iterator[list[LayerCall]]:
     """Record every call of every supported token mixer while the context is open.
@@ -45,7 +46,7 @@ def record_mixers(
         hold: Run all mixers without a graph: the layers after a mixer see its output as a constant.
         replacement: Run all mixers without a graph, and go on with this function of their calls instead of their
             outputs, such as :func:`output_through_chain`.
-        prepare: From the arguments ``(args, kwargs)`` of a mixer's call to those that its own code runs on; the
+        prepare: From a mixer and the arguments ``(args, kwargs)`` of its call to those that its own code runs on; the
             recorded call has the original ones.
         on_call: Called after each call, for a progress bar.
 
@@ -77,7 +78,7 @@ class _Recorder:
     model: nn.Module
     hold: bool
     replacement: Replacement | None
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[nn.Module, Any], Any]
     on_call: Callable[[], object]
     calls: list[LayerCall] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class _Recorder:
         grad = torch.is_grad_enabled()
         self._entered.append((grad, args, kwargs))
         torch.set_grad_enabled(grad and not (self.hold or self.replacement) and len(self.calls) > 0)
-        return self.prepare((args, kwargs))
+        return self.prepare(mixer, (args, kwargs))
 
     def leave(self, mixer: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Record the call, with the arguments that entered, and go on with an output that requires a gradient."""
@@ -119,7 +120,7 @@ class _Recorder:
         if source is not None:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
         state = self.states.get(block_name(self.model, name))
-        call = LayerCall(name, mixer, x, first_output(output), others, state, own_input)
+        call = LayerCall(name, mixer, x, first_output(output), others, state, own_input, autocast_here())
         y = call.y if self.replacement is None else self.replacement(call)
         y = y if y.requires_grad else y.detach().requires_grad_()
         self.calls.append(replace(call, y=y))
@@ -164,6 +165,7 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
         yield recorded
 
 
+@full_precision()
 def output_through_chain(call: LayerCall) -> Tensor:
     """Return a mixer's output (B, L, E) whose graph is that of its decomposition.
 
