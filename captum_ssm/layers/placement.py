@@ -1,8 +1,8 @@
 """Where the tensors of a layer are when it runs, which may be elsewhere between its runs.
 
 A library that spreads a model (accelerate) keeps weights on the CPU or on disk, puts empty ones in their place, and
-hooks each module to fetch its own for each run; one that shards it keeps a part of each tensor in each process. Both are
-known by how they are built: a hook with a map of weights, a tensor with ``full_tensor``.
+hooks each module to fetch its own for each run; one that shards it keeps a part of each tensor in each process. Both
+are known by how they are built: a hook with a map of weights, a tensor with ``full_tensor``.
 """
 
 from __future__ import annotations

@@ -63,5 +63,5 @@ def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def computing_type(module: nn.Module) -> torch.dtype:
-    """Return the narrowest floating-point type of a module's parameters, without those of a byte, in which none computes."""
+    """Return the narrowest floating-point type of a module's parameters, but for those of a byte, for storage alone."""
     return narrowest(parameter.dtype for parameter in module.parameters() if parameter.dtype.itemsize > 1)

@@ -54,7 +54,7 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
     tensors = [t for t in (inputs if isinstance(inputs, tuple) else (inputs,)) if isinstance(t, Tensor)]
     kind = code, *[(tensor.is_floating_point(), tensor.dim()) for tensor in tensors]
     with turns.taken(model, kind) as turn, ExitStack() as stack:
-        run_eagerly(turn.state.modules, stack)
+        run_eagerly(stack)
         if turn.known is None:
             stack.enter_context(Watch(turn.state))
         else:

@@ -96,9 +96,8 @@ class FollowedMixers:
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        plain_call = LayerCall(
-            call.name, call.mixer, PlainArguments.of(call.mixer)(call.x), call.y, call.kwargs, autocast=call.autocast
-        )
+        x = _plain(call.mixer, call.x)
+        plain_call = LayerCall(call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast)
         is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
         first_run = not self.checkpoints.is_rerun
         if is_wider and first_run:
