@@ -18,6 +18,7 @@ from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.layers.fidelity import Decomposition
+from captum_ssm.layers.placement import has_values
 from captum_ssm.network.examination import examine
 from captum_ssm.network.forward import language_logits
 from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs, refuse_bad_state, token_mask
@@ -210,6 +211,9 @@ class LLMImplicitAttention:
             def backward(gradient: Tensor) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
 
+            if not has_values(self.model):  # what is sent between processes has no batched form
+                yield some, [at_least_float32(torch.stack(g)) for g in zip(*map(backward, each))]
+                continue
             with _WARNINGS, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
                 gradients = torch.func.vmap(backward)(each)

@@ -43,6 +43,17 @@ def in_place(layer: Layer, device: torch.device) -> Layer:
     return copied
 
 
+def has_values(layer: nn.Module) -> bool:
+    """Whether all tensors of a layer are complete between its runs: neither empty nor spread over processes."""
+    tensors = [tensor for module in layer.modules() for tensor in _tensors(module).values()]
+    return not any(tensor.is_meta or is_spread(tensor) for tensor in tensors)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of one that several processes hold together."""
+    return hasattr(tensor, "full_tensor")
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers that a module itself holds."""
     return {n: t for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
@@ -50,7 +61,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _is_away(tensor: Tensor, device: torch.device) -> bool:
     """Whether a tensor is on another device, has no values, or is a part of one."""
-    return tensor.device != device or hasattr(tensor, "full_tensor")
+    return tensor.device != device or is_spread(tensor)
 
 
 class _Fetched:
@@ -105,7 +116,7 @@ class _Fetched:
                     "with preload_module_classes=[the class of this layer] if a hook is to load all of it at once."
                 )
             found = found.to(tensor.dtype)
-        if hasattr(found, "full_tensor"):
+        if is_spread(found):
             found = found.full_tensor()
         if found is not tensor or found.device != self._device:
             found = found.detach().to(self._device)

@@ -174,7 +174,7 @@ def gradients(score: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def weighed(tensor: Tensor) -> Tensor:
     """Return (B, ...) times random weights of the last axis, so that nothing cancels."""
-    weights = torch.randn(tensor.shape[-1:], generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(tensor.shape[-1:], generator=torch.Generator().manual_seed(0), device="cpu")
     return tensor * weights.to(tensor)
 
 

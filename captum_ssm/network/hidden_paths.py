@@ -74,7 +74,7 @@ def _places(marked: Tensor, order: Tensor | None) -> Tensor:
 
 def _changed_at(places: Tensor, values: Tensor) -> Tensor:
     """Return values (B, L, E) with quite others at some places (B, L)."""
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(values)
     return torch.where(places.unsqueeze(-1), noise * values.detach().abs().max(), values.detach())
 
 

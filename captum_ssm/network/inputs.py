@@ -212,7 +212,7 @@ def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     """
     shape = inputs.shape[:2]
     try:
-        query = torch.as_tensor(query).to(inputs.device)
+        query = torch.as_tensor(query, device=inputs.device)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise InvalidInputError(
             f"query must be a position, or a tensor of positions or weights, not {query!r}."

@@ -15,6 +15,7 @@ from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
+from captum_ssm.layers.placement import is_spread
 from captum_ssm.layers.precision import full_precision
 from captum_ssm.network.recording import own_output, record_mixers
 from captum_ssm.operators import Chain, Operator, Rearranged, Sum
@@ -150,8 +151,9 @@ def follow(
         By name of each known mixer how it was followed: :data:`DECOMPOSITION`, or why not.
 
     Raises:
-        UnsupportedModelError: If the model has no blocks to checkpoint.
+        UnsupportedModelError: If the model has no blocks to checkpoint, or is spread by tensor parallelism.
     """
+    _refuse_spread(model)
     rerun = Checkpoints()
     mixers = FollowedMixers(check, follow_gates, skips, on_factor, rerun)
     with ExitStack() as stack:
@@ -161,6 +163,21 @@ def follow(
         if known_mixers(model):
             stack.enter_context(record_mixers(model, replacement=mixers, prepare=_plain))
         yield mixers.followed
+
+
+def _refuse_spread(model: nn.Module) -> None:
+    """Raise if processes compute a part of the model each, which functions do not show.
+
+    Raises:
+        UnsupportedModelError: With the remedy.
+    """
+    spread = next((name for name, parameter in model.named_parameters() if is_spread(parameter)), None)
+    if spread is not None:
+        raise UnsupportedModelError(
+            f"The model is spread over processes by tensor parallelism ('{spread}'), where each computes a part, and "
+            "relevance follows the functions of one. Load the model without a tensor-parallel plan (tp_plan), or under "
+            "FSDP2 (fully_shard); the methods of attention matrices explain it as it is."
+        )
 
 
 def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor:
