@@ -151,7 +151,7 @@ class ImplicitAttentionMethod(ModelMethod):
                 )
                 worst = {name: max(error, worst.get(name, 0.0)) for name, error in dict(self.fidelity).items()}
             self.fidelity = worst
-            result = shape.from_tokens(torch.cat(scores))
+            result = shape.from_tokens(torch.cat(scores).to(tokens.device))
         return format_output(is_tuple(inputs), (result.detach().contiguous(),))
 
     def token_scores(
@@ -248,7 +248,7 @@ class ImplicitAttentionMethod(ModelMethod):
             output = run_model(self.forward_func, inputs, *args)
             score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)
-        return [call.detach() for call in calls], gradients
+        return [call.detach().on(calls[-1].y.device) for call in calls], gradients
 
     def _gradients(self, score: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
         """Return the gradient of the score at each mixer's output, (B, L, E), or None if it is not needed."""
@@ -262,7 +262,8 @@ class ImplicitAttentionMethod(ModelMethod):
                 "enabled and not stopped on the way (detach, no_grad), and that the target is read from its output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
-        wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]
+        found = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, gradients)]
+        wide = [at_least_float32(g).to(outputs[-1].device) for g in found]
         return [*[None] * (len(calls) - len(wide)), *wide]
 
 

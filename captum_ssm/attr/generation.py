@@ -18,7 +18,6 @@ from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.call import LayerCall, at_least_float32
 from captum_ssm.layers.fidelity import Decomposition
-from captum_ssm.layers.placement import has_values
 from captum_ssm.network.examination import examine
 from captum_ssm.network.forward import language_logits
 from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs, refuse_bad_state, token_mask
@@ -162,7 +161,7 @@ class LLMImplicitAttention:
                     "The log-probability of a generated token is NaN or infinite. Check the model's weights for NaN or "
                     "infinity, or run the model in a wider floating-point type."
                 )
-            calls = [call.detach() for call in recorded]
+            calls = [call.detach().on(recorded[-1].y.device) for call in recorded]
             mask = token_mask(model, (), calls)
             graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
             decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
@@ -211,13 +210,13 @@ class LLMImplicitAttention:
             def backward(gradient: Tensor) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
 
-            if not has_values(self.model):  # what is sent between processes has no batched form
-                yield some, [at_least_float32(torch.stack(g)) for g in zip(*map(backward, each))]
-                continue
             with _WARNINGS, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
-                gradients = torch.func.vmap(backward)(each)
-            yield some, [at_least_float32(g) for g in gradients]
+                try:
+                    gradients = torch.func.vmap(backward)(each)
+                except RuntimeError:  # as what is sent between processes, or a norm of mixed types
+                    gradients = tuple(map(torch.stack, zip(*map(backward, each))))
+            yield some, [at_least_float32(g).to(outputs[-1].device) for g in gradients]
 
     def _ids(self, text: Any, *, special: bool) -> Tensor:
         """Return token ids (1, L) of a text, of ids, or of Captum's text input."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from captum_ssm.layers.precision import Autocast, narrowest
+from captum_ssm.layers.precision import Autocast, computing_type, narrowest
 
 signature = lru_cache(inspect.signature)
 """The signature of a function, read once."""
@@ -50,9 +51,22 @@ class LayerCall:
         return at_least_float32(self.x)
 
     @property
+    def own_type(self) -> torch.dtype:
+        """The type that the layer's own code computes in, which a caller's hook may widen behind it."""
+        return narrowest([self.y.dtype, computing_type(self.mixer)])
+
+    @property
     def narrowest_type(self) -> torch.dtype:
-        """The type with the coarsest rounding among that of the output and those of autocast."""
-        return narrowest([self.y.dtype, *dict(self.autocast).values()])
+        """The type with the coarsest rounding among the layer's own and those of autocast."""
+        return narrowest([self.own_type, *dict(self.autocast).values()])
+
+    def on(self, device: torch.device) -> LayerCall:
+        """Return the call with all of its tensors on a device."""
+        if self.x.device == self.y.device == device:
+            return self
+        move = partial(tree_map_only, Tensor, lambda tensor: tensor.to(device))
+        tensors = {name: move(getattr(self, name)) for name in ("x", "y", "kwargs", "state", "own_input")}
+        return replace(self, **tensors)
 
     def detach(self) -> LayerCall:
         """Return the call free of the graph."""

@@ -190,7 +190,7 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
     if call.narrowest_type == y.dtype != torch.float64:
         return False
     x = call.x if call.own_input is None else call.own_input
-    for like, expected, wide in ((call.y, call.y, False), (y, y, True)):
+    for like, expected, wide in ((call.y.to(call.own_type), call.y, False), (y, y, True)):
         with under(() if wide else call.autocast):
             output = run_isolated(call.mixer, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:

@@ -1,8 +1,8 @@
 """Gather a model whose parameters several processes share, for as long as it is explained.
 
-Under FSDP2 (``fully_shard``) each process holds a part of each parameter, and hooks gather those of a module for its run.
-They free the memory again that the explanation still needs, so here all are gathered once, on every process, and the
-hooks rest. Under tensor parallelism each process computes a part, so the model stays as it is.
+Under FSDP2 (``fully_shard``) each process holds a part of each parameter, and hooks gather those of a module for its
+run. They free the memory again that the explanation still needs, so here all are gathered once, on every process, and
+the hooks rest. Under tensor parallelism each process computes a part, so the model stays as it is.
 """
 
 from __future__ import annotations

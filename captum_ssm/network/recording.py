@@ -121,6 +121,8 @@ class _Recorder:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
         state = self.states.get(block_name(self.model, name))
         call = LayerCall(name, mixer, x, first_output(output), others, state, own_input, autocast_here())
+        if x.device != call.y.device:  # moved by a hook of the layer
+            call = call.on(call.y.device)
         y = call.y if self.replacement is None else self.replacement(call)
         y = y if y.requires_grad else y.detach().requires_grad_()
         self.calls.append(replace(call, y=y))
