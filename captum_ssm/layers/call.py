@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from captum_ssm.layers.placement import Around, in_place
 from captum_ssm.layers.precision import Autocast, computing_type, narrowest
 
 signature = lru_cache(inspect.signature)
@@ -34,6 +35,7 @@ class LayerCall:
         own_input: Input of the mixer alone (B, L, E), if ``x`` also holds the input of an earlier call
             (:func:`captum_ssm.layers.sources.register_source`).
         autocast: The autocast that the mixer ran under.
+        around: Modules around the mixer whose hooks fetch its tensors for each run.
     """
 
     name: str
@@ -44,6 +46,12 @@ class LayerCall:
     state: Tensor | None = None
     own_input: Tensor | None = None
     autocast: Autocast = ()
+    around: Around = ()
+
+    @property
+    def mixer_in_place(self) -> nn.Module:
+        """The mixer with its tensors on the device of the input, as it has them when it runs."""
+        return in_place(self.mixer, self.x.device, self.around)
 
     @property
     def wide_input(self) -> Tensor:

@@ -118,8 +118,7 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
     if adapter is None:
         raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({class_name}).")
     try:
-        mixer, kwargs = _in_place(call, x)
-        return adapter(mixer, x, kwargs)
+        return adapter(call.mixer_in_place, x, _in_place(call.kwargs, x.device))
     except (AttributeError, KeyError) as error:
         if reason := refusal(call.name, call.mixer):
             raise UnsupportedModelError(reason) from error
@@ -131,10 +130,9 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
         ) from error
 
 
-def _in_place(call: LayerCall, x: Tensor) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Return the mixer of a call and its arguments, which may name another layer, with their tensors."""
-    kwargs = {n: in_place(v, x.device) if isinstance(v, nn.Module) else v for n, v in call.kwargs.items()}
-    return in_place(call.mixer, x.device), kwargs
+def _in_place(kwargs: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    """Return the arguments of a call, among which may be another layer, with the tensors of that."""
+    return {n: in_place(value, device) if isinstance(value, nn.Module) else value for n, value in kwargs.items()}
 
 
 @full_precision()
@@ -192,7 +190,7 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
     x = call.x if call.own_input is None else call.own_input
     for like, expected, wide in ((call.y.to(call.own_type), call.y, False), (y, y, True)):
         with under(() if wide else call.autocast):
-            output = run_isolated(call.mixer, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
+            output = run_isolated(call.mixer_in_place, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False
     return True

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_ssm.layers.call import first_output
-from captum_ssm.layers.placement import in_place
 
 
 def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide: bool = False) -> Tensor:
@@ -26,9 +25,7 @@ def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide
             kernels of transformers do for float32.
     """
     with _AtLeast(x.dtype) if wide else nullcontext():
-        return first_output(
-            type(mixer).forward(isolated_copy(in_place(mixer, x.device), x), x, **cast_like(dict(kwargs), x))
-        )
+        return first_output(type(mixer).forward(isolated_copy(mixer, x), x, **cast_like(dict(kwargs), x)))
 
 
 def isolated_copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any] = lambda config: config) -> Any:

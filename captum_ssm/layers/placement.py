@@ -22,12 +22,29 @@ _Fetch = Callable[[str], Tensor | None]
 """From the name of a tensor in a module to the tensor, or None if it is not kept for that module."""
 
 
-def in_place(layer: Layer, device: torch.device) -> Layer:
+Around = tuple[tuple[nn.Module, str], ...]
+"""Modules around a layer whose hooks fetch the tensors of all modules within, and the layer's dotted name in each."""
+
+
+def around(model: nn.Module, name: str) -> Around:
+    """Return the modules around a layer that fetch its tensors, the innermost one first.
+
+    Args:
+        model: The model.
+        name: Dotted name of the layer in the model.
+    """
+    parts = name.split(".")
+    outer = [(model.get_submodule(".".join(parts[:n])), ".".join(parts[n:])) for n in reversed(range(len(parts)))]
+    return tuple((module, path) for module, path in outer if any(_maps(module, alone=False)))
+
+
+def in_place(layer: Layer, device: torch.device, around: Around = ()) -> Layer:
     """Return a layer with all of its tensors, as its code has them when it runs.
 
     Args:
         layer: The layer.
         device: Where it runs.
+        around: Modules around it whose hooks fetch its tensors.
 
     Returns:
         The layer itself if all of its tensors are there; else a copy, which holds the tensors as long as it lives.
@@ -39,7 +56,8 @@ def in_place(layer: Layer, device: torch.device) -> Layer:
     """
     if not any(_is_away(tensor, device) for module in layer.modules() for tensor in _tensors(module).values()):
         return layer
-    copied: Layer = _Fetched(device)(layer, "", [])
+    outer = [_inside(_from_map(weights), path) for module, path in around for weights in _maps(module, alone=False)]
+    copied: Layer = _Fetched(device)(layer, "", outer)
     return copied
 
 

@@ -98,7 +98,9 @@ class FollowedMixers:
                 "depend on the tokens, and its adapter takes them as constants."
             )
         x = _plain(call.mixer, call.x)
-        plain_call = LayerCall(call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast)
+        plain_call = LayerCall(
+            call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast, around=call.around
+        )
         is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
         first_run = not self.checkpoints.is_rerun
         if is_wider and first_run:
