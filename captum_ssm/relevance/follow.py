@@ -101,13 +101,10 @@ class FollowedMixers:
         plain_call = LayerCall(
             call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast, around=call.around
         )
-        is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
-        first_run = not self.checkpoints.is_rerun
-        if is_wider and first_run:
-            self.check(plain_call, None)
         y = self._decomposed(plain_call, call.x)
-        if not is_wider and first_run:
-            self.check(plain_call, constants(y))
+        if not self.checkpoints.is_rerun:
+            is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
+            self.check(plain_call, None if is_wider else constants(y))
         return y
 
     def _decomposed(self, call: LayerCall, x: Traced) -> Tensor:
