@@ -15,7 +15,7 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.precision import full_precision
@@ -231,7 +231,7 @@ class ImplicitAttentionMethod(ModelMethod):
             self.model, calls, mask, self.attention, self.without, self.tolerance, gradients, on_layer, decompositions
         )
         self.fidelity = layers.fidelity
-        scores = self._aggregate(layers, graph, query.to(torch.promote_types(calls[-1].y.dtype, torch.float32)))
+        scores = self._aggregate(layers, graph, query.to(calls[-1].wide_input.dtype))
         layers.refuse_unknown_terms()
         return scores
 
@@ -248,7 +248,7 @@ class ImplicitAttentionMethod(ModelMethod):
             output = run_model(self.forward_func, inputs, *args)
             score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)
-        return [call.detach().on(calls[-1].y.device) for call in calls], gradients
+        return together(calls), gradients
 
     def _gradients(self, score: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
         """Return the gradient of the score at each mixer's output, (B, L, E), or None if it is not needed."""
@@ -258,12 +258,13 @@ class ImplicitAttentionMethod(ModelMethod):
         if not outputs or not score.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on any supported layer of the model, as far as gradients tell. "
-                "Check that forward_func runs this model itself, not a traced copy, in this thread, with gradients "
-                "enabled and not stopped on the way (detach, no_grad), and that the target is read from its output."
+                "Check that forward_func runs this model itself, not a traced or exported copy, in this thread, with "
+                "gradients enabled and not stopped on the way (detach, no_grad), and that the target is read from its "
+                "output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
-        found = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, gradients)]
-        wide = [at_least_float32(g).to(outputs[-1].device) for g in found]
+        like = together(calls)[-1].wide_input
+        wide = [(torch.zeros_like(y) if g is None else g).to(like) for y, g in zip(outputs, gradients)]
         return [*[None] * (len(calls) - len(wide)), *wide]
 
 

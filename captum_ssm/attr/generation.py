@@ -16,7 +16,7 @@ from captum_ssm._captum import LLMAttributionResult
 from captum_ssm._progress import progress_bar
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.network.examination import examine
 from captum_ssm.network.forward import language_logits
@@ -161,7 +161,7 @@ class LLMImplicitAttention:
                     "The log-probability of a generated token is NaN or infinite. Check the model's weights for NaN or "
                     "infinity, or run the model in a wider floating-point type."
                 )
-            calls = [call.detach().on(recorded[-1].y.device) for call in recorded]
+            calls = together(recorded)
             mask = token_mask(model, (), calls)
             graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
             decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
@@ -216,7 +216,8 @@ class LLMImplicitAttention:
                     gradients = torch.func.vmap(backward)(each)
                 except RuntimeError:  # as what is sent between processes, or a norm of mixed types
                     gradients = tuple(map(torch.stack, zip(*map(backward, each))))
-            yield some, [at_least_float32(g).to(outputs[-1].device) for g in gradients]
+            like = together(calls)[-1].wide_input
+            yield some, [g.to(like) for g in gradients]
 
     def _ids(self, text: Any, *, special: bool) -> Tensor:
         """Return token ids (1, L) of a text, of ids, or of Captum's text input."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ class LayerCall:
         """Return the call free of the graph."""
         state, own_input = (None if t is None else t.detach() for t in (self.state, self.own_input))
         return replace(self, x=self.x.detach(), y=self.y.detach(), state=state, own_input=own_input)
+
+
+def together(calls: Sequence[LayerCall]) -> list[LayerCall]:
+    """Return calls whose matrices can be multiplied: free of the graph, on one device, with inputs in one type.
+
+    Args:
+        calls: The calls of one run, which may be on several devices and in several types.
+    """
+    dtype = reduce(torch.promote_types, {tensor.dtype for call in calls for tensor in (call.x, call.y)})
+    placed = [call.detach().on(calls[-1].y.device) for call in calls]
+    return [call if call.x.dtype == dtype else replace(call, x=call.x.to(dtype)) for call in placed]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Gather a model whose parameters several processes share, for as long as it is explained.
+"""Give a model tensors that an explanation can work with, for as long as it is explained.
 
 Under FSDP2 (``fully_shard``) each process holds a part of each parameter, and hooks gather those of a module for its
 run. They free the memory again that the explanation still needs, so here all are gathered once, on every process, and
-the hooks rest. Under tensor parallelism each process computes a part, so the model stays as it is.
+the hooks rest. Under tensor parallelism each process computes a part, so the model stays as it is. Tensors that were
+made in inference mode, which autograd refuses, are copied.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from captum_ssm.layers.placement import is_spread
 
 
 def gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
-    """Give the modules of a model under FSDP2 their whole parameters until the stack is closed; leave others alone.
+    """Give the modules of a model whole tensors under FSDP2, and ordinary ones, until the stack is closed.
 
     Args:
         modules: All modules of the model.
-        stack: Gives the modules their parts back.
+        stack: Gives the modules their own tensors back.
 
     Raises:
         UnsupportedModelError: If the model is under FSDP1, or under FSDP2 and tensor parallelism.
 
-    Cost: under FSDP2 the memory of the whole model on every process.
+    Cost: a look at each tensor; under FSDP2, or for a model made in inference mode, the memory of the whole model.
     """
     modules = list(modules)
     for module in modules:
@@ -37,20 +38,29 @@ def gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
                 "with torch.distributed.fsdp.fully_shard, whose parameters are gathered for an explanation, or load "
                 "the full state_dict into a model without FSDP."
             )
-    if not any(hasattr(type(module), "unshard") and hasattr(type(module), "reshard") for module in modules):
-        return
+    is_gathered = any(hasattr(type(module), "unshard") and hasattr(type(module), "reshard") for module in modules)
     for module in modules:
-        for name, tensor in module._parameters.items():
-            if tensor is not None and is_spread(tensor):
-                _refuse_two_ways(tensor)
-                whole = nn.Parameter(tensor.full_tensor().detach(), requires_grad=tensor.requires_grad)  # type: ignore
-                stack.callback(module._parameters.update, {name: tensor})
-                module._parameters[name] = whole
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and (tensor.is_inference() or (is_gathered and is_spread(tensor))):
+                    stack.callback(table.__setitem__, name, tensor)
+                    table[name] = _whole(tensor)
+        if not is_gathered:
+            continue
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             if any(map(_is_of_fsdp, hooks.values())):
                 stack.callback(_put_back, hooks, hooks.copy())
                 for number in [number for number, hook in hooks.items() if _is_of_fsdp(hook)]:
                     del hooks[number]
+
+
+def _whole(tensor: Any) -> Any:
+    """Return an ordinary tensor, or parameter, with all entries of a tensor."""
+    if is_spread(tensor):
+        _refuse_two_ways(tensor)
+    whole = tensor.full_tensor().detach() if is_spread(tensor) else tensor.detach().clone()
+    return nn.Parameter(whole, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
 def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:

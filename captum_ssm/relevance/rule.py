@@ -303,6 +303,11 @@ def unsupported_function(function: Callable[..., Any], reason: str = "") -> Unsu
         frame = frame.f_back  # type: ignore[assignment]
     where = f" in {type(module).__name__}" if module is not None else ""
     why = f": {reason}" if reason else ""
+    if isinstance(function, torch._ops.OpOverload):
+        return UnsupportedModelError(
+            f"The operator {function.name()!r} is called{where} past torch's functions, as code of torch.export calls "
+            "it, and cannot be followed. Let forward_func run the model that was exported."
+        )
     return UnsupportedModelError(
         f"No rule of relevance is known for the function {function.__name__!r}{where}{why}. "
         "Register one: captum_ssm.register_rule, for this function or for the whole module."
