@@ -88,7 +88,9 @@ def check_adapter(
     chain.split()  # says so if nothing mixes tokens
     random = torch.Generator().manual_seed(0)
     cores = [core for summand in _summands(chain) for core in summand.channelwise()]
-    values = [torch.randn(*x.shape[:2], core.sizes[1] or x.shape[-1], generator=random).to(x) for core in cores]
+    values = [
+        torch.randn(*x.shape[:2], core.sizes[1] or x.shape[-1], generator=random, device="cpu").to(x) for core in cores
+    ]
     matrices = max(_check_core(core, v, tolerance, causal) for core, v in zip(cores, values))
     _check_split(chain, x, tolerance)
     return AdapterReport(layer.error, adjoint, matrices, tuple(chain.factors), values[0].shape[-1])
@@ -142,7 +144,7 @@ def _check_batch(mixer: nn.Module, x: Tensor, kwargs: dict[str, Any], chain: Cha
 def _check_adjoint(chain: Chain, x: Tensor, tolerance: float) -> float:
     """Check ``<u, A x> = <A^T u, x>`` for the chain; return the error."""
     y = chain.apply(x)
-    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(y)
     left, right = (u * y).sum(), (chain.adjoint(u) * x).sum()
     error = ((left - right).abs() / (u.norm() * y.norm())).item()
     assert error <= tolerance, f"the chain's adjoint is not its transpose; they differ by {error:.1e}"

@@ -15,9 +15,10 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError, ModelStateError
-from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.precision import full_precision
 from captum_ssm.matrices.layer_stack import LayerStack
 from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
 from captum_ssm.network.examination import examine
@@ -150,7 +151,7 @@ class ImplicitAttentionMethod(ModelMethod):
                 )
                 worst = {name: max(error, worst.get(name, 0.0)) for name, error in dict(self.fidelity).items()}
             self.fidelity = worst
-            result = shape.from_tokens(torch.cat(scores))
+            result = shape.from_tokens(torch.cat(scores).to(tokens.device))
         return format_output(is_tuple(inputs), (result.detach().contiguous(),))
 
     def token_scores(
@@ -200,6 +201,7 @@ class ImplicitAttentionMethod(ModelMethod):
                 refuse_padding(weights, mask)
                 return self.scores_of_calls(calls, gradients, graph, mask, weights, on_layer=advance)
 
+    @full_precision()
     def scores_of_calls(
         self,
         calls: Sequence[LayerCall],
@@ -229,7 +231,7 @@ class ImplicitAttentionMethod(ModelMethod):
             self.model, calls, mask, self.attention, self.without, self.tolerance, gradients, on_layer, decompositions
         )
         self.fidelity = layers.fidelity
-        scores = self._aggregate(layers, graph, query.to(torch.promote_types(calls[-1].y.dtype, torch.float32)))
+        scores = self._aggregate(layers, graph, query.to(calls[-1].wide_input.dtype))
         layers.refuse_unknown_terms()
         return scores
 
@@ -246,7 +248,7 @@ class ImplicitAttentionMethod(ModelMethod):
             output = run_model(self.forward_func, inputs, *args)
             score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)
-        return [call.detach() for call in calls], gradients
+        return together(calls), gradients
 
     def _gradients(self, score: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
         """Return the gradient of the score at each mixer's output, (B, L, E), or None if it is not needed."""
@@ -256,11 +258,13 @@ class ImplicitAttentionMethod(ModelMethod):
         if not outputs or not score.requires_grad:
             raise InvalidInputError(
                 "The explained score does not depend on any supported layer of the model, as far as gradients tell. "
-                "Check that forward_func runs this model itself, not a traced copy, in this thread, with gradients "
-                "enabled and not stopped on the way (detach, no_grad), and that the target is read from its output."
+                "Check that forward_func runs this model itself, not a traced or exported copy, in this thread, with "
+                "gradients enabled and not stopped on the way (detach, no_grad), and that the target is read from its "
+                "output."
             )
         gradients = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
-        wide = [at_least_float32(torch.zeros_like(y) if g is None else g) for y, g in zip(outputs, gradients)]
+        like = together(calls)[-1].wide_input
+        wide = [(torch.zeros_like(y) if g is None else g).to(like) for y, g in zip(outputs, gradients)]
         return [*[None] * (len(calls) - len(wide)), *wide]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
 from captum_ssm.errors import ModelStateError
-from captum_ssm.layers.call import LayerCall, at_least_float32
+from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.network.examination import examine
 from captum_ssm.network.forward import language_logits
@@ -61,7 +61,7 @@ def attention_rows(
             "The log-probability of a generated token is NaN or infinite. Check the model's weights for NaN or "
             "infinity, or run the model in a wider floating-point type."
         )
-    calls = [call.detach() for call in recorded]
+    calls = together(recorded)
     mask = token_mask(model, (), calls)
     graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
     decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
@@ -98,7 +98,7 @@ def _gradients(
         yield slice(0, len(positions)), [None] * len(calls)
         return
     (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
-    outputs = [call.y for call in calls]
+    outputs, like = [call.y for call in calls], together(calls)[-1].wide_input
     L, E = head_input.shape[1:]
     size = max(1, _PASS // (L * E * 32))
     for start in range(0, len(positions), size):
@@ -111,8 +111,11 @@ def _gradients(
 
         with _WARNINGS, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
-            gradients = torch.func.vmap(backward)(each)
-        yield some, [at_least_float32(g) for g in gradients]
+            try:
+                gradients = torch.func.vmap(backward)(each)
+            except RuntimeError:  # as what is sent between processes, or a norm of mixed types
+                gradients = tuple(map(torch.stack, zip(*map(backward, each))))
+        yield some, [g.to(like) for g in gradients]
 
 
 def relevance_rows(

@@ -15,6 +15,7 @@ from captum_ssm.errors import InvalidInputError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.precision import full_precision
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.matrices.fusion import Fusion, fuse
 from captum_ssm.matrices.layer_stack import LayerStack
@@ -98,19 +99,22 @@ class LayerImplicitAttention(LayerAttribution):
         refuse_bad_state(self.model)
         refuse_bad_inputs(self.model, tokens)
         args = format_additional_forward_args(additional_forward_args) or ()
-        with torch.no_grad(), unchanged(self.model, self.forward_func, tokens):
+        with torch.inference_mode(False), torch.no_grad(), unchanged(self.model, self.forward_func, tokens):
             with record_mixers(self.model) as calls:
                 run_model(self.forward_func, tokens, *args)
-            call = self._call(calls)
-            mask = token_mask(self.forward_func, args, calls)
-            stack = LayerStack(self.model, [call], mask, self.attention, self.without, self.tolerance)
-            layer = stack[0]
-            self.fidelity = stack.fidelity
-            stack.refuse_unknown_terms()
-            shown = layer.mask * layer.mask.transpose(1, 2)  # (B, L, L), 0 in rows and columns of padding
-            if fusion is not None:
-                return fuse(layer, fusion).dense() * shown
-            return self._channels(layer) * shown.unsqueeze(1)
+            return self._matrix(self._call(calls), token_mask(self.forward_func, args, calls), fusion)
+
+    @full_precision()
+    def _matrix(self, call: LayerCall, mask: Tensor, fusion: Fusion | None) -> Tensor:
+        """Return the fused matrix (B, L, L) of a call, or with None that of every channel, (B, D, L, L)."""
+        stack = LayerStack(self.model, [call], mask, self.attention, self.without, self.tolerance)
+        layer = stack[0]
+        self.fidelity = stack.fidelity
+        stack.refuse_unknown_terms()
+        shown = layer.mask * layer.mask.transpose(1, 2)  # (B, L, L), 0 in rows and columns of padding
+        if fusion is not None:
+            return fuse(layer, fusion).dense() * shown
+        return self._channels(layer) * shown.unsqueeze(1)
 
     def _call(self, calls: Sequence[LayerCall]) -> LayerCall:
         """Return the one call of the layer.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from captum_ssm.layers.placement import Around, in_place
+from captum_ssm.layers.precision import Autocast, computing_type, narrowest
 
 signature = lru_cache(inspect.signature)
 """The signature of a function, read once."""
@@ -30,6 +34,8 @@ class LayerCall:
             (:func:`captum_ssm.register_wire`).
         own_input: Input of the mixer alone (B, L, E), if ``x`` also holds the input of an earlier call
             (:func:`captum_ssm.layers.sources.register_source`).
+        autocast: The autocast that the mixer ran under.
+        around: Modules around the mixer whose hooks fetch its tensors for each run.
     """
 
     name: str
@@ -39,16 +45,52 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     state: Tensor | None = None
     own_input: Tensor | None = None
+    autocast: Autocast = ()
+    around: Around = ()
+
+    @property
+    def mixer_in_place(self) -> nn.Module:
+        """The mixer with its tensors on the device of the input, as it has them when it runs."""
+        return in_place(self.mixer, self.x.device, self.around)
 
     @property
     def wide_input(self) -> Tensor:
         """The input in float32 or wider, the type that the layer is decomposed in."""
         return at_least_float32(self.x)
 
+    @property
+    def own_type(self) -> torch.dtype:
+        """The type that the layer's own code computes in, which a caller's hook may widen behind it."""
+        return narrowest([self.y.dtype, computing_type(self.mixer)])
+
+    @property
+    def narrowest_type(self) -> torch.dtype:
+        """The type with the coarsest rounding among the layer's own and those of autocast."""
+        return narrowest([self.own_type, *dict(self.autocast).values()])
+
+    def on(self, device: torch.device) -> LayerCall:
+        """Return the call with all of its tensors on a device."""
+        if self.x.device == self.y.device == device:
+            return self
+        move = partial(tree_map_only, Tensor, lambda tensor: tensor.to(device))
+        tensors = {name: move(getattr(self, name)) for name in ("x", "y", "kwargs", "state", "own_input")}
+        return replace(self, **tensors)
+
     def detach(self) -> LayerCall:
         """Return the call free of the graph."""
         state, own_input = (None if t is None else t.detach() for t in (self.state, self.own_input))
         return replace(self, x=self.x.detach(), y=self.y.detach(), state=state, own_input=own_input)
+
+
+def together(calls: Sequence[LayerCall]) -> list[LayerCall]:
+    """Return calls whose matrices can be multiplied: free of the graph, on one device, with inputs in one type.
+
+    Args:
+        calls: The calls of one run, which may be on several devices and in several types.
+    """
+    dtype = reduce(torch.promote_types, {tensor.dtype for call in calls for tensor in (call.x, call.y)})
+    placed = [call.detach().on(calls[-1].y.device) for call in calls]
+    return [call if call.x.dtype == dtype else replace(call, x=call.x.to(dtype)) for call in placed]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

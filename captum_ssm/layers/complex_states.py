@@ -42,7 +42,7 @@ def complex_states(decay: Tensor, B: Tensor, C: Tensor, skip: Tensor, x: Tensor)
     """
     L, E = x.shape[1:]
     turned = torch.cat([-B.imag, B.real])  # i B x: (2N, E)
-    into = torch.cat([B.real, B.imag, turned, torch.eye(E).to(B.real)]).to(x)  # (4N + E, E)
+    into = torch.cat([B.real, B.imag, turned, torch.eye(E, dtype=B.real.dtype, device=B.device)]).to(x)  # (4N + E, E)
     read = torch.cat([C.real, -C.imag] * 2 + [torch.diag(skip)], dim=1).to(x)  # (E, 4N + E)
 
     angles = torch.arange(L, device=decay.device).unsqueeze(-1) * decay.to(torch.cdouble).angle()  # (L, N)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_ssm.errors import (
     FidelityError,
@@ -17,6 +19,8 @@ from captum_ssm.errors import (
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.layers.placement import in_place
+from captum_ssm.layers.precision import full_precision, under
 from captum_ssm.layers.replaced import refusal
 from captum_ssm.operators import Chain
 
@@ -62,6 +66,7 @@ def check_tolerance(tolerance: float | None) -> None:
         raise InvalidInputError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}.")
 
 
+@full_precision()
 def decompose(call: LayerCall, tolerance: float | None = None, mask: Tensor | None = None) -> Decomposition:
     """Decompose one recorded call, and check that the decomposition reproduces the layer's output.
 
@@ -113,7 +118,7 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
     if adapter is None:
         raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({class_name}).")
     try:
-        return adapter(call.mixer, x, call.kwargs)
+        return adapter(call.mixer_in_place, x, _in_place(call.kwargs, x.device))
     except (AttributeError, KeyError) as error:
         if reason := refusal(call.name, call.mixer):
             raise UnsupportedModelError(reason) from error
@@ -125,6 +130,12 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
         ) from error
 
 
+def _in_place(kwargs: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    """Return the arguments of a call, among which may be another layer, with the tensors of that."""
+    return {n: in_place(value, device) if isinstance(value, nn.Module) else value for n, value in kwargs.items()}
+
+
+@full_precision()
 @torch.no_grad()
 def check_fidelity(
     call: LayerCall, y: Tensor, tolerance: float | None = None, mask: Tensor | None = None, chain: Chain | None = None
@@ -149,7 +160,7 @@ def check_fidelity(
     mask = y.new_ones(y.shape[:2]) if mask is None else mask.to(y)
     y, y_layer = (mask.unsqueeze(-1) * output for output in (y, call.y.to(y)))
     error = relative_error(y, y_layer)
-    tolerance = TOLERANCE.get(call.y.dtype, 1e-4) if tolerance is None else tolerance
+    tolerance = TOLERANCE.get(call.narrowest_type, 1e-4) if tolerance is None else tolerance
     if not (error <= tolerance or _is_rounding(call, y, mask)):
         if reason := refusal(call.name, call.mixer):
             raise UnsupportedModelError(reason)
@@ -174,11 +185,12 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
     Returns:
         Whether both hold.
     """
-    if call.y.dtype == y.dtype != torch.float64:
+    if call.narrowest_type == y.dtype != torch.float64:
         return False
     x = call.x if call.own_input is None else call.own_input
-    for like, expected, wide in ((call.y, call.y, False), (y, y, True)):
-        output = run_isolated(call.mixer, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
+    for like, expected, wide in ((call.y.to(call.own_type), call.y, False), (y, y, True)):
+        with under(() if wide else call.autocast):
+            output = run_isolated(call.mixer_in_place, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False
     return True

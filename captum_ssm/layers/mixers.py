@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
@@ -124,11 +125,16 @@ def known_mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_scripted(model: nn.Module) -> None:
-    """Raise if the model is traced or scripted by torch.jit.
+    """Raise if the model is traced or scripted by torch.jit, or exported by torch.export.
 
     Raises:
         UnsupportedModelError: With the remedy.
     """
+    if any(_is_exported(module) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has code of torch.export, in which no layer can be seen. Explain the model that "
+            "was exported."
+        )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} has code of torch.jit (a traced or scripted model), in which no layer can be "
@@ -136,12 +142,19 @@ def refuse_scripted(model: nn.Module) -> None:
         )
 
 
+def _is_exported(module: nn.Module) -> bool:
+    """Whether a module is a graph of torch's operators, as an exported program is, rather than of modules."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
 def find_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's supported token mixers, see :func:`known_mixers`.
 
     Raises:
         UnsupportedModelError: If there is none; the message lists layers that look like mixers, and those supported,
-            or says that the model is traced or scripted.
+            or says that the model is traced, scripted or exported.
     """
     mixers = known_mixers(model)
     if not mixers:

@@ -152,4 +152,7 @@ class ScaledMatrix:
     def dense(self) -> Tensor:
         """Return the entries of the scaled matrix."""
         matrix = self.matrix.dense()
-        return torch.as_tensor(self.factor).to(matrix).expand(matrix.shape[:2]).unsqueeze(-1) * matrix
+        return (
+            torch.as_tensor(self.factor, device=matrix.device).to(matrix).expand(matrix.shape[:2]).unsqueeze(-1)
+            * matrix
+        )

@@ -38,9 +38,7 @@ def broadcast_baselines(baselines: Baselines | None, inputs: Tensor, forward_fun
             "<unk>, or a colour as the model gets it."
         )
     (value,) = baselines if isinstance(baselines, tuple) and len(baselines) == 1 else (baselines,)
-    tensor = finite_tensor(value if isinstance(value, Tensor) else torch.as_tensor(value), "baselines").to(
-        inputs.device
-    )
+    tensor = finite_tensor(torch.as_tensor(value, device=inputs.device), "baselines")
     try:
         tensor = tensor.broadcast_to(inputs.shape)
     except RuntimeError as error:

@@ -33,7 +33,7 @@ def random_attributions(inputs: Any, seed: int = 0) -> Tensor:
         torch.Size([2, 3])
     """
     tensor = single_tensor(inputs)
-    rows = [torch.rand(example.shape, generator=example_generator(example, seed)) for example in tensor]
+    rows = [torch.rand(example.shape, generator=example_generator(example, seed), device="cpu") for example in tensor]
     return torch.stack(rows).to(tensor.device)
 
 
@@ -65,7 +65,7 @@ def position_attributions(attributions: Any, mask: Tensor | None = None) -> Tens
             f"Positions are told from contents by comparing examples, so two or more are needed, not shape "
             f"{tuple(scores.shape)}."
         )
-    mask = torch.ones(scores.shape[:2]) if mask is None else mask
+    mask = torch.ones(scores.shape[:2], device=scores.device) if mask is None else mask
     if mask.shape != scores.shape[:2]:
         raise InvalidInputError(f"mask must have shape {tuple(scores.shape[:2])}, not {tuple(mask.shape)}.")
     mask = mask.bool().to(scores)[(..., *[None] * (scores.dim() - 2))]  # (B, L, 1, ...)

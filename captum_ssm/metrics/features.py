@@ -142,11 +142,11 @@ def tie_breakers(inputs: Tensor, removable: Tensor, seed: int, patch_size: int =
     Returns:
         (B, N) a random number in [0, 1) for each removable feature, 0 for any other.
     """
-    numbers = torch.zeros(removable.shape, dtype=torch.float64)
+    numbers = torch.zeros(removable.shape, dtype=torch.float64, device="cpu")
     mask = expand_features(removable, inputs, patch_size).expand(inputs.shape)
     for example, features, entries, row in zip(inputs, removable.cpu(), mask, numbers):
         generator = example_generator(example[entries], seed)
-        row[features] = torch.rand(int(features.sum()), generator=generator, dtype=torch.float64)
+        row[features] = torch.rand(int(features.sum()), generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(removable.device)
 
 

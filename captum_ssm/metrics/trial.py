@@ -231,7 +231,7 @@ class Trial:
 
 
 def _checked_fractions(fractions: Sequence[float] | Tensor) -> Tensor:
-    steps = torch.as_tensor(fractions, dtype=torch.float64)
+    steps = torch.as_tensor(fractions, dtype=torch.float64, device="cpu")
     if steps.dim() != 1 or len(steps) < 2 or not bool((steps.diff() > 0).all() & (steps[0] >= 0) & (steps[-1] <= 1)):
         raise InvalidInputError(
             f"fractions must be two or more numbers from 0 to 1 in ascending order, not {steps.tolist()}."

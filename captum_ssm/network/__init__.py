@@ -17,7 +17,8 @@
 * :mod:`~captum_ssm.network.turns`: leave the model as it was, also beside other threads;
 * :mod:`~captum_ssm.network.state`: what a model writes on itself, and its restoring;
 * :mod:`~captum_ssm.network.copies`: copies of layers that keep states on themselves;
-* :mod:`~captum_ssm.network.eager`: run the Python code of a compiled model;
+* :mod:`~captum_ssm.network.eager`: run the Python code of a compiled model, and checkpointed code once;
+* :mod:`~captum_ssm.network.gathered`: gather the parameters that several processes share;
 * :mod:`~captum_ssm.network.threads`: hooks and substitutes that act in the thread that set them alone;
 * :mod:`~captum_ssm.network.reference_kernels`: run the model on torch code instead of an installed kernel.
 """

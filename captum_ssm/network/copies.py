@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from captum_ssm.layers.placement import has_values
 from captum_ssm.network.state import OF_TORCH, has_tensor
 from captum_ssm.network.threads import is_substituted, substitute
 
@@ -15,9 +16,11 @@ def run_as_copy(mixer: nn.Module, stack: ExitStack) -> nn.Module | None:
     """Run a copy of a mixer instead, which shares parameters and hooks, in this thread until the stack is closed.
 
     Returns:
-        The copy; None if a function is patched into the mixer, which would run the original.
+        The copy; None if a function is patched into the mixer, which would run the original, or if its tensors are
+        fetched for each run, which are the original's.
     """
-    if "forward" in vars(mixer) and not is_substituted(vars(mixer)["forward"]):
+    patched = "forward" in vars(mixer) and not is_substituted(vars(mixer)["forward"])
+    if patched or not has_values(mixer):
         return None
     clone = _copy(mixer)
     substitute(mixer, "forward", lambda below: clone.forward, stack)

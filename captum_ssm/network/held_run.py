@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.precision import narrowest
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph, Stream
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.network.threads import hook
@@ -26,6 +28,10 @@ class ModuleRun:
     module: nn.Module
     x: Tensor
     y: Tensor
+
+
+_LARGEST_NOISE = 0.1
+"""Relative to the largest entry of a token: a change that no rounding exceeds, in any type."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,19 @@ class HeldRun:
     def length(self) -> int:
         """L, the number of tokens of the inputs, or for images of the first mixer."""
         return self.calls[0].x.shape[1] if self.takes_images else self.inputs.shape[1]
+
+    @cached_property
+    def computing_type(self) -> torch.dtype:
+        """The narrowest type that a mixer ran in, from which the rounding of all that follows comes."""
+        return narrowest(call.narrowest_type for call in self.calls)
+
+    def changed(self, values: Tensor, original: Tensor) -> Tensor:
+        """Return where values differ by more than rounding from the original ones, in the shape of both."""
+        noise = 0.0
+        if original.is_floating_point():
+            dtype = narrowest([original.dtype, self.computing_type])
+            noise = min(64 * torch.finfo(dtype).eps, _LARGEST_NOISE)
+        return (values - original).abs() > noise * original.detach().abs().max()
 
     def has_tokens(self, output: Tensor) -> bool:
         """Whether an output has a vector for each token, (B, L, channels) or (B, channels, L)."""
@@ -155,15 +174,16 @@ def _trace(model: nn.Module, calls: list[LayerCall], embeddings: Tensor, output:
 
 
 def gradients(score: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradient of a score at each source; zero where it does not depend on it.
+    """Return the gradient of a score at each source, on the device of the score; zero where it does not depend on it.
 
     Raises:
         UnsupportedModelError: If the code of the model has no gradient here.
     """
     if not score.requires_grad:
-        return tuple(map(torch.zeros_like, sources))
+        return tuple(torch.zeros_like(source, device=score.device) for source in sources)
     try:
-        return torch.autograd.grad(score, list(sources), retain_graph=True, materialize_grads=True)
+        found = torch.autograd.grad(score, list(sources), retain_graph=True, materialize_grads=True)
+        return tuple(gradient.to(score.device) for gradient in found)
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"The gradient of the code between the layers fails ({error}), as where a model runs a part again for the "
@@ -174,7 +194,7 @@ def gradients(score: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def weighed(tensor: Tensor) -> Tensor:
     """Return (B, ...) times random weights of the last axis, so that nothing cancels."""
-    weights = torch.randn(tensor.shape[-1:], generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(tensor.shape[-1:], generator=torch.Generator().manual_seed(0), device="cpu")
     return tensor * weights.to(tensor)
 
 
@@ -192,10 +212,6 @@ def is_sequence(value: Any, length: int) -> bool:
 def tokens_first(sequence: Tensor, length: int) -> Tensor:
     """Return a sequence as (B, L, channels)."""
     return sequence if sequence.shape[1] == length else sequence.transpose(1, 2)
-
-
-_LARGEST_NOISE = 0.1
-"""Relative to the largest entry of a token: a change that no rounding exceeds, in any type."""
 
 
 def run_again(
@@ -221,12 +237,6 @@ def run_again(
     with record_mixers(model, replacement=lambda call: next(following, call.y)) as calls:
         result = run(inputs)
     return calls, result
-
-
-def changed_entries(values: Tensor, original: Tensor) -> Tensor:
-    """Return where values differ by more than rounding from the original ones, in the shape of both."""
-    noise = min(64 * torch.finfo(original.dtype).eps, _LARGEST_NOISE) if original.is_floating_point() else 0
-    return (values - original).abs() > noise * original.detach().abs().max()
 
 
 def by_example(changed: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.network.graph import EMBEDDINGS, ResidualGraph
-from captum_ssm.network.held_run import HeldRun, by_example, changed_entries, run_again, tokens_first, tokens_read
+from captum_ssm.network.held_run import HeldRun, by_example, run_again, tokens_first, tokens_read
 from captum_ssm.network.token_codes import token_codes
 
 
@@ -50,11 +50,11 @@ def refuse_hidden_paths(
         with torch.no_grad():
             calls, output = run_again(model, run, held, inputs, outputs)
         for at, reads, call, original in zip(places, graph.reads, calls, held.calls):
-            changed = changed_entries(call.x, original.x).any(-1)
+            changed = held.changed(call.x, original.x).any(-1)
             shown = reads if has_tokens else reads - {EMBEDDINGS}  # of what has other values now
             if bool((changed & ~at if shown else changed).any()):
                 raise UnsupportedModelError(_reason(f"Layer '{call.name}'"))
-        changed = changed_entries(output, held.output)
+        changed = held.changed(output, held.output)
         if held.has_tokens(output):
             reached = tokens_first(changed, L).any(-1) & ~_places(marked, of_output)
         else:
@@ -74,7 +74,7 @@ def _places(marked: Tensor, order: Tensor | None) -> Tensor:
 
 def _changed_at(places: Tensor, values: Tensor) -> Tensor:
     """Return values (B, L, E) with quite others at some places (B, L)."""
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(values)
     return torch.where(places.unsqueeze(-1), noise * values.detach().abs().max(), values.detach())
 
 

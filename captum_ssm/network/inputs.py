@@ -197,7 +197,7 @@ def token_mask(forward_func: Callable[..., Any], args: tuple[Any, ...], calls: S
     y = calls[-1].y
     candidates = args if is_language_model(forward_func) else [call.kwargs.get("attention_mask") for call in calls]
     masks = [mask for mask in candidates if isinstance(mask, Tensor) and mask.shape == y.shape[:2]]
-    return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], device=y.device)
+    return masks[0].bool().to(torch.float32) if masks else torch.ones(y.shape[:2], dtype=torch.float32, device=y.device)
 
 
 def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def query_weights(query: int | Tensor, inputs: Tensor) -> Tensor:
     """
     shape = inputs.shape[:2]
     try:
-        query = torch.as_tensor(query).to(inputs.device)
+        query = torch.as_tensor(query, device=inputs.device)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise InvalidInputError(
             f"query must be a position, or a tensor of positions or weights, not {query!r}."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from captum_ssm.layers.call import signature
@@ -55,11 +54,6 @@ def models_inside(holder: object) -> list[str]:
         if name and not any(name.startswith(f"{outer}.") for outer in names) and is_language_model(module):
             names.append(name)
     return names
-
-
-def floating_type(model: nn.Module) -> torch.dtype:
-    """Return the type of the model's first floating-point parameter; torch's default one if it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _takes(model: object, *names: str) -> bool:

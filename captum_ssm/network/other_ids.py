@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.network.held_run import HeldRun, by_example, changed_entries, run_again, tokens_first, tokens_read
+from captum_ssm.network.held_run import HeldRun, by_example, run_again, tokens_first, tokens_read
 from captum_ssm.network.interface import input_embeddings
 from captum_ssm.network.token_codes import token_codes
 
@@ -73,15 +73,15 @@ def read_ids(model: nn.Module, run: Callable[[Tensor], Tensor], held: HeldRun, m
         with torch.no_grad():
             calls, result = run_again(model, run, held, ids)
         for rounds, call, original in zip(inputs, calls, held.calls):
-            rounds.append(changed_entries(call.x, original.x).any(-1))
-        output.append(changed_entries(result, held.output))
+            rounds.append(held.changed(call.x, original.x).any(-1))
+        output.append(held.changed(result, held.output))
     by_token = [tokens_first(changed, held.length).any(-1) for changed in output if held.has_tokens(changed)]
 
     def try_others(tokens: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.where(tokens, others, held.inputs)
         with torch.no_grad():
             _, result = run_again(model, run, held, ids)
-        changed = by_example(changed_entries(result, held.output), len(others))
+        changed = by_example(held.changed(result, held.output), len(others))
         if not bool(changed.any()):
             return changed, changed
         with torch.enable_grad():

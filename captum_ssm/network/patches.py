@@ -64,7 +64,7 @@ class Patches:
                 f"The {len(corners)} tokens that read pixels do not form a grid of patches, so there is no patch "
                 "grid of scores. Leave out `patches`."
             )
-        return torch.tensor([[number[top, left] for left in columns] for top in rows])
+        return torch.tensor([[number[top, left] for left in columns] for top in rows], device="cpu")
 
     def grid(self, scores: Tensor) -> Tensor:
         """Return scores of tokens (B, L) in the shape of the grid, (B, rows, columns)."""
@@ -100,7 +100,7 @@ def find_patches(model: nn.Module, forward_func: Callable[..., Any], image: Tens
     if size not in known:
         refuse_bad_state(model)
         refuse_bad_inputs(model, image)
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(image)
         fields = _fields(model, forward_func, noise, args) | _fields(model, forward_func, -noise, args)
         if not bool(fields.any()):
             raise InvalidInputError(
@@ -117,7 +117,7 @@ def _fields(model: nn.Module, forward_func: Callable[..., Any], image: Tensor, a
     with torch.enable_grad(), record_mixers(model, hold=True) as calls:
         run_model(forward_func, pixels, *args)
     x = calls[0].x
-    weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
+    weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     nowhere = torch.zeros_like(image)
     if not x.requires_grad:
         return nowhere.bool().expand(x.shape[1], -1, -1, -1)

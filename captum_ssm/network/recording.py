@@ -18,6 +18,8 @@ from captum_ssm.errors import ModelStateError
 from captum_ssm.layers.call import LayerCall, call_arguments, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.layers.placement import Around, around, has_values
+from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.wires import block_name
 from captum_ssm.network.interface import output_embeddings
@@ -33,7 +35,7 @@ def record_mixers(
     *,
     hold: bool = False,
     replacement: Replacement | None = None,
-    prepare: Callable[[Any], Any] = lambda arguments: arguments,
+    prepare: Callable[[nn.Module, Any], Any] = lambda mixer, arguments: arguments,
     on_call: Callable[[], object] = lambda: None,
 ) -> Iterator[list[LayerCall]]:
     """Record every call of every supported token mixer while the context is open.
@@ -46,7 +48,7 @@ def record_mixers(
         hold: Run all mixers without a graph: the layers after a mixer see its output as a constant.
         replacement: Run all mixers without a graph, and go on with this function of their calls instead of their
             outputs, such as :func:`output_through_chain`.
-        prepare: From the arguments ``(args, kwargs)`` of a mixer's call to those that its own code runs on; the
+        prepare: From a mixer and the arguments ``(args, kwargs)`` of its call to those that its own code runs on; the
             recorded call has the original ones.
         on_call: Called after each call, for a progress bar.
 
@@ -78,7 +80,7 @@ class _Recorder:
     model: nn.Module
     hold: bool
     replacement: Replacement | None
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[nn.Module, Any], Any]
     on_call: Callable[[], object]
     calls: list[LayerCall] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class _Recorder:
             self.names.setdefault(mixer, []).append(path)
         self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
         self._caches: list[Any] = []
+        self._has_values = has_values(self.model)
 
     @property
     def blocks(self) -> set[str]:
@@ -109,7 +112,7 @@ class _Recorder:
         grad = torch.is_grad_enabled()
         self._entered.append((grad, args, kwargs))
         torch.set_grad_enabled(grad and not (self.hold or self.replacement) and len(self.calls) > 0)
-        return self.prepare((args, kwargs))
+        return self.prepare(mixer, (args, kwargs))
 
     def leave(self, mixer: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Record the call, with the arguments that entered, and go on with an output that requires a gradient."""
@@ -120,12 +123,20 @@ class _Recorder:
         if source is not None:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
         state = self.states.get(block_name(self.model, name))
-        call = LayerCall(name, mixer, x, first_output(output), others, state, own_input)
+        call = LayerCall(
+            name, mixer, x, first_output(output), others, state, own_input, autocast_here(), self._around(name)
+        )
+        if x.device != call.y.device:  # moved by a hook of the layer
+            call = call.on(call.y.device)
         y = call.y if self.replacement is None else self.replacement(call)
         y = y if y.requires_grad else y.detach().requires_grad_()
         self.calls.append(replace(call, y=y))
         self.on_call()
         return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    def _around(self, name: str) -> Around:
+        """Return the modules around a mixer that fetch its tensors."""
+        return () if self._has_values else around(self.model, name.partition("#")[0])
 
     def _name(self, mixer: nn.Module) -> str:
         """Return the name of a mixer's next call: that of the layer whose turn it is, if several share the module."""
@@ -165,6 +176,7 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
         yield recorded
 
 
+@full_precision()
 def output_through_chain(call: LayerCall) -> Tensor:
     """Return a mixer's output (B, L, E) whose graph is that of its decomposition.
 

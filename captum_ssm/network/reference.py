@@ -63,7 +63,7 @@ class Reference:
                 f"A baseline is a token id, ids, a number or embeddings, not {type(self.baseline).__name__}. For a "
                 "word take its id: tokenizer.convert_tokens_to_ids(word)."
             )
-        reference, shape = torch.as_tensor(self.baseline), self.inputs.shape
+        reference, shape = torch.as_tensor(self.baseline, device=self.inputs.device), self.inputs.shape
         refuse_no_values(reference, "A baseline")
         token_ids = not self.inputs.is_floating_point()
         vectors = token_ids and reference.is_floating_point() and reference.dim() > 0

@@ -27,7 +27,7 @@ def token_codes(length: int) -> Tensor:
         length: L.
     """
     rounds = next(rounds for rounds in count() if comb(rounds, rounds // 2) >= length)
-    codes = torch.zeros(length, rounds, dtype=torch.bool)
+    codes = torch.zeros(length, rounds, dtype=torch.bool, device="cpu")
     for token, bits in enumerate(islice(combinations(range(rounds), rounds // 2), length)):
         codes[token, list(bits)] = True
     return codes

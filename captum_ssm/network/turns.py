@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.network.copies import keeps_tensors, run_as_copy
 from captum_ssm.network.eager import run_eagerly
+from captum_ssm.network.gathered import gather
 from captum_ssm.network.state import Place, State, Watch
 from captum_ssm.network.threads import current_thread, hook_for_others
 
@@ -54,7 +55,8 @@ def unchanged(model: nn.Module, forward_func: Callable[..., Any], inputs: Any) -
     tensors = [t for t in (inputs if isinstance(inputs, tuple) else (inputs,)) if isinstance(t, Tensor)]
     kind = code, *[(tensor.is_floating_point(), tensor.dim()) for tensor in tensors]
     with turns.taken(model, kind) as turn, ExitStack() as stack:
-        run_eagerly(turn.state.modules, stack)
+        run_eagerly(stack)
+        gather(turn.state.modules, stack)
         if turn.known is None:
             stack.enter_context(Watch(turn.state))
         else:

@@ -108,11 +108,11 @@ class HeadOperator(Operator):
         """Return the operator on a selection of channels: whole heads stay heads, parts become heads of one channel."""
         H, P = self.heads, self.head_size
         direct = self._direct_paths(lambda path: take_channels(path, index))
-        channel = torch.arange(H * P)[index.cpu() if isinstance(index, Tensor) else index]
+        channel = torch.arange(H * P, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
         if H == 1:
             return replace(self, **direct, head_size=len(channel))
         first = channel[::P]  # the first channel of each head, if whole heads are selected
-        are_whole_heads = torch.equal(channel, (first.unsqueeze(1) // P * P + torch.arange(P)).flatten())
+        are_whole_heads = torch.equal(channel, (first.unsqueeze(1) // P * P + torch.arange(P, device="cpu")).flatten())
         head = (first if are_whole_heads else channel) // P
         return replace(self.take_heads(head), **direct, head_size=P if are_whole_heads else 1)
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.eager import OwnCheckpoint
 from captum_ssm.network.threads import current_thread, substitute, working_for
 from captum_ssm.relevance.traced import Traced, traced
 
@@ -60,7 +61,7 @@ class Checkpoints:
                 return tuple(t for leaf in out if isinstance(leaf, Traced) for t in (leaf.value, leaf.reference))
 
             tensors = [t for k in places for t in (leaves[k].value, leaves[k].reference)]
-            flat = checkpoint(run, *tensors, use_reentrant=False)
+            flat = checkpoint(OwnCheckpoint(run), *tensors, use_reentrant=False)
             out_spec, others = outputs
             pairs = iter(zip(flat[::2], flat[1::2]))
             filled = [Traced.of(*next(pairs), rule) if leaf is _TRACED else leaf for leaf in others]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
+from captum_ssm.layers.placement import is_spread
+from captum_ssm.layers.precision import full_precision
 from captum_ssm.network.recording import own_output, record_mixers
 from captum_ssm.operators import Chain, Operator, Rearranged, Sum
 from captum_ssm.relevance.call import constants
@@ -36,7 +38,6 @@ class FollowedMixers:
     class of the same name, is followed function by function instead, which is as exact and takes longer.
 
     Args:
-        plain: Turns traced arguments into those of the mixer's own code.
         check: Called with each mixer's call on the input alone, and with the output (B, L, E) of its decomposition;
             None instead of the output if the decomposition ran on an input of a wider type.
         follow_gates: Whether the gates are traced too; else they are constants.
@@ -47,7 +48,6 @@ class FollowedMixers:
         strangers: Gets the mixers that are not what their adapter knows, and why.
     """
 
-    plain: PlainArguments
     check: Callable[[LayerCall, Tensor | None], None]
     follow_gates: bool = True
     skips: list[Traced] | None = None
@@ -83,6 +83,7 @@ class FollowedMixers:
         y: Tensor = first_output(own_output(call.mixer, x, **arguments))
         return y
 
+    @full_precision()
     def _by_decomposition(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer's decomposition, checked.
 
@@ -96,14 +97,14 @@ class FollowedMixers:
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        plain_call = LayerCall(call.name, call.mixer, self.plain(call.x), call.y, call.kwargs)
-        is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
-        first_run = not self.checkpoints.is_rerun
-        if is_wider and first_run:
-            self.check(plain_call, None)
+        x = _plain(call.mixer, call.x)
+        plain_call = LayerCall(
+            call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast, around=call.around
+        )
         y = self._decomposed(plain_call, call.x)
-        if not is_wider and first_run:
-            self.check(plain_call, constants(y))
+        if not self.checkpoints.is_rerun:
+            is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
+            self.check(plain_call, None if is_wider else constants(y))
         return y
 
     def _decomposed(self, call: LayerCall, x: Traced) -> Tensor:
@@ -116,6 +117,11 @@ class FollowedMixers:
                     self.on_factor(call.name, name, y)
                 y = operator.apply(y, bias=True) if self.skips is None else _separate_skip(operator, y, self.skips)
         return y
+
+
+def _plain(mixer: nn.Module, arguments: Any) -> Any:
+    """Return the arguments of a mixer's call as the model itself would have passed them."""
+    return PlainArguments.of(mixer)(arguments)
 
 
 @contextmanager
@@ -144,17 +150,33 @@ def follow(
         By name of each known mixer how it was followed: :data:`DECOMPOSITION`, or why not.
 
     Raises:
-        UnsupportedModelError: If the model has no blocks to checkpoint.
+        UnsupportedModelError: If the model has no blocks to checkpoint, or is spread by tensor parallelism.
     """
-    plain, rerun = PlainArguments.of(model), Checkpoints()
-    mixers = FollowedMixers(plain, check, follow_gates, skips, on_factor, rerun)
+    _refuse_spread(model)
+    rerun = Checkpoints()
+    mixers = FollowedMixers(check, follow_gates, skips, on_factor, rerun)
     with ExitStack() as stack:
-        substitute_rules(model, plain, stack)
+        substitute_rules(model, PlainArguments.of(model), stack)
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):
-            stack.enter_context(record_mixers(model, replacement=mixers, prepare=plain))
+            stack.enter_context(record_mixers(model, replacement=mixers, prepare=_plain))
         yield mixers.followed
+
+
+def _refuse_spread(model: nn.Module) -> None:
+    """Raise if processes compute a part of the model each, which functions do not show.
+
+    Raises:
+        UnsupportedModelError: With the remedy.
+    """
+    spread = next((name for name, parameter in model.named_parameters() if is_spread(parameter)), None)
+    if spread is not None:
+        raise UnsupportedModelError(
+            f"The model is spread over processes by tensor parallelism ('{spread}'), where each computes a part, and "
+            "relevance follows the functions of one. Load the model without a tensor-parallel plan (tp_plan), or under "
+            "FSDP2 (fully_shard); the methods of attention matrices explain it as it is."
+        )
 
 
 def _separate_skip(operator: Operator, x: Tensor, skips: list[Traced]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from captum_ssm.network.interface import floating_type
+from captum_ssm.layers.precision import computing_type
 from captum_ssm.network.lookups import TokenIds
 from captum_ssm.relevance.traced import Traced
 
@@ -19,15 +19,15 @@ class PlainArguments:
     """Turns the arguments of a call into those that the model itself would have passed.
 
     Args:
-        dtype: The floating-point type of the model.
+        dtype: The floating-point type that the model, or the part of it whose code is run, computes in.
     """
 
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: nn.Module) -> PlainArguments:
-        """Return the arguments of this model, in the type of its first floating-point parameter."""
-        return cls(floating_type(model))
+    def of(cls, module: nn.Module) -> PlainArguments:
+        """Return the arguments of this model, or of a part of it."""
+        return cls(computing_type(module))
 
     def __call__(self, nested: Any) -> Any:
         """Return a nest of arguments with constants in the model's type, also if the explanation's type has spread."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.activations import secant_of
+from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
@@ -32,11 +33,13 @@ class Rule(ABC):
     Attributes:
         changed_decisions: Names of the functions that decide something, such as which experts a token is sent to, and
             would have decided otherwise for the reference; the reference follows the input's decision.
+        autocast_types: The types that autocast would have computed in, on the way.
         escape: The error of code that met a traced tensor past torch's functions, also if the code hid it; or None.
     """
 
     def __init__(self) -> None:
         self.changed_decisions: set[str] = set()
+        self.autocast_types: set[torch.dtype] = set()
         self.escape: UnsupportedModelError | None = None
         self._shared: SharedResults | None = None
 
@@ -115,7 +118,14 @@ class Rule(ABC):
     def __call__(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: list[Traced]
     ) -> Any:
-        """Return the result of a function for these arguments, given also the list of those that are traced."""
+        """Return the result of a function for these arguments, given also the list of those that are traced.
+
+        Autocast is set aside: the explanation is of the function, not of its rounding.
+        """
+        if torch._C._is_any_autocast_enabled():
+            self.autocast_types.update(dict(autocast_here()).values())
+            with full_precision():
+                return self(function, args, kwargs, traced)
         callee = FUNCTIONS.callee(function)
         call = Call.of(callee.function, callee.row, args, kwargs, traced)
         if callee.in_place:
@@ -293,6 +303,11 @@ def unsupported_function(function: Callable[..., Any], reason: str = "") -> Unsu
         frame = frame.f_back  # type: ignore[assignment]
     where = f" in {type(module).__name__}" if module is not None else ""
     why = f": {reason}" if reason else ""
+    if isinstance(function, torch._ops.OpOverload):
+        return UnsupportedModelError(
+            f"The operator {function.name()!r} is called{where} past torch's functions, as code of torch.export calls "
+            "it, and cannot be followed. Let forward_func run the model that was exported."
+        )
     return UnsupportedModelError(
         f"No rule of relevance is known for the function {function.__name__!r}{where}{why}. "
         "Register one: captum_ssm.register_rule, for this function or for the whole module."

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import CheckpointError
 from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, UnsupportedModelError, is_own
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_fidelity, decompose
+from captum_ssm.layers.precision import computing_type, narrowest
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
-from captum_ssm.network.interface import floating_type
 from captum_ssm.network.reference import Reference
 from captum_ssm.relevance.difference import VALUE_SHARE, Difference
 from captum_ssm.relevance.explained_input import ExplainedInput
@@ -192,7 +192,7 @@ class Run:
             escape = self.rule.escape or refused_access(error)
             if escape is not None:
                 raise escape from error
-            dtype = floating_type(self.model)
+            dtype = computing_type(self.model)
             if torch.promote_types(dtype, torch.float32) == dtype or is_own(error):
                 raise
             raise ModelStateError(
@@ -244,7 +244,8 @@ class Run:
         missing = sums(relevance) + sum(terms.values()) - difference
         scale = sums([r.abs() for r in relevance]) + value.abs() + reference.abs()
         error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        allowed = max(COMPLETENESS.get(floating_type(self.model), 1e-3), self.options.tolerance or 0)
+        dtype = narrowest([computing_type(self.model), *self.rule.autocast_types])
+        allowed = max(COMPLETENESS.get(dtype, 1e-3), self.options.tolerance or 0)
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
         return Explanation(relevance, terms, missing, error, changed, self.fidelity, self.followed)

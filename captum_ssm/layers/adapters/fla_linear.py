@@ -47,7 +47,7 @@ def retention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """
 
     def decays(weights: Mapping[str, Tensor], masked: Tensor) -> Coefficient:
-        return 1 - 2.0 ** (-5 - torch.arange(mixer.num_heads).to(x)).view(1, 1, -1, 1)
+        return 1 - 2.0 ** (-5 - torch.arange(mixer.num_heads, dtype=x.dtype, device=x.device)).view(1, 1, -1, 1)
 
     def turn(t: Tensor) -> Tensor:
         angles = rotary_angles(mixer.rotary.base, t.shape[-1] // 2, x)

@@ -127,7 +127,7 @@ def _values(mixer: Any, weights: Mapping[str, Tensor], x: Tensor, kwargs: Mappin
     m = low_rank(weights, "v_lora.lora", x).sigmoid()
     if source is None:
         return {"mix": Diagonal(1 - m, m * kwargs["v_first"].to(x)), "value": value, "shift": _shift(mu)}
-    first, identity = parameters(source, x), torch.eye(len(value.W)).to(x)
+    first, identity = parameters(source, x), torch.eye(len(value.W), dtype=x.dtype, device=x.device)
     return {
         "both": Projection(torch.cat([identity, identity], dim=1)),
         "mix": Diagonal(torch.cat([1 - m, m], dim=-1)),

@@ -64,7 +64,7 @@ def associative_scan(combine_fn: Callable[..., Any], xs: Any, dim: int, reverse:
             if _is(combine_fn, partial(_combined, is_first, is_logarithm), 2):
                 a, x = (turned(t).movedim(dim, 0).unsqueeze(0) for t in (xs if is_first else xs[::-1]))
                 h = turned(pscan(a.exp() if is_logarithm else a, x).squeeze(0).movedim(0, dim))
-                decays = Unfollowed.of(torch.empty(h.shape), "associative_scan")
+                decays = Unfollowed.of(torch.empty(h.shape, device=h.device), "associative_scan")
                 return (decays, h) if is_first else (h, decays)
     raise UnsupportedModelError("An associative scan of something else than a recurrence has no rule of relevance.")
 
@@ -88,7 +88,7 @@ def _combined(is_first: bool, is_logarithm: bool, earlier: Sequence[Tensor], lat
 
 def _is(combine: Callable[..., Any], other: Callable[..., Any], size: int) -> bool:
     """Whether two functions of neighbouring steps agree on some numbers."""
-    some = [torch.linspace(0.1, 0.9 + n, 6, dtype=torch.float64) for n in range(2 * size)]
+    some = [torch.linspace(0.1, 0.9 + n, 6, dtype=torch.float64, device="cpu") for n in range(2 * size)]
     earlier, later = some[::2], some[1::2]
     try:
         found, wanted = (
