@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.layers.stand_ins import Called
+
 signature = lru_cache(inspect.signature)
 """The signature of a function, read once."""
 
@@ -30,6 +32,8 @@ class LayerCall:
             (:func:`captum_ssm.register_wire`).
         own_input: Input of the mixer alone (B, L, E), if ``x`` also holds the input of an earlier call
             (:func:`captum_ssm.layers.sources.register_source`).
+        called: The mixer's parts that its own code called, of those that stand in for plain weights
+            (:mod:`captum_ssm.layers.stand_ins`); None if that was not noted.
     """
 
     name: str
@@ -39,6 +43,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     state: Tensor | None = None
     own_input: Tensor | None = None
+    called: Called | None = None
 
     @property
     def wide_input(self) -> Tensor:

@@ -96,7 +96,7 @@ class FollowedMixers:
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        plain_call = LayerCall(call.name, call.mixer, self.plain(call.x), call.y, call.kwargs)
+        plain_call = LayerCall(call.name, call.mixer, self.plain(call.x), call.y, call.kwargs, called=call.called)
         is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
         first_run = not self.checkpoints.is_rerun
         if is_wider and first_run:
