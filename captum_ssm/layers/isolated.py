@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_ssm.layers.call import first_output
-from captum_ssm.layers.stand_ins import is_packed, noted_sizes, stands_in
+from captum_ssm.layers.stand_ins import is_packed_part, noted_sizes, stands_in
 
 
 def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide: bool = False) -> Tensor:
@@ -48,6 +47,13 @@ def isolated_part(module: nn.Module, x: Tensor) -> nn.Module:
     return _copy(module, x, lambda config: config, "")
 
 
+def shallow_copy(module: Any) -> Any:
+    """Return a module with the same attributes: ``copy.copy`` refuses one with a parametrization."""
+    clone = object.__new__(type(module))
+    vars(clone).update(vars(module))
+    return clone
+
+
 class InOwnType(nn.Module):
     """A part with quantised weights, run in its own floating-point type for an input of any.
 
@@ -68,7 +74,7 @@ class InOwnType(nn.Module):
 
 
 def _copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any], prefix: str) -> Any:
-    clone = copy.copy(module)
+    clone = shallow_copy(module)
     state = vars(clone)
     state["_modules"] = {
         name: child and _copy_within(child, x, configure, prefix + name) for name, child in module._modules.items()
@@ -82,7 +88,7 @@ def _copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any], prefix
 
 def _copy_within(child: Any, x: Tensor | None, configure: Callable[[Any], Any], name: str) -> Any:
     """Return a copy of a module within another, of this dotted name; one with quantised weights itself."""
-    if not child._modules and is_packed(child):
+    if is_packed_part(child):
         return InOwnType(child)
     clone = _copy(child, x, configure, f"{name}.")
     return clone if stands_in(child) or noted_sizes(name) is not None else _unhooked(clone)

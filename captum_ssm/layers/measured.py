@@ -31,10 +31,11 @@ class MeasuredPart:
         name: Its dotted name in the layer.
         module: The part.
         like: A tensor of the type and on the device of W and the bias.
+        sizes: Output and input channels; None for those of its call.
     """
 
-    def __init__(self, name: str, module: nn.Module, like: Tensor) -> None:
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: nn.Module, like: Tensor, sizes: tuple[int, int] | None = None) -> None:
+        self.name, self.module, self._sizes = name, module, sizes
         self.is_packed = is_packed(module)
         self._like = torch.empty(0, dtype=like.dtype, device=like.device)
         self._last: list[tuple[Tensor, Tensor]] = []
@@ -62,7 +63,7 @@ class MeasuredPart:
         Raises:
             KeyError: If nothing tells them.
         """
-        noted = noted_sizes(self.name)
+        noted = self._sizes or noted_sizes(self.name)
         if noted is not None:
             return noted
         for module in self.module.modules():

@@ -87,6 +87,11 @@ def is_packed(module: nn.Module) -> bool:
     return any(map(_is_packed, module.modules()))
 
 
+def is_packed_part(module: nn.Module) -> bool:
+    """Whether a module without modules within holds such a weight."""
+    return not module._modules and _is_packed(module)
+
+
 def is_fine_tuned(module: nn.Module) -> bool:
     """Whether a module adds the matrices of a fine-tuning to a weight, as the modules of peft and loralib do."""
     return isinstance(getattr(module, "base_layer", None), nn.Module) or hasattr(module, "lora_A")

@@ -22,6 +22,7 @@ from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
 from captum_ssm.layers.wires import block_name
+from captum_ssm.network.quantised import give_gradients
 from captum_ssm.network.threads import hook, is_passing
 
 Replacement = Callable[[LayerCall], Tensor]
@@ -60,6 +61,7 @@ def record_mixers(
     """
     recorder = _Recorder(model, hold, replacement, prepare, on_call)
     with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
+        give_gradients(model, hooks)
         for mixer in recorder.names:
             hook(mixer.register_forward_pre_hook, recorder.enter, hooks, with_kwargs=True)
             hook(mixer.register_forward_hook, recorder.leave, hooks, with_kwargs=True)

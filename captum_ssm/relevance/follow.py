@@ -21,6 +21,7 @@ from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
 from captum_ssm.relevance.plain import PlainArguments
+from captum_ssm.relevance.quantised import substitute_secants
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced, traced
 
@@ -149,7 +150,8 @@ def follow(
     plain, rerun = PlainArguments.of(model), Checkpoints()
     mixers = FollowedMixers(plain, check, follow_gates, skips, on_factor, rerun)
     with ExitStack() as stack:
-        substitute_rules(model, plain, stack)
+        substitute_secants(model, plain, stack)
+        substitute_rules(model, plain, stack)  # of users too, so they come first
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):
