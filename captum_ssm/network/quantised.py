@@ -83,7 +83,7 @@ class _WithGradient:
         if type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
             return self.code(*args, **kwargs)
         with torch.no_grad():
-            y = self.code(x)
+            y = self.code(x.detach())
         if not projects(x, y):
             return self.code(x)
         return _Weighed.apply(x, y, partial(matrix_of, self.name, self.module))  # type: ignore[no-untyped-call]
