@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from captum_ssm.layers.placement import Around, in_place
 from captum_ssm.layers.precision import Autocast, computing_type, narrowest
+from captum_ssm.layers.stand_ins import Called
 
 signature = lru_cache(inspect.signature)
 """The signature of a function, read once."""
@@ -36,6 +37,8 @@ class LayerCall:
             (:func:`captum_ssm.layers.sources.register_source`).
         autocast: The autocast that the mixer ran under.
         around: Modules around the mixer whose hooks fetch its tensors for each run.
+        called: The mixer's parts that its own code called, of those that stand in for plain weights
+            (:mod:`captum_ssm.layers.stand_ins`); None if that was not noted.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerCall:
     own_input: Tensor | None = None
     autocast: Autocast = ()
     around: Around = ()
+    called: Called | None = None
 
     @property
     def mixer_in_place(self) -> nn.Module:

@@ -21,7 +21,7 @@ from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.layers.placement import in_place
 from captum_ssm.layers.precision import full_precision, under
-from captum_ssm.layers.replaced import refusal
+from captum_ssm.layers.stand_ins import as_called, refusal
 from captum_ssm.operators import Chain
 
 _CAUSES = (
@@ -118,10 +118,11 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
     if adapter is None:
         raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({class_name}).")
     try:
-        return adapter(call.mixer_in_place, x, _in_place(call.kwargs, x.device))
+        with as_called(call.called):
+            return adapter(call.mixer_in_place, x, _in_place(call.kwargs, x.device))
     except (AttributeError, KeyError) as error:
         if reason := refusal(call.name, call.mixer):
-            raise UnsupportedModelError(reason) from error
+            raise UnsupportedModelError(f"The adapter of a layer cannot read {reason}.") from error
         missing = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UnsupportedModelError(
             f"Layer '{call.name}' has the name {class_name}, but is not built like the layer that the adapter of this "
@@ -154,7 +155,6 @@ def check_fidelity(
 
     Raises:
         FidelityError: If the error exceeds the tolerance.
-        UnsupportedModelError: If it does because the layer holds the matrices of a fine-tuning, or quantised weights.
         InvalidInputError: If padding before a sequence, or a masked token within it, changes the layer's output.
     """
     mask = y.new_ones(y.shape[:2]) if mask is None else mask.to(y)
@@ -162,10 +162,9 @@ def check_fidelity(
     error = relative_error(y, y_layer)
     tolerance = TOLERANCE.get(call.narrowest_type, 1e-4) if tolerance is None else tolerance
     if not (error <= tolerance or _is_rounding(call, y, mask)):
-        if reason := refusal(call.name, call.mixer):
-            raise UnsupportedModelError(reason)
         overflows = not math.isfinite(error) and y.dtype == torch.float32
-        raise FidelityError(call.name, error, tolerance, _OUT_OF_RANGE if overflows else _CAUSES)
+        cause = _OUT_OF_RANGE if overflows else refusal(call.name, call.mixer) or _CAUSES
+        raise FidelityError(call.name, error, tolerance, cause)
     if not bool(mask.all()):
         x = call.wide_input
         chain = unchecked_chain(call, x) if chain is None else chain
@@ -189,7 +188,7 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
         return False
     x = call.x if call.own_input is None else call.own_input
     for like, expected, wide in ((call.y.to(call.own_type), call.y, False), (y, y, True)):
-        with under(() if wide else call.autocast):
+        with under(() if wide else call.autocast), as_called(call.called):
             output = run_isolated(call.mixer_in_place, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False

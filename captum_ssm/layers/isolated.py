@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_ssm.layers.call import first_output
+from captum_ssm.layers.stand_ins import is_packed_part, noted_sizes, stands_in
 
 
 def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide: bool = False) -> Tensor:
@@ -29,24 +29,76 @@ def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide
 
 
 def isolated_copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any] = lambda config: config) -> Any:
-    """Return a copy of a module with its parameters in another type, and without hooks.
+    """Return a copy of a module with its parameters in another type, and without hooks on the module itself.
 
-    The original stays unchanged throughout, which rules out ``torch.func.functional_call``.
+    On the modules within stay the hooks that make their weights or change their outputs. The original stays unchanged
+    throughout, which rules out ``torch.func.functional_call``.
 
     Args:
         module: Any module; call its class's ``forward`` on the copy.
         x: A tensor of the wanted type and device; None leaves the parameters unchanged.
         configure: From the ``config`` of the module, and of each module within, to the copy's.
     """
-    clone = copy.copy(module)
+    return _unhooked(_copy(module, x, configure, ""))
+
+
+def isolated_part(module: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy of a part of a layer, with its hooks, in the type and on the device of ``x``."""
+    return _copy(module, x, lambda config: config, "")
+
+
+def shallow_copy(module: Any) -> Any:
+    """Return a module with the same attributes: ``copy.copy`` refuses one with a parametrization."""
+    clone = object.__new__(type(module))
+    vars(clone).update(vars(module))
+    return clone
+
+
+class InOwnType(nn.Module):
+    """A part with quantised weights, run in its own floating-point type for an input of any.
+
+    Args:
+        part: The part.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the part's output in the type of ``x``."""
+        tensors = [*self.part.parameters(), *self.part.buffers()]
+        own = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), x.dtype)
+        y: Tensor = self.part(x.to(own))
+        return y.to(x.dtype)
+
+
+def _copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any], prefix: str) -> Any:
+    clone = shallow_copy(module)
     state = vars(clone)
-    state.pop("forward", None)  # patched into the object, it would run the original
-    state["_modules"] = {name: child and isolated_copy(child, x, configure) for name, child in module._modules.items()}
+    state["_modules"] = {
+        name: child and _copy_within(child, x, configure, prefix + name) for name, child in module._modules.items()
+    }
     if x is not None:
         state.update({tensors: cast_like(state[tensors], x) for tensors in ("_parameters", "_buffers")})
-    state.update({f"_{when}_hooks": {} for when in ("forward", "forward_pre", "backward", "backward_pre")})
     if "config" in state:
         state["config"] = configure(module.config)
+    return clone
+
+
+def _copy_within(child: Any, x: Tensor | None, configure: Callable[[Any], Any], name: str) -> Any:
+    """Return a copy of a module within another, of this dotted name; one with quantised weights itself."""
+    if is_packed_part(child):
+        return InOwnType(child)
+    clone = _copy(child, x, configure, f"{name}.")
+    return clone if stands_in(child) or noted_sizes(name) is not None else _unhooked(clone)
+
+
+def _unhooked(clone: Any) -> Any:
+    """Return a copy of a module after taking its hooks away."""
+    state = vars(clone)
+    state.pop("forward", None)  # patched into the object, it would run the original
+    state.update({f"_{when}_hooks": {} for when in ("forward", "forward_pre", "backward", "backward_pre")})
     return clone
 
 

@@ -15,29 +15,17 @@ from torch import Tensor
 
 from captum_ssm.layers.activations import secant
 from captum_ssm.layers.heads import to_heads
-from captum_ssm.layers.parameters import convolution, projection, projections
+from captum_ssm.layers.parameters import Parameters, convolution, projection, projections
 from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
 
 ReadNorm = Callable[[str, Tensor], Tensor]
 """Norm of the vectors that a head reads: delta's low rank ``"dt"`` (B, L, H, R), ``"b"`` and ``"c"`` (B, L, H, N)."""
 
 
-def one_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Arrange the parameters of a layer without heads as those of a layer with one head.
-
-    Args:
-        weights: Parameters by ``MambaMixer``'s names.
-
-    Returns:
-        The parameters, with ``x_proj.weight`` (1, R + 2N, D) and ``dt_proj.weight`` (1, D, R).
-    """
-    return {**weights, **{name: weights[name].unsqueeze(0) for name in ("x_proj.weight", "dt_proj.weight")}}
-
-
 def selective_layer(
     x: Tensor,
     activation: str,
-    weights: Mapping[str, Tensor],
+    weights: Parameters,
     mask: Mapping[str, Operator],
     norm: ReadNorm = lambda _, read: read,
 ) -> Chain:
@@ -46,8 +34,8 @@ def selective_layer(
     Args:
         x: Input (B, L, E).
         activation: Name of the activation after the convolution.
-        weights: Parameters by ``MambaMixer``'s names; ``x_proj.weight`` (H, R + 2N, P) and ``dt_proj.weight``
-            (H, P, R) have their heads first.
+        weights: Parameters by ``MambaMixer``'s names. Of a layer with heads, ``x_proj.weight`` (H, R + 2N, P) and
+            ``dt_proj.weight`` (H, P, R) have them first.
         mask: Factor that sets padding to 0, or an empty dictionary.
         norm: Norm of the vectors that are read from the convolved input.
 
@@ -76,7 +64,7 @@ def names_of_direction(end: str, of_the_layer: Mapping[str, str]) -> dict[str, s
     return {name: name.replace(".", f"{end}.") for name in tensors} | dict(of_the_layer)
 
 
-def gated_layer(x: Tensor, weights: Mapping[str, Tensor], between: Callable[[Tensor], Mapping[str, Operator]]) -> Chain:
+def gated_layer(x: Tensor, weights: Parameters, between: Callable[[Tensor], Mapping[str, Operator]]) -> Chain:
     """Build the chain of a layer whose factors of mixing stand between its projections, under one gate.
 
     Args:
@@ -100,7 +88,7 @@ def gated_layer(x: Tensor, weights: Mapping[str, Tensor], between: Callable[[Ten
 
 
 def two_directions(
-    weights: Mapping[str, Tensor],
+    weights: Parameters,
     backward: Mapping[str, str],
     value: Tensor,
     activation: str,
@@ -119,20 +107,15 @@ def two_directions(
     Returns:
         ``forward`` and ``backward``, chains of ``scan``, ``act``, ``conv``.
     """
-    turned = renamed(weights, backward)
+    turned = weights.renamed(backward)
     return {
-        "forward": Chain(selective_factors(one_head(weights), value, activation, norm=norm)),
-        "backward": Chain(selective_factors(one_head(turned), value.flip(1), activation, norm=norm)).flipped(),
+        "forward": Chain(selective_factors(weights, value, activation, norm=norm)),
+        "backward": Chain(selective_factors(turned, value.flip(1), activation, norm=norm)).flipped(),
     }
 
 
-def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the parameters of another direction by the names of the first one's."""
-    return {name: weights[other] for name, other in names.items() if other in weights}
-
-
 def selective_factors(
-    weights: Mapping[str, Tensor],
+    weights: Parameters,
     value: Tensor,
     activation: str,
     mask: Mapping[str, Operator] = MappingProxyType({}),
@@ -156,7 +139,7 @@ def selective_factors(
     return {"scan": selective_recurrence(weights, act * pre, norm), "act": Diagonal(act), "conv": conv}
 
 
-def selective_recurrence(weights: Mapping[str, Tensor], u: Tensor, norm: ReadNorm = lambda _, read: read) -> Scan:
+def selective_recurrence(weights: Parameters, u: Tensor, norm: ReadNorm = lambda _, read: read) -> Scan:
     """Build the recurrence, which reads its own coefficients from its input.
 
     Args:
@@ -167,11 +150,28 @@ def selective_recurrence(weights: Mapping[str, Tensor], u: Tensor, norm: ReadNor
     Returns:
         The recurrence.
     """
-    read_w, step_w = weights["x_proj.weight"], weights["dt_proj.weight"]
-    (H, P, R), N = step_w.shape, weights["A_log"].shape[-1]
-    reads = torch.einsum("blhp,hrp->blhr", u.unflatten(-1, (H, P)), read_w).split([R, N, N], dim=-1)
-    low, b, c = (norm(name, read) for name, read in zip(("dt", "b", "c"), reads))
-    b, c = (to_heads(read, H * P) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
-    delta = F.softplus(torch.einsum("blhr,hpr->blhp", low, step_w).flatten(2) + weights["dt_proj.bias"])  # (B, L, D)
+    D, N = weights["A_log"].shape
+    reads = _project_heads(weights, "x_proj", u)  # (B, L, H, R + 2N)
+    low, b, c = (norm(t, read) for t, read in zip(("dt", "b", "c"), reads.split([reads.shape[-1] - 2 * N, N, N], -1)))
+    b, c = (to_heads(read, D) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
+    delta = F.softplus(_project_heads(weights, "dt_proj", low.flatten(2)).flatten(2))  # (B, L, D)
     step, rate = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
     return Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])
+
+
+def _project_heads(weights: Parameters, name: str, x: Tensor) -> Tensor:
+    """Project the channels of each head: by a projection of the layer if there is one head, else by a weight of each.
+
+    Args:
+        weights: Parameters of this direction, laid out as for :func:`selective_layer`.
+        name: Name of the projection.
+        x: (B, L, H·P).
+
+    Returns:
+        (B, L, H, rows of the projection).
+    """
+    if weights.part(name) is None and weights[f"{name}.weight"].dim() == 3:
+        w, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        y = torch.einsum("blhp,hrp->blhr", x.unflatten(-1, (len(w), -1)), w)
+        return y if bias is None else y + bias.view(len(w), -1)
+    return projection(weights, name).apply(x, bias=True).unsqueeze(2)

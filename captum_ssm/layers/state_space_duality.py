@@ -19,7 +19,7 @@ from captum_ssm.layers.bypass import Bypass
 from captum_ssm.layers.heads import to_heads
 from captum_ssm.layers.norms import group_norm
 from captum_ssm.layers.padding import padding_mask
-from captum_ssm.layers.parameters import convolution, projection
+from captum_ssm.layers.parameters import convolution, projection, sizes_of
 from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
 
 
@@ -64,8 +64,8 @@ def ssd_layer(x: Tensor, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor
         Dao & Gu 2024 (arXiv 2405.21060), section 7.
     """
     mask, into = padding_mask(kwargs, x), projection(weights, "in_proj")
-    H, inner = len(weights["A_log"]), weights["out_proj.weight"].shape[1]
-    GN = (len(into.W) - 2 * inner - H) // 2
+    H, inner = len(weights["A_log"]), sizes_of(weights, "out_proj")[1]
+    GN = (sizes_of(weights, "in_proj")[0] - 2 * inner - H) // 2
     D = len(weights["conv1d.weight"]) - 2 * GN
     M = inner - D  # channels beside the recurrence, which come first
     bypass = Bypass(M, D // H, first=True)

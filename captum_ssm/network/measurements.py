@@ -7,7 +7,7 @@ norms of the weights: a change through ``weight.data`` shows neither in the addr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -94,11 +94,21 @@ def model_state(model: nn.Module) -> Hashable:
     Cost: one pass over the weights.
     """
     modules = tuple((ref(module), module.training, *_hooks(module), *_attributes(module)) for module in model.modules())
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [part for tensor in (*model.parameters(), *model.buffers()) for part in _stored(tensor)]
     if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         raise UnknownStateError
     places = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     return modules, places, _norms(tensors)
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold a tensor's numbers: itself, or those that one with a quantised weight is made of."""
+    if type(tensor) in (nn.Parameter, Tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _stored(getattr(tensor, name))
 
 
 def _norms(tensors: list[Tensor]) -> tuple[float, ...]:

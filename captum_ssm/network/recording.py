@@ -1,7 +1,8 @@
 """Record the input and output of every token mixer of a model: the only hooks that an explanation needs.
 
-Nothing inside a mixer is hooked: transformers and the native packages call functions with the parameters of
-their submodules, whose hooks then never fire. An adapter recomputes the gates from the mixer's input.
+Nothing inside a mixer is observed: transformers and the native packages call functions with the parameters of
+their submodules, whose hooks then never fire. An adapter recomputes the gates from the mixer's input. Only of a part
+that stands in for a plain weight is it noted whether it was called.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.placement import Around, around, has_values
 from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.layers.sources import find_source
+from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
 from captum_ssm.layers.wires import block_name
 from captum_ssm.network.interface import output_embeddings
+from captum_ssm.network.quantised import give_gradients
 from captum_ssm.network.threads import hook, is_passing
 
 Replacement = Callable[[LayerCall], Tensor]
@@ -61,9 +64,15 @@ def record_mixers(
     """
     recorder = _Recorder(model, hold, replacement, prepare, on_call)
     with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
+        give_gradients(model, hooks)
         for mixer in recorder.names:
             hook(mixer.register_forward_pre_hook, recorder.enter, hooks, with_kwargs=True)
             hook(mixer.register_forward_hook, recorder.leave, hooks, with_kwargs=True)
+        for mixer, parts in recorder.parts.items():
+            for part_name, part in parts.items():
+                watch = _PartWatch(part_name, recorder.called[mixer])
+                hook(part.register_forward_pre_hook, watch.enter, hooks, with_kwargs=True, prepend=True)
+                hook(part.register_forward_hook, watch.leave, hooks)
         for name in recorder.blocks:
 
             def note(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -90,6 +99,8 @@ class _Recorder:
         self.names: dict[nn.Module, list[str]] = {}
         for path, mixer in find_mixers(self.model).items():
             self.names.setdefault(mixer, []).append(path)
+        self.parts = {mixer: _observed_parts(mixer) for mixer in self.names}
+        self.called: dict[nn.Module, dict[str, tuple[int, int]]] = {mixer: {} for mixer in self.names}
         self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
         self._caches: list[Any] = []
         self._has_values = has_values(self.model)
@@ -123,8 +134,9 @@ class _Recorder:
         if source is not None:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
         state = self.states.get(block_name(self.model, name))
+        called = self.called[mixer] if self.parts[mixer] else None
         call = LayerCall(
-            name, mixer, x, first_output(output), others, state, own_input, autocast_here(), self._around(name)
+            name, mixer, x, first_output(output), others, state, own_input, autocast_here(), self._around(name), called
         )
         if x.device != call.y.device:  # moved by a hook of the layer
             call = call.on(call.y.device)
@@ -143,6 +155,38 @@ class _Recorder:
         earlier = sum(call.mixer is mixer for call in self.calls)
         paths = self.names[mixer]
         return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
+
+
+def _observed_parts(mixer: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a mixer that stand in for plain weights, or have hooks."""
+    return {name: part for name, part, is_stand_in in parts_of(mixer) if is_stand_in or (name and is_hooked(part))}
+
+
+@dataclass
+class _PartWatch:
+    """Notes a part that is called: one that stands in for a plain weight, or whose hooks change its output.
+
+    Args:
+        name: Its dotted name in the mixer.
+        called: Gets the name with the sizes of output and input.
+    """
+
+    name: str
+    called: dict[str, tuple[int, int]]
+    arguments: tuple[Any, Any] = ((), {})
+
+    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        """Keep the arguments that the layer's code gave, before any hook."""
+        self.arguments = args, kwargs
+
+    def leave(self, part: nn.Module, _args: Any, output: Any) -> None:
+        """Compare the output behind all hooks with that of the part's class."""
+        (args, kwargs), self.arguments = self.arguments, ((), {})
+        if self.name in self.called or type(output) is not Tensor:
+            return
+        with torch.no_grad():
+            if stands_in(part) or not torch.equal(type(part).forward(part, *args, **kwargs), output):
+                self.called[self.name] = output.shape[-1], next(iter((*args, *kwargs.values()))).shape[-1]
 
 
 def own_output(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Some models do: RWKV-4 divides weights when it first runs, RecurrentGemma keeps its states on its modules, and an
 embedding with ``max_norm`` shortens the vectors that it looks up. Restored are contents and identity of parameters and
-buffers, and of the tensors that modules keep beside them, bit by bit.
+buffers, and of the tensors that modules keep beside them, bit by bit. A part with a quantised weight is left to itself:
+some lay out their weight anew for the device when they first run, and note that where no tensor tells.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_ssm.layers.stand_ins import is_packed_part
 
 _ABSENT = object()
 OF_TORCH = frozenset(vars(nn.Module()))
@@ -34,7 +37,7 @@ class State:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = _plain_modules(model)
+        self.modules = [module for module in _plain_modules(model) if not is_packed_part(module)]
         self._now = [vars(module) for module in self.modules]
         self._attributes = [now.copy() for now in self._now]
         self._kept_attributes = list(zip(self._now, self._attributes))

@@ -56,6 +56,9 @@ class _Hook:
         for_others: Whether it acts in all other threads instead.
     """
 
+    is_passing = True
+    """Known to :mod:`captum_ssm.layers.stand_ins` too: no part of the module."""
+
     def __init__(self, function: Callable[..., Any] | None = None, thread: int = 0, for_others: bool = False) -> None:
         self._function = function
         self._thread = thread
@@ -111,6 +114,9 @@ class Substituted:
         original: The function in all other threads.
         is_own: Whether the object that has the function holds it itself, and not by its class.
     """
+
+    is_passing = True
+    """Known to :mod:`captum_ssm.layers.stand_ins` too: no part of the object."""
 
     def __init__(self, original: Callable[..., Any], is_own: bool) -> None:
         self.original = self.__wrapped__ = original  # its signature is the original's

@@ -217,7 +217,7 @@ class Projection(Operator):
         return self
 
     @property
-    def sizes(self) -> tuple[int | None, int | None]:
+    def sizes(self) -> tuple[int, int]:
         """Output and input channels."""
         return self.W.shape[0], self.W.shape[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any, cast
@@ -23,6 +23,7 @@ from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
 from captum_ssm.relevance.plain import PlainArguments
+from captum_ssm.relevance.quantised import substitute_secants
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced, traced
 
@@ -97,10 +98,7 @@ class FollowedMixers:
                 f"Layer '{call.name}' ({type(call.mixer).__name__}) has other arguments than its input that "
                 "depend on the tokens, and its adapter takes them as constants."
             )
-        x = _plain(call.mixer, call.x)
-        plain_call = LayerCall(
-            call.name, call.mixer, x, call.y, call.kwargs, autocast=call.autocast, around=call.around
-        )
+        plain_call = replace(call, x=_plain(call.mixer, call.x), state=None, own_input=None)
         y = self._decomposed(plain_call, call.x)
         if not self.checkpoints.is_rerun:
             is_wider = call.y.dtype != call.x.dtype  # the layer's own code ran on an input in its narrower type
@@ -156,7 +154,9 @@ def follow(
     rerun = Checkpoints()
     mixers = FollowedMixers(check, follow_gates, skips, on_factor, rerun)
     with ExitStack() as stack:
-        substitute_rules(model, PlainArguments.of(model), stack)
+        plain = PlainArguments.of(model)
+        substitute_secants(model, plain, stack)
+        substitute_rules(model, plain, stack)  # of users too, so they come first
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from captum_ssm.errors import CompletenessError, InvalidInputError, ModelStateError, UnsupportedModelError, is_own
 from captum_ssm.layers.call import LayerCall
-from captum_ssm.layers.fidelity import check_fidelity, decompose
+from captum_ssm.layers.fidelity import TOLERANCE, check_fidelity, decompose
 from captum_ssm.layers.precision import computing_type, narrowest
+from captum_ssm.layers.stand_ins import is_packed
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.inputs import token_mask
 from captum_ssm.network.reference import Reference
@@ -32,6 +33,10 @@ COMPLETENESS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, t
 With a reference it is the error to the model's own outputs, which have the rounding of the model's own code: in half
 precision, where it may also exchange experts, and in the parts of a float64 model that transformers computes in
 float32."""
+
+
+_OF_QUANTISED = torch.bfloat16
+"""The type whose tolerance quantised parts have: some round their input to 8 bits too, as its last digit decides."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,8 @@ class Run:
         missing = sums(relevance) + sum(terms.values()) - difference
         scale = sums([r.abs() for r in relevance]) + value.abs() + reference.abs()
         error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        dtype = narrowest([computing_type(self.model), *self.rule.autocast_types])
+        of_quantised = [_OF_QUANTISED] if is_packed(self.model) else []
+        dtype = narrowest([computing_type(self.model), *self.rule.autocast_types, *of_quantised])
         allowed = max(COMPLETENESS.get(dtype, 1e-3), self.options.tolerance or 0)
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
@@ -258,6 +264,8 @@ class Run:
     def _check_layer(self, call: LayerCall, y: Tensor | None) -> None:
         """Compare a layer's own output with that of its decomposition, ``y``; None if it ran on another input."""
         call, tolerance = call.detach(), self.options.tolerance
+        if tolerance is None and is_packed(call.mixer):
+            tolerance = TOLERANCE[_OF_QUANTISED]
         mask = token_mask(self.forward_func, self.args, [call])
         error = decompose(call, tolerance, mask).error if y is None else check_fidelity(call, y, tolerance, mask)
         self.fidelity[call.name] = error

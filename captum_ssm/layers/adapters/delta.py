@@ -121,7 +121,7 @@ def _delta_layer(
     """
     out, norm = ("o_proj", "o_norm") if hasattr(mixer, "o_norm") else ("out_proj", "norm")
     gated_norm, scale, H = getattr(mixer, norm), weights[f"{norm}.weight"], beta.shape[-1]
-    taps = weights["conv1d.weight"].squeeze(1).split([len(into.W) for into in qkv])
+    taps = weights["conv1d.weight"].squeeze(1).split([into.sizes[0] for into in qkv])
     convs = [CausalConv(w) for w in taps]
     pre = [conv.apply(into.apply(x, bias=True)) for conv, into in zip(convs, qkv)]
     acts = [secant(mixer.activation, u) for u in pre]

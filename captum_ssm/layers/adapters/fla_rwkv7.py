@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_ssm.layers.fla_factors import unpacked_mask
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import group_norm, inverse_length
-from captum_ssm.layers.parameters import low_rank, parameters, projection
+from captum_ssm.layers.parameters import low_rank, parameters, projection, sizes_of
 from captum_ssm.layers.sources import register_source
 from captum_ssm.layers.token_shift import token_shift
 from captum_ssm.operators import CausalConv, Centre, Chain, DeltaScan, Diagonal, Operator, Projection, Sum
@@ -127,7 +127,8 @@ def _values(mixer: Any, weights: Mapping[str, Tensor], x: Tensor, kwargs: Mappin
     m = low_rank(weights, "v_lora.lora", x).sigmoid()
     if source is None:
         return {"mix": Diagonal(1 - m, m * kwargs["v_first"].to(x)), "value": value, "shift": _shift(mu)}
-    first, identity = parameters(source, x), torch.eye(len(value.W), dtype=x.dtype, device=x.device)
+    size = sizes_of(weights, "v_proj")[0]
+    first, identity = parameters(source, x), torch.eye(size, dtype=x.dtype, device=x.device)
     return {
         "both": Projection(torch.cat([identity, identity], dim=1)),
         "mix": Diagonal(torch.cat([1 - m, m], dim=-1)),

@@ -14,7 +14,6 @@ from captum_ssm.layers.selective_scan import (
     ReadNorm,
     gated_layer,
     names_of_direction,
-    one_head,
     selective_layer,
     two_directions,
 )
@@ -42,7 +41,7 @@ def mamba_block(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         mambapy ``mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
     """
     weights = parameters(mixer, x)
-    return selective_layer(x, "silu", one_head(weights), {}, _read_norm(mixer, weights))
+    return selective_layer(x, "silu", weights, {}, _read_norm(mixer, weights))
 
 
 @register("mambapy.VMambaBlock", kernel="S6", family="mambapy")
@@ -70,7 +69,7 @@ def vision_mamba_block(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chai
     weights = parameters(mixer, x)
     norm = _read_norm(mixer, weights)
     if not mixer.config.bidirectional:
-        return selective_layer(x, "silu", one_head(weights), {}, norm)
+        return selective_layer(x, "silu", weights, {}, norm)
     half = {"half": Diagonal(weights["D"].new_tensor(0.5))} if mixer.config.divide_output else {}
     return gated_layer(
         x, weights, lambda value: {**half, "directions": Sum(two_directions(weights, _BACKWARD, value, "silu", norm))}

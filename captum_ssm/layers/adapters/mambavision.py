@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_ssm.layers.activations import secant
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import parameters, projection
-from captum_ssm.layers.selective_scan import one_head, selective_recurrence
+from captum_ssm.layers.selective_scan import selective_recurrence
 from captum_ssm.operators import Chain, Conv, Diagonal, Scan
 
 
@@ -39,7 +39,7 @@ def mambavision_mixer(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain
     Source:
         mambavision ``models/mamba_vision.py``; Hatamizadeh & Kautz 2024 (arXiv 2407.08083), equations 6 and 7.
     """
-    weights = one_head(parameters(mixer, x))
+    weights = parameters(mixer, x)
     weights["dt_proj.bias"] = 2 * weights["dt_proj.bias"]
     into, conv = projection(weights, "in_proj"), _convolution(weights)
     pre = conv.apply(into.apply(x, bias=True), bias=True)

@@ -15,7 +15,7 @@ from captum_ssm.layers.attention_weights import visible_keys
 from captum_ssm.layers.bypass import Bypass
 from captum_ssm.layers.heads import rows_to_heads
 from captum_ssm.layers.mixers import register
-from captum_ssm.layers.parameters import Rows, convolution, parameters, projection, projections
+from captum_ssm.layers.parameters import Rows, convolution, parameters, projection, projections, sizes_of
 from captum_ssm.layers.rotary import rotary_angles, rotate
 from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
 
@@ -108,7 +108,7 @@ def _with_mlp(weights: Mapping[str, Tensor], x: Tensor, factors: Mapping[str, An
     """
     attention, into = factors["attention"], factors["in"]
     bypass, D = Bypass(M, attention.head_size, first=False), attention.sizes[0]
-    _, up, gate = projections(weights, "in_proj", [len(weights["in_proj.weight"]) - 2 * M, M, M])
+    _, up, gate = projections(weights, "in_proj", [sizes_of(weights, "in_proj")[0] - 2 * M, M, M])
     bias = None if up.bias is None else torch.cat([into.bias, up.bias])
     gates = F.silu(gate.apply(x, bias=True))
     extended = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_ssm.layers.activations import secant
 from captum_ssm.layers.initial_state import refuse_state
 from captum_ssm.layers.mixers import register
-from captum_ssm.layers.parameters import parameters, projection, projections
+from captum_ssm.layers.parameters import parameters, projection, projections, sizes_of
 from captum_ssm.operators import Chain, Diagonal, Operator, Projection, Scan
 
 
@@ -38,7 +38,7 @@ def min_gru(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """
     refuse_state(mixer, kwargs, "prev_hidden")
     weights = parameters(mixer, x)
-    rows = weights["to_hidden_and_gate.weight"].shape[0] // 2
+    rows = sizes_of(weights, "to_hidden_and_gate")[0] // 2
     into, gate = projections(weights, "to_hidden_and_gate", [rows] * 2)
     z = gate.apply(x)
     return _chain(mixer, weights, x, into, keep=(-z).sigmoid(), write=z.sigmoid())
@@ -67,7 +67,7 @@ def min_lstm(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     """
     refuse_state(mixer, kwargs, "prev_hidden")
     weights = parameters(mixer, x)
-    rows = weights["to_hidden_and_f_i_gate.weight"].shape[0] // 3
+    rows = sizes_of(weights, "to_hidden_and_f_i_gate")[0] // 3
     into, *gates = projections(weights, "to_hidden_and_f_i_gate", [rows] * 3)
     f, i = (gate.apply(x) for gate in gates)
     more = F.softplus(-f) - F.softplus(-i)  # the logarithm of sigmoid(i) / sigmoid(f)
@@ -95,4 +95,4 @@ def _chain(
     out: dict[str, Operator] = {}
     if not isinstance(mixer.to_out, nn.Identity):
         out = {"out": projection(weights, "to_out")}
-    return Chain({**out, "scan": scan, "act": Diagonal(act, into.W.new_tensor(0.5)), "in": into})
+    return Chain({**out, "scan": scan, "act": Diagonal(act, x.new_tensor(0.5)), "in": into})

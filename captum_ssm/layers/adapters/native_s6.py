@@ -10,12 +10,10 @@ from torch import Tensor
 
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.padding import padding_mask, refuse_packed
-from captum_ssm.layers.parameters import parameters
+from captum_ssm.layers.parameters import Parameters, parameters
 from captum_ssm.layers.selective_scan import (
     gated_layer,
     names_of_direction,
-    one_head,
-    renamed,
     selective_factors,
     selective_layer,
     selective_recurrence,
@@ -54,7 +52,7 @@ def native_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     refuse_packed(mixer, kwargs)
     if hasattr(mixer, "A_b_log"):
         return bidirectional(mixer, x)
-    return selective_layer(x, mixer.activation, one_head(parameters(mixer, x)), padding_mask(kwargs, x))
+    return selective_layer(x, mixer.activation, parameters(mixer, x), padding_mask(kwargs, x))
 
 
 def bidirectional(mixer: Any, x: Tensor) -> Chain:
@@ -91,7 +89,7 @@ def bidirectional(mixer: Any, x: Tensor) -> Chain:
         directions = two_directions(weights, _BACKWARD, value, mixer.activation)
         if "A_s_log" in weights:
             order = torch.arange(value.shape[1], device=value.device).view(mixer.nslices, -1).T.flatten()
-            other = one_head(renamed(weights, _SLICES))
+            other = weights.renamed(_SLICES)
             slices = Chain(selective_factors(other, value[:, order], mixer.activation))
             directions["slices"] = Reordered(slices, order)
         return {**half, "directions": Sum(directions)}
@@ -100,12 +98,11 @@ def bidirectional(mixer: Any, x: Tensor) -> Chain:
     return Chain({**scale, **gated_layer(x, weights, between).factors})
 
 
-def _shared_convolution(weights: Mapping[str, Tensor], value: Tensor, activation: str) -> dict[str, Operator]:
+def _shared_convolution(weights: Parameters, value: Tensor, activation: str) -> dict[str, Operator]:
     """Build the factors of directions that read the same convolved input and differ in their decays alone."""
-    own = one_head(weights)
-    factors = selective_factors(own, value, activation)
+    factors = selective_factors(weights, value, activation)
     u = Chain({name: factors[name] for name in ("act", "conv")}).apply(value, bias=True)
-    backward = selective_recurrence({**own, "A_log": weights["A_b_log"]}, u.flip(1)).flipped()
+    backward = selective_recurrence(weights.renamed({"A_log": "A_b_log"}), u.flip(1)).flipped()
     directions = Sum({"forward": factors["scan"], "backward": backward})
     return {"directions": directions, "act": factors["act"], "conv": factors["conv"]}
 

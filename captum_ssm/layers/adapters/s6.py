@@ -14,7 +14,7 @@ from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms, rms_norm
 from captum_ssm.layers.padding import padding_mask
 from captum_ssm.layers.parameters import parameters
-from captum_ssm.layers.selective_scan import one_head, selective_layer
+from captum_ssm.layers.selective_scan import selective_layer
 from captum_ssm.operators import Chain
 
 
@@ -38,7 +38,7 @@ def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
     """
-    return selective_layer(x, mixer.activation, one_head(parameters(mixer, x)), padding_mask(kwargs, x))
+    return selective_layer(x, mixer.activation, parameters(mixer, x), padding_mask(kwargs, x))
 
 
 @register("FalconMambaMixer", kernel="S6", family="falcon_mamba")
@@ -61,7 +61,7 @@ def falcon_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_falcon_mamba.py``; Zuo et al. 2024 (arXiv 2410.05355).
     """
-    weights = one_head(parameters(mixer, x))
+    weights = parameters(mixer, x)
 
     def norm(name: str, read: Tensor) -> Tensor:
         return read * inverse_rms(read, mixer.rms_eps)
@@ -89,7 +89,7 @@ def jamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_jamba.py``; Lieber et al. 2024 (arXiv 2403.19887).
     """
-    weights = one_head(parameters(mixer, x))
+    weights = parameters(mixer, x)
 
     def norm(name: str, read: Tensor) -> Tensor:
         eps = getattr(mixer, f"{name}_layernorm").variance_epsilon

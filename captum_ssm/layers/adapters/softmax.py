@@ -14,7 +14,7 @@ from captum_ssm.layers.attention_weights import attention_weights
 from captum_ssm.layers.heads import rows_to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms
-from captum_ssm.layers.parameters import parameters, projection
+from captum_ssm.layers.parameters import parameters, projection, sizes_of
 from captum_ssm.operators import Attention, Chain, Diagonal, Operator
 
 
@@ -61,7 +61,7 @@ def grouped_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain
     H, P = attention.shape[1], mixer.head_dim
     groups = H // mixer.num_key_value_groups
     gate = _gate_by_head(weights, x, P)
-    if len(weights["q_proj.weight"]) == 2 * H * P:  # each head's query is followed by its gate
+    if sizes_of(weights, "q_proj")[0] == 2 * H * P:  # each head's query is followed by its gate
         queries = projection(weights, "q_proj").apply(x, bias=True).unflatten(-1, (H, 2, P))
         gate = {"gate": Diagonal(queries[..., 1, :].flatten(-2).sigmoid())}
     if hasattr(mixer, "linear_v_adapter_list"):  # Zamba2: a term for each of the layers that share this one
