@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,34 @@ def padding_mask(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
     """
     mask = kwargs.get("attention_mask")
     return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}
+
+
+def own_masking(mixer: nn.Module, kwargs: Mapping[str, Any], x: Tensor) -> Mapping[str, Any]:
+    """Return the arguments of a call with the padding that the layer's own code really sets to 0.
+
+    Earlier releases of transformers give some layers a mask that they do not apply: to a batch of one sequence, or
+    a mask of queries and keys. So the function that masks, which stands beside the class of the layer, is run on ones.
+
+    Args:
+        mixer: The layer.
+        kwargs: Arguments of the call.
+        x: Input of the layer (B, L, E).
+
+    Returns:
+        The arguments, with ``attention_mask`` (B, L) or None.
+    """
+    mask = kwargs.get("attention_mask")
+    modules = (vars(sys.modules[cls.__module__]) for cls in type(mixer).__mro__)
+    apply = next((names[_APPLY] for names in modules if _APPLY in names), None)
+    if mask is None or apply is None:
+        return kwargs
+    ones = x.new_ones(*x.shape[:2], 1)
+    applied = apply(ones, mask)
+    return {**kwargs, "attention_mask": None if applied is ones else applied.squeeze(-1)}
+
+
+_APPLY = "apply_mask_to_padding_states"
+"""Name of the function of transformers that sets padding to 0."""
 
 
 def refuse_packed(mixer: nn.Module, kwargs: Mapping[str, Any]) -> None:
