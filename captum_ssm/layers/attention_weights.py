@@ -42,7 +42,8 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
         (B, H, L, L); row i is the query, column j the key.
 
     Raises:
-        UnsupportedModelError: If the mask of the call is no tensor, as flex attention has it.
+        UnsupportedModelError: If the mask of the call is no tensor, as flex attention has it, or the layer calls a
+            kernel that gives no weights.
 
     Cost: O(L²·D) time and B·H·L² numbers.
     """
@@ -57,7 +58,9 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
         selection = torch.ones_like(selected) if selected.dtype == torch.bool else mask
         vars(layer).update(dict.fromkeys(_SELECTORS, lambda *_, **__: selection))
     output = type(mixer).forward(layer, x, **{**arguments, "attention_mask": mask})
-    weights = _weights_of_torch(layer, x, arguments) if isinstance(output, Tensor) else output[1]
+    weights = None if isinstance(output, Tensor) else output[1]
+    if weights is None:
+        weights = _weights_of_torch(layer, x, arguments)
     blind = (mask <= _MASKED).all(-1, keepdim=True)  # the softmax over hidden keys alone is no attention
     return weights.masked_fill(padding | blind, 0)
 
@@ -133,7 +136,7 @@ def _additive(mask: Any, x: Tensor, window: int | None = None) -> Tensor:
 
 
 def _weights_of_torch(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Read the weights of a layer that calls torch's attention itself, as RecurrentGemma's did, and returns none.
+    """Read the weights of a layer that calls torch's attention itself, as some of earlier releases do.
 
     Args:
         layer: The isolated copy of the layer.
@@ -142,32 +145,44 @@ def _weights_of_torch(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Te
 
     Returns:
         (B, H, L, L).
+
+    Raises:
+        UnsupportedModelError: If the layer calls something else.
     """
     with _TorchAttention() as attention:
         type(layer).forward(layer, x, **cast_like(arguments, x))
+    if attention.weights is None:
+        raise UnsupportedModelError(
+            f"The kernel that a {type(layer).__name__} layer calls gives no weights. Load the model with another "
+            "attention: attn_implementation='sdpa' or 'eager'."
+        )
     return attention.weights
 
 
 class _TorchAttention(TorchFunctionMode):
     """Keeps the weights of the last call of torch's attention."""
 
-    weights: Tensor
+    weights: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the function; if it is torch's attention, compute its weights too."""
         if func is F.scaled_dot_product_attention:
-            self.weights = self._weights(*args, **(kwargs or {}))
+            self.weights = _weights(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _weights(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Compute the weights (B, H, L, L) of a call that hides keys by a mask alone."""
-        mask = torch.zeros_like(query[..., :1]) if attn_mask is None else attn_mask
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-        return (query @ key.mT * (options.get("scale") or query.shape[-1] ** -0.5) + mask).softmax(-1)
+
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any
+) -> Tensor:
+    """Compute the weights (B, H, L, L) of a call of torch's attention."""
+    mask = torch.zeros_like(query[..., :1]) if attn_mask is None else attn_mask
+    if is_causal:
+        mask = visible_keys(query.shape[-2], query.device)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    return (query @ key.mT * (options.get("scale") or query.shape[-1] ** -0.5) + mask).softmax(-1)
 
 
 class _Eager:

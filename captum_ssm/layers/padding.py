@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,18 +40,26 @@ def own_masking(mixer: nn.Module, kwargs: Mapping[str, Any], x: Tensor) -> Mappi
     Returns:
         The arguments, with ``attention_mask`` (B, L) or None.
     """
-    mask = kwargs.get("attention_mask")
-    modules = (vars(sys.modules[cls.__module__]) for cls in type(mixer).__mro__)
-    apply = next((names[_APPLY] for names in modules if _APPLY in names), None)
-    if mask is None or apply is None:
+    mask, function = kwargs.get("attention_mask"), masking_function(mixer)
+    if mask is None or function is None:
         return kwargs
     ones = x.new_ones(*x.shape[:2], 1)
-    applied = apply(ones, mask)
+    applied = function(ones, mask)
     return {**kwargs, "attention_mask": None if applied is ones else applied.squeeze(-1)}
 
 
-_APPLY = "apply_mask_to_padding_states"
-"""Name of the function of transformers that sets padding to 0."""
+def masking_function(mixer: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the function of transformers that sets padding to 0, if the code of the layer has one.
+
+    Args:
+        mixer: The layer.
+
+    Returns:
+        A function of (B, L, E) and a mask (B, L), or None.
+    """
+    name = "apply_mask_to_padding_states"
+    modules = (vars(sys.modules[cls.__module__]) for cls in type(mixer).__mro__)
+    return next((names[name] for names in modules if name in names), None)
 
 
 def refuse_packed(mixer: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -151,6 +151,12 @@ def _activation(mixer: Any) -> str:
     """Read the activation after the convolutions.
 
     Code of earlier releases has SiLU where it runs without the kernel that it was to call, and OLMo Hybrid always had.
+
+    Args:
+        mixer: The layer.
+
+    Returns:
+        The name of the activation.
     """
     return getattr(mixer, "activation", "silu") if getattr(mixer, "causal_conv1d_fn", mixer) is not None else "silu"
 
