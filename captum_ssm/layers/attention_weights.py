@@ -8,17 +8,21 @@ with, and most of these return no weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.isolated import cast_like, isolated_copy
 
 _MASKED = -1e4
 """Largest number that a library or a user adds to the score of a hidden key."""
+
+_CACHES = ("past_key_values", "use_cache")
 
 _SELECTORS = ("build_attention_mask_from_topk", "indexer")
 """Sources of a sparse layer's mask: a method of GLM-5's attention, a submodule of Qwen4's."""
@@ -38,13 +42,14 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
         (B, H, L, L); row i is the query, column j the key.
 
     Raises:
-        UnsupportedModelError: If the mask of the call is no tensor, as flex attention has it.
+        UnsupportedModelError: If the mask of the call is no tensor, as flex attention has it, or the layer calls a
+            kernel that gives no weights.
 
     Cost: O(L²·D) time and B·H·L² numbers.
     """
     mask = _additive(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
     padding = (mask <= _MASKED).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # a key that is hidden from its own query
-    arguments = {**kwargs, "past_key_values": None}
+    arguments = {name: value for name, value in kwargs.items() if name not in _CACHES}
     layer = isolated_copy(mixer, x, _Eager)
     selector = next((name for name in _SELECTORS if hasattr(mixer, name)), None)
     if selector is not None:
@@ -52,7 +57,10 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
         mask = _additive(selected, x)
         selection = torch.ones_like(selected) if selected.dtype == torch.bool else mask
         vars(layer).update(dict.fromkeys(_SELECTORS, lambda *_, **__: selection))
-    weights = type(mixer).forward(layer, x, **{**arguments, "attention_mask": mask})[1]
+    output = type(mixer).forward(layer, x, **{**arguments, "attention_mask": mask})
+    weights = None if isinstance(output, Tensor) else output[1]
+    if weights is None:
+        weights = _weights_of_torch(layer, x, arguments)
     blind = (mask <= _MASKED).all(-1, keepdim=True)  # the softmax over hidden keys alone is no attention
     return weights.masked_fill(padding | blind, 0)
 
@@ -125,6 +133,56 @@ def _additive(mask: Any, x: Tensor, window: int | None = None) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
     return mask.to(x).clamp(min=torch.finfo(torch.float32).min)  # finite also where the softmax runs in float32
+
+
+def _weights_of_torch(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Read the weights of a layer that calls torch's attention itself, as some of earlier releases do.
+
+    Args:
+        layer: The isolated copy of the layer.
+        x: Input (B, L, E).
+        arguments: Other arguments of the call.
+
+    Returns:
+        (B, H, L, L).
+
+    Raises:
+        UnsupportedModelError: If the layer calls something else.
+    """
+    with _TorchAttention() as attention:
+        type(layer).forward(layer, x, **cast_like(arguments, x))
+    if attention.weights is None:
+        raise UnsupportedModelError(
+            f"The kernel that a {type(layer).__name__} layer calls gives no weights. Load the model with another "
+            "attention: attn_implementation='sdpa' or 'eager'."
+        )
+    return attention.weights
+
+
+class _TorchAttention(TorchFunctionMode):
+    """Keeps the weights of the last call of torch's attention."""
+
+    weights: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function; if it is torch's attention, compute its weights too."""
+        if func is F.scaled_dot_product_attention:
+            self.weights = _weights(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any
+) -> Tensor:
+    """Compute the weights (B, H, L, L) of a call of torch's attention."""
+    mask = torch.zeros_like(query[..., :1]) if attn_mask is None else attn_mask
+    if is_causal:
+        mask = visible_keys(query.shape[-2], query.device)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    return (query @ key.mT * (options.get("scale") or query.shape[-1] ** -0.5) + mask).softmax(-1)
 
 
 class _Eager:

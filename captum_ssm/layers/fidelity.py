@@ -21,6 +21,7 @@ from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.layers.placement import in_place
 from captum_ssm.layers.precision import full_precision, under
+from captum_ssm.layers.release import NEWEST, transformers_release
 from captum_ssm.layers.stand_ins import as_called, refusal
 from captum_ssm.operators import Chain
 
@@ -124,10 +125,12 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
         if reason := refusal(call.name, call.mixer):
             raise UnsupportedModelError(f"The adapter of a layer cannot read {reason}.") from error
         missing = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        release = transformers_release(type(call.mixer).__module__)
+        release = f"It is that of {release}. " if release else ""
         raise UnsupportedModelError(
             f"Layer '{call.name}' has the name {class_name}, but is not built like the layer that the adapter of this "
-            f"name knows: {missing}. Register an adapter of its own: captum_ssm.unregister({class_name!r}) where the "
-            f"name itself is taken, then captum_ssm.register({class_name!r})."
+            f"name knows: {missing}. {release}Register an adapter of its own: captum_ssm.unregister("
+            f"{class_name!r}) where the name itself is taken, then captum_ssm.register({class_name!r})."
         ) from error
 
 
@@ -162,9 +165,7 @@ def check_fidelity(
     error = relative_error(y, y_layer)
     tolerance = TOLERANCE.get(call.narrowest_type, 1e-4) if tolerance is None else tolerance
     if not (error <= tolerance or _is_rounding(call, y, mask)):
-        overflows = not math.isfinite(error) and y.dtype == torch.float32
-        cause = _OUT_OF_RANGE if overflows else refusal(call.name, call.mixer) or _CAUSES
-        raise FidelityError(call.name, error, tolerance, cause)
+        raise FidelityError(call.name, error, tolerance, _likely_cause(call, y, error))
     if not bool(mask.all()):
         x = call.wide_input
         chain = unchecked_chain(call, x) if chain is None else chain
@@ -172,6 +173,38 @@ def check_fidelity(
             _refuse_leaking_padding(call, chain, x, y, mask)
         _refuse_masked_tokens_that_matter(call, chain, x, y, mask)
     return error
+
+
+def _likely_cause(call: LayerCall, y: Tensor, error: float) -> str:
+    """Say why a decomposition may miss the layer's own output.
+
+    Args:
+        call: The recorded call.
+        y: Output (B, L, E) of the decomposition.
+        error: The relative error.
+
+    Returns:
+        The causes, as a part of a sentence.
+    """
+    if not math.isfinite(error) and y.dtype == torch.float32:
+        return _OUT_OF_RANGE
+    if reason := refusal(call.name, call.mixer):
+        return reason
+    release = transformers_release(type(call.mixer).__module__)
+    if release and _reads_the_future(call):
+        return (
+            f"the layer's own code in {release}, in which later tokens change what earlier ones give: a fault that "
+            f"{NEWEST} does not have (pip install --upgrade transformers)"
+        )
+    return f"{_CAUSES}, other code than in the releases that are tested: {release}" if release else _CAUSES
+
+
+def _reads_the_future(call: LayerCall) -> bool:
+    """Whether the layer's own code gives its first tokens another output if the last token is another."""
+    x = call.x if call.own_input is None else call.own_input
+    other = torch.cat([x[:, :-1], x[:, -1:].roll(1, -1)], 1)
+    before, after = (run_isolated(call.mixer, each, call.kwargs)[:, :-1] for each in (x, other))
+    return x.shape[1] > 1 and relative_error(after, before) > TOLERANCE[torch.float32]
 
 
 def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:

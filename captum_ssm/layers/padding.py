@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,42 @@ def padding_mask(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Diagonal]:
     """
     mask = kwargs.get("attention_mask")
     return {} if mask is None else {"mask": Diagonal(mask.to(x).unsqueeze(-1))}
+
+
+def own_masking(mixer: nn.Module, kwargs: Mapping[str, Any], x: Tensor) -> Mapping[str, Any]:
+    """Return the arguments of a call with the padding that the layer's own code really sets to 0.
+
+    Earlier releases of transformers give some layers a mask that they do not apply: to a batch of one sequence, or
+    a mask of queries and keys. So the function that masks, which stands beside the class of the layer, is run on ones.
+
+    Args:
+        mixer: The layer.
+        kwargs: Arguments of the call.
+        x: Input of the layer (B, L, E).
+
+    Returns:
+        The arguments, with ``attention_mask`` (B, L) or None.
+    """
+    mask, function = kwargs.get("attention_mask"), masking_function(mixer)
+    if mask is None or function is None:
+        return kwargs
+    ones = x.new_ones(*x.shape[:2], 1)
+    applied = function(ones, mask)
+    return {**kwargs, "attention_mask": None if applied is ones else applied.squeeze(-1)}
+
+
+def masking_function(mixer: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the function of transformers that sets padding to 0, if the code of the layer has one.
+
+    Args:
+        mixer: The layer.
+
+    Returns:
+        A function of (B, L, E) and a mask (B, L), or None.
+    """
+    name = "apply_mask_to_padding_states"
+    modules = (vars(sys.modules[cls.__module__]) for cls in type(mixer).__mro__)
+    return next((names[name] for names in modules if name in names), None)
 
 
 def refuse_packed(mixer: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ def selective_layer(
     weights: Parameters,
     mask: Mapping[str, Operator],
     norm: ReadNorm = lambda _, read: read,
+    masks_input: bool = True,
 ) -> Chain:
     """Build the chain of a layer with a selective scan.
 
@@ -38,19 +39,23 @@ def selective_layer(
             ``dt_proj.weight`` (H, P, R) have them first.
         mask: Factor that sets padding to 0, or an empty dictionary.
         norm: Norm of the vectors that are read from the convolved input.
+        masks_input: Whether padding is set to 0 before its projection, or after it, without the projection's bias.
 
     Returns:
-        Chain of ``out``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and, with a mask, ``mask``.
+        Chain of ``out``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and, with a mask, ``mask``, the last two in the
+        order that they are applied in.
     """
-    masked, D = Chain(mask).apply(x), len(weights["D"])
+    D = len(weights["D"])
     into, gate = projections(weights, "in_proj", [D, D])
-    factors: dict[str, Operator] = {
-        "out": projection(weights, "out_proj"),
-        "gate": Diagonal(F.silu(gate.apply(masked, bias=True))),
-        **selective_factors(weights, into.apply(masked, bias=True), activation, mask, norm),
-        "in": into,
-    }
-    return Chain({**factors, **mask})
+    reading: dict[str, Operator] = {"in": into, **mask} if masks_input else {**mask, "in": into}
+    return Chain(
+        {
+            "out": projection(weights, "out_proj"),
+            "gate": Diagonal(F.silu(gate.apply(Chain(mask).apply(x), bias=True))),
+            **selective_factors(weights, Chain(reading).apply(x, bias=True), activation, mask, norm),
+            **reading,
+        }
+    )
 
 
 def names_of_direction(end: str, of_the_layer: Mapping[str, str]) -> dict[str, str]:

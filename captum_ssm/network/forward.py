@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import InvalidInputError, ModelStateError, is_own
 from captum_ssm.layers.call import signature
+from captum_ssm.layers.release import name_release
 from captum_ssm.network.hosts import called, takes_features
 from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model, models_inside
 from captum_ssm.network.reference_kernels import remedy_for
@@ -44,8 +45,12 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
     except (RuntimeError, ValueError) as error:
         remedy = remedy_for(error)
         if remedy is None:
+            name_release(error)
             raise
         raise ModelStateError(f"A kernel cannot run this model here ({error}). {remedy}") from error
+    except Exception as error:
+        name_release(error)
+        raise
 
 
 def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:

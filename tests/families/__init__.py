@@ -10,7 +10,10 @@ from tests.families.configurations import COMMON, S6, VOCABULARY, perturbed
 from tests.families.record import Block, Family, Layer
 from tests.families.table import FAMILIES
 
-__all__ = ["COMMON", "FAMILIES", "S6", "VOCABULARY", "Block", "Family", "Layer", "layers_of", "perturbed"]
+__all__ = ["COMMON", "EARLIER", "FAMILIES", "S6", "VOCABULARY", "Block", "Family", "Layer", "layers_of", "perturbed"]
+
+EARLIER = {"RecurrentGemmaSdpaAttention": "RecurrentGemmaAttention"}
+"""Names that layers had in earlier releases of transformers, and those that they have in the records."""
 
 
 def layers_of(oracles: ModuleType) -> Iterator[tuple[str, str, Layer]]:

@@ -12,7 +12,7 @@ from captum_ssm.layers.delta_rule import delta_scan, log_decay, unit
 from captum_ssm.layers.heads import to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import group_norm
-from captum_ssm.layers.padding import padding_mask
+from captum_ssm.layers.padding import own_masking, padding_mask
 from captum_ssm.layers.parameters import low_rank, parameters, projection, projections
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection
 
@@ -47,7 +47,7 @@ def gdn(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         transformers ``modeling_qwen3_next.py``, ``modeling_qwen3_5.py``, ``modeling_qwen3_5_moe.py``,
         ``modeling_qwen4_exp.py``, ``modeling_olmo_hybrid.py``; Yang et al. 2024 (arXiv 2412.06464), equation 10.
     """
-    weights, mask = parameters(mixer, x), padding_mask(kwargs, x)
+    weights, mask = parameters(mixer, x), padding_mask(own_masking(mixer, kwargs, x), x)
     masked = Chain(mask).apply(x)
     *qkv, W_z, W_b, W_a = _gdn_projections(mixer, weights)
     largest = 2 if getattr(mixer, "allow_neg_eigval", False) else 1
@@ -121,10 +121,9 @@ def _delta_layer(
     """
     out, norm = ("o_proj", "o_norm") if hasattr(mixer, "o_norm") else ("out_proj", "norm")
     gated_norm, scale, H = getattr(mixer, norm), weights[f"{norm}.weight"], beta.shape[-1]
-    taps = weights["conv1d.weight"].squeeze(1).split([into.sizes[0] for into in qkv])
-    convs = [CausalConv(w) for w in taps]
+    convs = _convolutions(weights, [into.sizes[0] for into in qkv])
     pre = [conv.apply(into.apply(x, bias=True)) for conv, into in zip(convs, qkv)]
-    acts = [secant(mixer.activation, u) for u in pre]
+    acts = [secant(_activation(mixer), u) for u in pre]
     queries, keys, values = (act * u for act, u in zip(acts, pre))
 
     key_heads = getattr(mixer, "num_k_heads", H)
@@ -132,13 +131,34 @@ def _delta_layer(
     scan = delta_scan(q, k, log_a.exp(), beta, P=len(scale))
     return {
         "out": projection(weights, out),
-        "gate": Diagonal(activation(gated_norm.activation, z)),
+        "gate": Diagonal(activation(getattr(gated_norm, "activation", "silu"), z)),
         "norm": group_norm(scan.apply(values), H, gated_norm.variance_epsilon, scale),
         "scan": scan,
         "act": Diagonal(acts[-1]),
         "conv": convs[-1],
         "in": qkv[-1],
     }
+
+
+def _convolutions(weights: Mapping[str, Tensor], sizes: Sequence[int]) -> list[CausalConv]:
+    """Build the convolutions of queries, keys and values, which a layer keeps in a single one or by themselves."""
+    if "conv1d.weight" in weights:
+        return [CausalConv(taps) for taps in weights["conv1d.weight"].squeeze(1).split(sizes)]
+    return [CausalConv(weights[f"{name}_conv1d.weight"].squeeze(1)) for name in "qkv"]
+
+
+def _activation(mixer: Any) -> str:
+    """Read the activation after the convolutions.
+
+    Code of earlier releases has SiLU where it runs without the kernel that it was to call, and OLMo Hybrid always had.
+
+    Args:
+        mixer: The layer.
+
+    Returns:
+        The name of the activation.
+    """
+    return getattr(mixer, "activation", "silu") if getattr(mixer, "causal_conv1d_fn", mixer) is not None else "silu"
 
 
 def _gdn_projections(mixer: Any, weights: Mapping[str, Tensor]) -> list[Projection]:

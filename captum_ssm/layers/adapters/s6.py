@@ -12,9 +12,9 @@ from torch import Tensor
 
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms, rms_norm
-from captum_ssm.layers.padding import padding_mask
-from captum_ssm.layers.parameters import parameters
-from captum_ssm.layers.selective_scan import selective_layer
+from captum_ssm.layers.padding import masking_function, padding_mask
+from captum_ssm.layers.parameters import Parameters, parameters
+from captum_ssm.layers.selective_scan import ReadNorm, selective_layer
 from captum_ssm.operators import Chain
 
 
@@ -38,7 +38,7 @@ def mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_mamba.py``; Gu & Dao 2023 (arXiv 2312.00752).
     """
-    return selective_layer(x, mixer.activation, parameters(mixer, x), padding_mask(kwargs, x))
+    return _layer(mixer, x, kwargs, parameters(mixer, x))
 
 
 @register("FalconMambaMixer", kernel="S6", family="falcon_mamba")
@@ -66,7 +66,7 @@ def falcon_mamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     def norm(name: str, read: Tensor) -> Tensor:
         return read * inverse_rms(read, mixer.rms_eps)
 
-    return selective_layer(x, mixer.activation, weights, padding_mask(kwargs, x), norm)
+    return _layer(mixer, x, kwargs, weights, norm)
 
 
 @register("JambaMambaMixer", kernel="S6", family="jamba")
@@ -95,7 +95,7 @@ def jamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         eps = getattr(mixer, f"{name}_layernorm").variance_epsilon
         return rms_norm(read, eps, weights[f"{name}_layernorm.weight"])
 
-    return selective_layer(x, mixer.activation, weights, padding_mask(kwargs, x), norm)
+    return _layer(mixer, x, kwargs, weights, norm)
 
 
 @register("ZambaMambaMixer", kernel="S6", family="zamba")
@@ -126,4 +126,16 @@ def zamba(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         weights[name] = weights[name].flatten(0, 1)
     for name in ("x_proj.weight", "dt_proj.weight", "dt_proj.bias"):
         weights[name] = weights.pop(name.replace(".", "_"))
-    return selective_layer(x, mixer.activation, weights, padding_mask(kwargs, x))
+    return _layer(mixer, x, kwargs, weights)
+
+
+def _layer(
+    mixer: Any,
+    x: Tensor,
+    kwargs: Mapping[str, Any],
+    weights: Parameters,
+    norm: ReadNorm = lambda _, read: read,
+) -> Chain:
+    """Build the chain of a layer; earlier releases, which have no function for it, mask what they have projected."""
+    masks_input = masking_function(mixer) is not None
+    return selective_layer(x, mixer.activation, weights, padding_mask(kwargs, x), norm, masks_input)

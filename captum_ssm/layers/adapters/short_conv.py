@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from captum_ssm.layers.mixers import register
-from captum_ssm.layers.padding import padding_mask
+from captum_ssm.layers.padding import own_masking, padding_mask
 from captum_ssm.layers.parameters import convolution, parameters, projection, projections
 from captum_ssm.operators import Chain, Diagonal, Operator
 
@@ -35,7 +35,7 @@ def short_conv(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         transformers ``modeling_lfm2.py``, ``modeling_lfm2_moe.py``, ``modeling_lfm3.py``; Liquid AI 2025
         (arXiv 2511.23404).
     """
-    weights, mask = parameters(mixer, x), padding_mask(kwargs, x)
+    weights, mask = parameters(mixer, x), padding_mask(own_masking(mixer, kwargs, x), x)
     D = len(weights["conv.weight"])
     *gates, into = projections(weights, "in_proj", [D, D, D])
     b, c = (Chain({"in": gate, **mask}).apply(x, bias=True) for gate in gates)

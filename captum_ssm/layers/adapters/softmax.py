@@ -25,7 +25,9 @@ from captum_ssm.operators import Attention, Chain, Diagonal, Operator
 @register("GraniteMoeHybridAttention", kernel="softmax attention", family="granitemoehybrid")
 @register("FalconH1Attention", kernel="softmax attention", family="falcon_h1")
 @register("NemotronHAttention", kernel="softmax attention", family="nemotron_h")
-@register("RecurrentGemmaAttention", kernel="softmax attention", family="recurrent_gemma")
+@register(
+    "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention", kernel="softmax attention", family="recurrent_gemma"
+)
 @register("Qwen3NextAttention", kernel="softmax attention", family="qwen3_next")
 @register("Qwen3_5Attention", kernel="softmax attention", family="qwen3_5")
 @register("Qwen3_5MoeAttention", kernel="softmax attention", family="qwen3_5_moe")
