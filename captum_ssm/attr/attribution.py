@@ -7,12 +7,12 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.matrices.core_matrix import CoreMatrix
+from captum_ssm.matrices.entrywise import POSITIVE
 from captum_ssm.matrices.rollout import LayersOnStream, rollout
 from captum_ssm.matrices.split_layer import SplitLayer
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixSum, TokenMatrix
@@ -63,7 +63,7 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
     def _matrix(self, layer: SplitLayer) -> TokenMatrix:
         """Return the gradient-weighted attention ``C`` of a layer."""
         if self.rectify == "channel":
-            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(torch.relu) for s in layer.splits)
+            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(POSITIVE) for s in layer.splits)
             return DenseMatrix(reduce(add, parts))
         attention = MatrixSum(tuple(CoreMatrix(s.core, s.u, s.v) for s in layer.splits))
         return DenseMatrix(attention.dense().relu()) if self.rectify == "token" else attention
