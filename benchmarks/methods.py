@@ -308,6 +308,7 @@ METHODS: dict[str, Method] = {
     "unified, root, rollout": Method("ours", rollout(fusion="root")),
     "gradient-weighted, channel": Method("ours", weighted()),
     "gradient-weighted, token": Method("ours", weighted(rectify="token")),
+    "gradient-weighted, rows normalized": Method("ours", weighted(normalize="rows")),
     "gradient-weighted, signed": Method("ours", weighted(rectify=None)),
     "relevance, frozen, half": Method("ours", relevance(gate_rule="half")),
     "relevance, frozen, value": Method("ours", relevance(gate_rule="value")),

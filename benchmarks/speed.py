@@ -47,6 +47,7 @@ from captum_ssm import (
 from captum_ssm.attr.attribution import Rectify
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
+from captum_ssm.matrices.entrywise import POSITIVE
 from captum_ssm.models import REVIEWS
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Product, Scan
@@ -279,7 +280,7 @@ def rectified_memory(L: int, width: int) -> str:
     v = into.apply(layer.x, bias=True).detach()
     u = torch.randn_like(v)
     with torch.no_grad(), LargestTensor() as largest:
-        grown, took = growth(lambda: CoreMatrix(core, u, v).dense(torch.relu))
+        grown, took = growth(lambda: CoreMatrix(core, u, v).dense(POSITIVE))
     share = largest.entries / (v.shape[-1] * L * L)
     return f"{grown:.2f} GB; largest tensor {share:.1%} of (B, D, L, L) ({took:.0f} s)"
 

@@ -22,7 +22,9 @@ from captum_ssm import (
 from captum_ssm.layers.wires import Wire
 from captum_ssm.matrices import entries as entries_module
 from captum_ssm.matrices import rollout as rollout_module
+from captum_ssm.matrices import shared_heads as heads_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
+from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.fusion import fuse
 from captum_ssm.matrices.rollout import RolloutLayer
 from captum_ssm.matrices.split_layer import Split, SplitLayer
@@ -99,17 +101,13 @@ def test_the_bias_of_a_factor_is_no_part_of_the_matrix(seed: int, P: int) -> Non
     assert_close(CoreMatrix(core.without("bias"), u, v).apply(s), CoreMatrix(core, u, v).apply(s))
 
 
-FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
-    torch.abs, torch.relu, lambda t: 2 * t.clamp(min=0) - 0.3 * t, torch.square, lambda t: t * t.clamp(min=-t / 3),
-]  # fmt: skip
+FUNCTIONS = [ABSOLUTE, POSITIVE, SQUARE, Entrywise(linear=-0.3, absolute=2.0), Entrywise(1.0, 0.5, 0.25)]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @every_head_size
 @every_seed
-def test_a_function_of_the_entries_comes_before_the_sum_over_channels(
-    seed: int, P: int, function: Callable[[Tensor], Tensor]
-) -> None:
+def test_a_function_of_the_entries_comes_before_the_sum_over_channels(seed: int, P: int, function: Entrywise) -> None:
     core, matrices, u, v = make(seed, P)
     expected = function(oracles.weighted(matrices, u, v)).sum(1)
     assert_close(CoreMatrix(core, u, v).dense(function), expected)
@@ -159,9 +157,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
     assert isinstance(weights, Projection)
     monkeypatch.setattr(entries_module, "_BLOCK", block)
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
+    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
     implicit = CoreMatrix(core, u, v)
     assert_close(channel_matrices(core, u), matrices)
-    assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
+    assert_close(implicit.dense(ABSOLUTE), oracles.weighted(matrices, u, v).abs().sum(1))
     assert_close(implicit.lengths(output), oracles.lengths(matrices, v, weights.W))
 
 
@@ -171,6 +171,8 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", block)
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
+    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
         covered = torch.zeros(L, D)
         for tokens, part in entries_module.column_blocks(torch.empty(B, L, D)):
@@ -204,9 +206,9 @@ def test_rows_are_the_written_out_matrix_over_several_steps(length: int, lag: in
         core = Chain({**core.factors, "conv": CausalConv(conv)})
         matrices = matrices @ oracles.conv_matrix(conv, length)
     entries = torch.einsum("bid,bdij,bjd->bdij", u, matrices, v)
-    for entrywise in (None, torch.abs, torch.relu, torch.square):
+    for entrywise in (IDENTITY, ABSOLUTE, POSITIVE, SQUARE):
         fused = CoreMatrix(core, u, v).dense(entrywise)
-        assert_close(fused, (entries if entrywise is None else entrywise(entries)).sum(1))
+        assert_close(fused, entrywise(entries).sum(1))
 
 
 def check_matrix(matrix: TokenMatrix, explicit: Tensor) -> None:
@@ -276,6 +278,8 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
     monkeypatch.setattr(entries_module, "_BLOCK", block)
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
+    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
     core, entries, u, v = tangled(seed)
     assert core.mixes_channels
     added = torch.einsum("bidje,bje->bdij", entries, v)
@@ -299,6 +303,8 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", block)
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
+    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
     torch.manual_seed(seed)
     B, L, H = 2, 6, 2
     weights = torch.rand(B, H, L, L, dtype=torch.float64).softmax(-1)
@@ -310,7 +316,7 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
     implicit = CoreMatrix(core, u, v)
     assert_close(channel_matrices(core, u), matrices)
     check_matrix(implicit, oracles.weighted(matrices, u, v).sum(1))
-    assert_close(implicit.dense(torch.abs), oracles.weighted(matrices, u, v).abs().sum(1))
+    assert_close(implicit.dense(ABSOLUTE), oracles.weighted(matrices, u, v).abs().sum(1))
     assert_close(implicit.lengths(Chain({"out": Projection(W)})), oracles.lengths(matrices, v, W))
 
 
@@ -382,7 +388,7 @@ def test_implicit_rollout_is_explicit_rollout(seed: int, signed: bool) -> None:
             layers.append(CoreMatrix(core, u, v))
             explicit.append(oracles.weighted(matrices, u, v).sum(1))
         else:
-            layers.append(DenseMatrix(CoreMatrix(core, u, v).dense(torch.relu)))
+            layers.append(DenseMatrix(CoreMatrix(core, u, v).dense(POSITIVE)))
             explicit.append(oracles.weighted(matrices, u, v).clamp(min=0).sum(1))
     query = torch.rand(explicit[0].shape[:2], dtype=torch.float64)
     scores = rollout(layers, query)
@@ -433,12 +439,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(entries_module, "_BLOCK", 2**9)
         patch.setattr(entries_module, "_CHANNELS", 1)
+        patch.setattr(heads_module, "_BLOCK", {"cpu": 2**9})
+        patch.setattr(heads_module, "_MATRICES", 2**9)
         yield
 
 
-@pytest.mark.parametrize("function", [None, torch.relu])
+@pytest.mark.parametrize("function", [IDENTITY, POSITIVE])
 def test_fused_attention_never_holds_a_matrix_of_every_channel(
-    function: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+    function: Entrywise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     B, L, D, N = 2, 32, 24, 2
     torch.manual_seed(0)

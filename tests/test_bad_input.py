@@ -593,6 +593,14 @@ def test_an_unknown_rectification_is_refused(mamba: nn.Module, refused: Any) -> 
     refused(InvalidInputError, parts, mamba, lambda: ImplicitAttentionAttribution(mamba, rectify="relu"))  # type: ignore[arg-type]
 
 
+def test_an_unknown_normalization_and_one_of_signed_rows_are_refused(mamba: nn.Module, refused: Any) -> None:
+    parts = ["normalize must be 'rows' or None", "'columns'"]
+    refused(InvalidInputError, parts, mamba, lambda: ImplicitAttentionAttribution(mamba, normalize="columns"))  # type: ignore[arg-type]
+    parts = ["normalize='rows' divides each row by its sum", "rectify='channel'"]
+    signed = lambda: ImplicitAttentionAttribution(mamba, rectify=None, normalize="rows")  # noqa: E731
+    refused(InvalidInputError, parts, mamba, signed)
+
+
 @pytest.mark.parametrize("layers", [0, -1, "2", 1.5])
 def test_no_layers_at_all_is_refused(layers: Any, mamba: nn.Module, refused: Any) -> None:
     parts = ["layers must be at least 1", f"not {layers!r}"]

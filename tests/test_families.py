@@ -354,6 +354,17 @@ def test_the_attribution_is_the_product_of_the_gradient_weighted_matrices(
 
 
 @every_family
+@pytest.mark.parametrize("rectify", ["channel", "token"])
+def test_normalized_rows_share_a_row_with_the_residual_path_in_equal_parts(family: str, rectify: Any) -> None:
+    walk = walk_of(family)
+    matrices = walk.gradient_weighted(rectify)
+    totals = [C.sum(-1, keepdim=True) for C in matrices]
+    normalized = [torch.where(total > 0, C / total, 0) for C, total in zip(matrices, totals, strict=True)]
+    method = ImplicitAttentionAttribution(walk.model, rectify=rectify, normalize="rows")
+    assert_close(method.attribute(IDS, target=TARGET), walk.rolled_out(normalized), "token")
+
+
+@every_family
 def test_raw_attention_is_the_mean_of_the_last_layers_rows(family: str) -> None:
     walk = walk_of(family)
     last = [LayerImplicitAttention(walk.model, name).attribute(IDS)[:, -1] for name in walk.names[-2:]]

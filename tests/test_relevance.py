@@ -22,6 +22,8 @@ from captum_ssm import (
     register_rule,
     unregister_rule,
 )
+from captum_ssm.attr import relevance as relevance_module
+from captum_ssm.relevance.run import Run
 from tests.conftest import build
 from tests.families import FAMILIES, VOCABULARY, perturbed
 from tests.oracles import s6
@@ -376,6 +378,52 @@ def test_a_list_of_baselines_is_averaged(mamba: nn.Module) -> None:
     assert delta.shape == (2,) and delta.abs().max() <= 1e-4
     two = method.attribute(IDS, TARGET, baselines=[5, 6])  # not one for each example
     assert_close(two, (alone[0] + method.attribute(IDS, TARGET, baselines=6)) / 2)
+
+
+@every_family
+def test_references_of_one_run_are_those_of_a_run_each(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, several = Relevance(model_of(family)), [5, 6, IDS.flip(1)]
+    arguments: Any = {"target": [TARGET, OTHER], "additional_forward_args": MASK, "contrast": 4}
+
+    def explained(baselines: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], set[str]]:
+        scores, delta = method.attribute(IDS, **arguments, baselines=baselines, return_convergence_delta=True)
+        return scores, delta, method.terms, method.held
+
+    together = explained(several)
+    each = [explained(baseline) for baseline in several]
+    monkeypatch.setattr(relevance_module, "_TOKENS", 1)
+    one_by_one = explained(several)
+    for scores, delta, terms, held in (together, one_by_one):
+        assert_close(scores, torch.stack([one[0] for one in each]).mean(0))
+        assert delta.shape == (2,) and delta.abs().max() <= 1e-3
+        assert held == set().union(*(one[3] for one in each))
+        for name, term in terms.items():
+            expected = torch.stack([one[2].get(name, torch.zeros(2)) for one in each]).mean(0)
+            assert (term - expected).abs().max() <= 1e-5  # of logits of size 1
+
+
+def test_references_of_several_kinds_or_of_a_callable_have_a_run_each(
+    mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callable may treat the examples of a batch together, and is never given more than it was called with."""
+    sizes: list[int] = []
+
+    def logits(ids: Tensor) -> Tensor:
+        sizes.append(len(ids))
+        return mamba(ids, use_cache=False).logits[:, -1]
+
+    Relevance(logits, mamba).attribute(IDS, TARGET, baselines=[5, 6])
+    assert {*sizes} == {2}
+    runs = []
+    explain = Run.explain
+    monkeypatch.setattr(Run, "explain", lambda run, **options: runs.append(run) or explain(run, **options))  # type: ignore[func-returns-value]
+    for baselines in ([5, 6.0], [5, embed(mamba, IDS)], [1.0, 2.0]):
+        runs.clear()
+        Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)
+        assert len(runs) == 2
+    runs.clear()
+    Relevance(mamba).attribute(IDS, TARGET, baselines=[5, 6])
+    assert len(runs) == 1
 
 
 def test_the_terms_of_several_baselines_are_averaged() -> None:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.matrices.core_matrix import CoreMatrix
+from captum_ssm.matrices.entrywise import POSITIVE
 from captum_ssm.matrices.rollout import LayersOnStream, rollout
 from captum_ssm.matrices.split_layer import SplitLayer
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixSum, TokenMatrix
 from captum_ssm.network.graph import ResidualGraph
+
+Normalize = Literal["rows"] | None
+"""How each layer's matrix is scaled before the residual path joins it: each row to a sum of 1, or not at all."""
 
 Rectify = Literal["channel", "token"] | None
 """Where negative gradient-weighted attention is set to 0: in each channel, between tokens, or nowhere."""
@@ -39,6 +43,9 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
             in linear time, two passes of the layer's recurrence and no (L, L) matrix. The score matters: a change that
             all logits share decides nothing, so a difference of two logits or a log-probability explains a
             decision better than a logit alone.
+        normalize: ``"rows"``: each row of a layer's matrix is divided by its sum, so that the residual path and the
+            attention have equal shares in it, however small the gradient is there. ``None``: the size of the gradient
+            decides the share of the attention. Rows of a signed matrix may sum to 0, so ``"rows"`` needs ``rectify``.
         **options: ``attention``, ``without`` and ``tolerance``, see
             :class:`~captum_ssm.attr.base.ImplicitAttentionMethod`.
 
@@ -53,17 +60,35 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
         model: nn.Module | None = None,
         *,
         rectify: Rectify = "channel",
+        normalize: Normalize = None,
         **options: Any,
     ) -> None:
         super().__init__(forward_func, model, **options)
         if rectify not in ("channel", "token", None):
             raise InvalidInputError(f"rectify must be 'channel', 'token' or None, not {rectify!r}.")
+        if normalize not in ("rows", None):
+            raise InvalidInputError(f"normalize must be 'rows' or None, not {normalize!r}.")
+        if normalize is not None and rectify is None:
+            raise InvalidInputError(
+                "normalize='rows' divides each row by its sum, which may be 0 if it has entries of both signs; add "
+                "rectify='channel' or rectify='token', or leave it out."
+            )
         self.rectify: Rectify = rectify
+        self.normalize: Normalize = normalize
 
     def _matrix(self, layer: SplitLayer) -> TokenMatrix:
+        """Return the gradient-weighted attention of a layer, normalized."""
+        attention = self._weighted_attention(layer)
+        if self.normalize is None:
+            return attention
+        C = attention.dense()
+        total = C.sum(-1, keepdim=True)  # (B, L, 1)
+        return DenseMatrix(torch.where(total > 0, C / total, 0))
+
+    def _weighted_attention(self, layer: SplitLayer) -> TokenMatrix:
         """Return the gradient-weighted attention ``C`` of a layer."""
         if self.rectify == "channel":
-            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(torch.relu) for s in layer.splits)
+            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(POSITIVE) for s in layer.splits)
             return DenseMatrix(reduce(add, parts))
         attention = MatrixSum(tuple(CoreMatrix(s.core, s.u, s.v) for s in layer.splits))
         return DenseMatrix(attention.dense().relu()) if self.rectify == "token" else attention

@@ -14,14 +14,24 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.attr.any_model import AnyModelMethod
 from captum_ssm.attr.score_shape import ScoreShape
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.network.inputs import Target, input_tensors, names, outside_inference_mode, refuse_bad_state
+from captum_ssm.network.inputs import (
+    Target,
+    input_tensors,
+    names,
+    outside_inference_mode,
+    refuse_bad_state,
+    select_examples,
+)
 from captum_ssm.network.interface import is_language_model
-from captum_ssm.network.reference import Baseline, Reference, expanded_baseline
+from captum_ssm.network.reference import Baseline, Reference, expanded_baseline, stacked_baselines
 from captum_ssm.network.turns import unchanged
 from captum_ssm.relevance.difference import VALUE_SHARE
 from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.frozen import GateRule
 from captum_ssm.relevance.run import Options, Probe, Run
+
+_TOKENS = 1024
+"""Tokens of the examples that are explained in one run with several references: more are not faster together."""
 
 Sign = Literal["positive", "negative"] | None
 """Which part of the relevance: the part for the score, the part against it, or their sum."""
@@ -229,18 +239,13 @@ class ImplicitAttentionRelevance(AnyModelMethod):
             batches = list(self.batches(tensors, args, (target, contrast), None, internal_batch_size))
             with progress_bar(type(self).__name__, len(batches) * len(references), show_progress, "run") as advance:
                 for batch, select in batches:
-                    of_batch = []
-                    for baseline in references:
-                        run = self._run(
-                            batch,
-                            select(target),
-                            select(contrast),
-                            select(args) or (),
-                            [select(expanded_baseline(b, x)) for b, x in zip(_one_each(baseline, tensors), tensors)],
-                        )
-                        of_batch.append(run.explain(with_delta=return_convergence_delta))
-                        advance()
-                    explanations.append(Explanation.mean(of_batch))
+                    of_batch = [
+                        [select(expanded_baseline(b, x)) for b, x in zip(_one_each(baseline, tensors), tensors)]
+                        for baseline in references
+                    ]
+                    arguments = select(target), select(contrast), select(args) or ()
+                    explanations.append(self.explained(batch, *arguments, of_batch, return_convergence_delta))
+                    advance(len(references))
             explanation = Explanation.joined(explanations)
         self.keep(explanation)
         relevance = tuple(_of_sign(r, sign) for r in explanation.relevance)
@@ -252,6 +257,44 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         self.terms, self.completeness = explanation.terms, explanation.completeness
         self.held, self.fidelity = explanation.decisions, explanation.fidelity
         self.followed = explanation.followed
+
+    def explained(
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Target,
+        contrast: Target,
+        args: tuple[Any, ...],
+        references: Sequence[Sequence[Baseline | None]],
+        with_delta: bool,
+    ) -> Explanation:
+        """Return the explanation of one batch, the mean over several references, its arguments checked.
+
+        A language model treats every example of a batch alone, so one run has the examples with several references, as
+        long as these are short.
+
+        Args:
+            inputs: The inputs, each of which begins with the batch.
+            target: The target.
+            contrast: Its contrast, or None.
+            args: The additional forward arguments.
+            references: For each reference the baseline of each input; None freezes the gates.
+            with_delta: Take F(x) from another run of the model, see :meth:`Run.explain`.
+        """
+        x, together = inputs[0], 1
+        if is_language_model(self.forward_func) and self.probe() is None:
+            together = max(1, _TOKENS // x.shape[:2].numel())
+        explanations: list[Explanation] = []
+        for start in range(0, len(references), together):
+            some = references[start : start + together]
+            stacked = stacked_baselines([each[0] for each in some], x) if len(some) > 1 else None
+            if stacked is None:
+                runs = (self._run(inputs, target, contrast, args, baselines) for baselines in some)
+                explanations.extend(run.explain(with_delta=with_delta) for run in runs)
+                continue
+            again = partial(select_examples, count=len(x), rows=torch.arange(len(x)).repeat(len(some)))
+            run = self._run((again(x),), again(target), again(contrast), again(args), [stacked])
+            explanations.extend(run.explain(with_delta=with_delta).parts(len(some)))
+        return Explanation.mean(explanations)
 
     def _run(
         self,

@@ -7,8 +7,7 @@ attention.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -17,13 +16,9 @@ import torch
 from torch import Tensor
 
 from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
+from captum_ssm.matrices.entrywise import IDENTITY, Entrywise
+from captum_ssm.matrices.shared_heads import SharedHeads
 from captum_ssm.operators import Chain, Operator
-
-Entrywise = Callable[[Tensor], Tensor]
-"""A function f of each entry of each channel's matrix, such as ``torch.abs``, ``torch.relu`` or ``torch.square``.
-
-It must hold that ``f(t x) = t^k f(x)`` for t > 0, and ``f(1) > 0``.
-"""
 
 
 @dataclass(frozen=True)
@@ -49,36 +44,36 @@ class CoreMatrix:
         """Return ``C^T r`` for ``r`` (B, L): one pass of the transposed core. Cost: O(L·D·N)."""
         return (self.v * self.core.adjoint(self.u * r.unsqueeze(-1))).sum(-1)
 
-    def dense(self, entrywise: Entrywise | None = None) -> Tensor:
+    def dense(self, entrywise: Entrywise = IDENTITY) -> Tensor:
         """Return ``sum_d f(u_id A^d_ij v_jd)``.
 
         Args:
-            entrywise: f, applied to every channel's entries before the sum; None is the identity.
+            entrywise: f, applied to every channel's entries before the sum.
 
         Returns:
-            (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, O(L²) memory.
+            (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, or O(L²·D) if heads of several
+            channels share a matrix; O(L²) memory.
         """
         core = self.core
         summands = core.summands().values() if isinstance(core, Chain) else [core]
         parts = [replace(self, core=summand) for summand in summands]
-        if len(parts) > 1 and (entrywise is None or _in_two_directions(parts)):
+        if len(parts) > 1 and (entrywise == IDENTITY or _in_two_directions(parts)):
             return self._dense_sum(parts, entrywise)
         if core.anticausal and not core.causal:
             flipped = replace(self, core=core.flipped(), u=self.u.flip(-2), v=self.v.flip(-2))
             return flipped.dense(entrywise).flip(-2, -1)
         further = self.u.shape[:-3]
         u = self.u.flatten(0, -4) if further else self.u.unsqueeze(0)  # (M, B, L, D)
-        fused = u.new_zeros(*u.shape[:-1], self.v.shape[1])  # (M, B, L, L)
-        for rows, columns, channels, factor, entries in entry_blocks(core, self.v):
-            fused[:, :, rows, columns] += _weighed(u[:, :, rows, channels] * factor, entries, entrywise)
+        heads = SharedHeads.of(core, self.v)
+        fused = _fused_by_entries(core, u, self.v, entrywise) if heads is None else heads.fused(u, entrywise)
         return fused.unflatten(0, further) if further else fused.squeeze(0)
 
-    def _dense_sum(self, parts: Sequence[CoreMatrix], entrywise: Entrywise | None) -> Tensor:
-        """Return the matrix of a sum from those of its summands, two directions if there is an ``entrywise``."""
+    def _dense_sum(self, parts: Sequence[CoreMatrix], entrywise: Entrywise) -> Tensor:
+        """Return the matrix of a sum from those of its summands, two directions if f is not the identity."""
         fused = reduce(add, (part.dense(entrywise) for part in parts))
-        if entrywise is not None:  # two directions have nothing but the diagonal in common
+        if entrywise != IDENTITY:  # two directions have nothing but the diagonal in common
             diagonals = [self.u * part.core.diagonal(self.v) * self.v for part in parts]  # (..., B, L, D)
-            separate = reduce(add, map(entrywise, diagonals))
+            separate = reduce(add, [entrywise(diagonal) for diagonal in diagonals])
             correction = entrywise(reduce(add, diagonals)) - separate
             fused.diagonal(dim1=-2, dim2=-1).add_(correction.sum(-1))
         return fused
@@ -129,26 +124,34 @@ def channel_matrices(core: Operator, like: Tensor) -> Tensor:
     return matrices
 
 
-def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise | None) -> Tensor:
+def _fused_by_entries(core: Operator, u: Tensor, v: Tensor, entrywise: Entrywise) -> Tensor:
+    """Return ``sum_d f(u_id A^d_ij v_jd)``, (M, B, L, L), of any core, entry by entry.
+
+    Args:
+        core: The core.
+        u: Output-side weights (M, B, L, D).
+        v: Input-side weights (B, L, input channels).
+        entrywise: f.
+    """
+    fused = u.new_zeros(*u.shape[:-1], v.shape[1])
+    for rows, columns, channels, factor, entries in entry_blocks(core, v):
+        fused[:, :, rows, columns] += _weighed(u[:, :, rows, channels] * factor, entries, entrywise)
+    return fused
+
+
+def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise) -> Tensor:
     """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J).
 
-    The entries are overwritten. With p and q the values of f at 1 and -1, ``f(x) = p x^k`` for x > 0 and ``q |x|^k``
-    else, so ``f(u x) = (p + q)/2 |u|^k |x|^k + (p - q)/2 u |u|^(k-1) x |x|^(k-1)``: two products of matrices, however
-    many weights there are.
+    The entries are overwritten: a product of matrices for each part of f, however many weights there are.
     """
-    if entrywise is None:
-        return torch.einsum("mbid,bdij->mbij", u, entries)
-    p, q, double = (float(entrywise(u.new_full((1,), x))) for x in (1.0, -1.0, 2.0))
-    k = math.log2(double / p)
-    fused = torch.zeros_like(u[..., :1])
-    if p != q:
-        fused = (p - q) / 2 * torch.einsum("mbid,bdij->mbij", _signed_power(u, k), _signed_power(entries, k))
-    return fused + (p + q) / 2 * torch.einsum("mbid,bdij->mbij", u.abs() ** k, entries.abs_().pow_(k))
-
-
-def _signed_power(x: Tensor, k: float) -> Tensor:
-    """Return ``x |x|^(k-1)``."""
-    return x if k == 1 else x * x.abs() ** (k - 1)
+    fused = u.new_zeros(())
+    if entrywise.linear:
+        fused = fused + entrywise.linear * torch.einsum("mbid,bdij->mbij", u, entries)
+    if entrywise.square:
+        fused = fused + entrywise.square * torch.einsum("mbid,bdij->mbij", u.square(), entries.square())
+    if entrywise.absolute:
+        fused = fused + entrywise.absolute * torch.einsum("mbid,bdij->mbij", u.abs(), entries.abs_())
+    return fused
 
 
 def _in_two_directions(parts: Sequence[CoreMatrix]) -> bool:

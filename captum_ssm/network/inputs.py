@@ -82,7 +82,7 @@ _INTERPRETABLE = "InterpretableEmbeddingBase"
 """Captum's stand-in for an embedding layer: a new module, in training mode, that computes nothing."""
 
 
-def select_examples(value: Any, count: int, rows: slice) -> Any:
+def select_examples(value: Any, count: int, rows: slice | Tensor) -> Any:
     """Return the part of a target or argument that belongs to some of ``count`` examples, or all of a shared one.
 
     Of several arguments only tensors have parts, by Captum's rule.
@@ -90,14 +90,17 @@ def select_examples(value: Any, count: int, rows: slice) -> Any:
     Args:
         value: A target or argument, or a tuple of arguments.
         count: How many examples there are.
-        rows: The examples that are selected.
+        rows: The examples that are selected: neighbours, or their numbers, each as often as it is wanted.
     """
-    if rows.start == 0 and rows.stop >= count:
+    if isinstance(rows, slice) and rows.start == 0 and rows.stop >= count:
         return value
     if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
         return tuple(select_examples(part, count, rows) if isinstance(part, Tensor) else part for part in value)
-    each = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[rows] if each and len(value) == count else value
+    if isinstance(value, list) and len(value) == count:
+        return value[rows] if isinstance(rows, slice) else [value[row] for row in rows.tolist()]
+    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count:
+        return value[rows if isinstance(rows, slice) else rows.to(value.device)]
+    return value
 
 
 def refuse_wrong_counts(count: int, targets: tuple[Any, ...], query: Any) -> None:

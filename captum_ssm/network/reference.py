@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,3 +142,23 @@ def expanded_baseline(baseline: Any, inputs: Tensor) -> Any:
         return baseline.expand(shape)
     except RuntimeError:
         return baseline
+
+
+def stacked_baselines(baselines: Sequence[Any], inputs: Tensor) -> Tensor | None:
+    """Return several baselines of the same inputs one after the other.
+
+    Args:
+        baselines: R ids, numbers or tensors.
+        inputs: The inputs (B, ...).
+
+    Returns:
+        (R·B, ...); None if they are of several kinds, one does not fit, or one is a number for the embeddings of ids.
+    """
+    if not all(isinstance(baseline, (int, float, Tensor)) for baseline in baselines):
+        return None
+    given = [torch.as_tensor(baseline, device=inputs.device) for baseline in baselines]
+    each = [b.expand_as(inputs) if b.dim() == 0 else expanded_baseline(b, inputs) for b in given]
+    if len({(b.shape, b.is_floating_point()) for b in each}) > 1 or len(each[0]) != len(inputs):
+        return None
+    is_number_for_vectors = any(b.dim() == 0 and b.is_floating_point() != inputs.is_floating_point() for b in given)
+    return None if is_number_for_vectors else torch.cat(each)

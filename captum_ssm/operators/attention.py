@@ -61,6 +61,10 @@ class Attention(HeadOperator):
         """Return the weight of each token for itself, (B, L, H)."""
         return self.weights.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
 
+    def matrices(self, like: Tensor) -> Tensor:
+        """Return the weights."""
+        return self.weights
+
     def head_columns(self, like: Tensor, tokens: slice) -> Tensor:
         """Return the weights of these keys, (J, B, L, H)."""
         return self.weights[..., tokens].permute(3, 0, 2, 1)

@@ -59,6 +59,15 @@ class HeadOperator(Operator):
         one = like.new_ones(1, 1, 1).expand(*like.shape[:2], self.heads)  # (B, L, H)
         return replace(self, head_size=1, skip=None, bonus=None).apply(one_hot(one, tokens))
 
+    def matrices(self, like: Tensor) -> Tensor:
+        """Return every head's matrix, (B, H, L, L), without the direct paths, for an input ``like`` (B, L, D).
+
+        Cost: one pass with L right-hand sides.
+        """
+        B, L, _ = like.shape
+        one = torch.eye(L, dtype=like.dtype, device=like.device)[None, :, None]  # (1, L, 1, L)
+        return self.mix(one.expand(B, L, self.heads, L)).transpose(1, 2)
+
     @property
     def sizes(self) -> tuple[int | None, int | None]:
         """Output and input channels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class Explanation:
     def mean(explanations: Sequence[Explanation]) -> Explanation:
         """Return the mean over several references of the same examples."""
         return Explanation._merged(explanations, lambda tensors: torch.stack(list(tensors)).mean(0))
+
+    def parts(self, count: int) -> list[Explanation]:
+        """Return the explanations of so many equal parts of the examples, one after the other."""
+        names, terms = list(self.terms), zip(*(term.chunk(count) for term in self.terms.values()))
+        relevance = zip(*(r.chunk(count) for r in self.relevance))
+        each = zip(relevance, self.delta.chunk(count), list(terms) or [()] * count)
+        return [replace(self, relevance=r, delta=delta, terms=dict(zip(names, values))) for r, delta, values in each]
 
     @staticmethod
     def joined(explanations: Sequence[Explanation]) -> Explanation:

@@ -1,0 +1,198 @@
+"""The fused matrices of a core whose channels share one matrix a head.
+
+With ``S`` the matrix of a head, that of its channel d is ``A^d = diag(factor_d) (S + diag(direct_d)) M_d``. ``M_d``,
+the convolution and the gates before the head, is banded: its entries (t, t - lag) are not 0 for a few lags alone. So
+``A^d_ij v_jd = factor_id sum_lag S_i,j+lag V_lag,jd``, a sum of few terms, each a number of the head times a number of
+the channel. What is summed over the P channels of a head is then a product of matrices (L, P) (P, L) for each lag, or
+for each pair of lags if the entries are squared; absolute values take one pass over the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import combinations_with_replacement
+from operator import add
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_ssm.matrices.entrywise import Entrywise
+from captum_ssm.operators import CausalConv, Chain, HeadOperator, Operator, Scan
+
+_MATRICES = 2**23
+"""Entries of the matrices of the heads that are treated at once: bounds their memory to some tens of megabytes."""
+
+_BLOCK = {"cpu": 2**20}
+"""By type of device, entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
+
+_LARGE_BLOCK = 2**25
+"""The same for all other devices, which are fast on many entries alone."""
+
+
+class Terms(NamedTuple):
+    """Some rows of some heads' entries, ``u_id sum_k S_k,ij V_k,jd``."""
+
+    S: Tensor
+    """(K, B, H, I, J), a term for each lag."""
+    V: Tensor
+    """(K, B, H, J, P)."""
+    U: Tensor
+    """Weights of the rows, (M, B, H, I, P)."""
+
+    def linear(self) -> Tensor:
+        """Return ``sum_d u x``, (M, B, I, J)."""
+        return reduce(add, (_summed(S * (self.U @ V.mT)) for S, V in zip(self.S, self.V)))
+
+    def square(self) -> Tensor:
+        """Return ``sum_d (u x)²``, (M, B, I, J)."""
+        (S, V, _), squares = self, self.U.square()
+        pairs = combinations_with_replacement(range(len(S)), 2)
+        products = (_summed(S[k] * S[m] * (squares @ (V[k] * V[m]).mT)) * (1 if k == m else 2) for k, m in pairs)
+        return reduce(add, products)
+
+    def absolute(self) -> Tensor:
+        """Return ``sum_d |u x|``, (M, B, I, J)."""
+        S, V, U = self
+        if len(S) == 1:  # the absolute value of a single product is that of its factors
+            return Terms(S.abs(), V.abs(), U.abs()).linear()
+        entries = S[0, :, 0].numel() * V.shape[-1]  # of one head
+        size = max(1, _BLOCK.get(S.device.type, _LARGE_BLOCK) // entries)
+        return reduce(add, (_absolute(*heads) for heads in zip(S.split(size, 2), V.split(size, 2), U.split(size, 2))))
+
+
+def _summed(by_head: Tensor) -> Tensor:
+    """Return the sum over the heads, (M, B, I, J), of (M, B, H, I, J)."""
+    return by_head.sum(2)
+
+
+def _absolute(S: Tensor, V: Tensor, U: Tensor) -> Tensor:
+    """Return ``sum_d |u_id sum_k S_k,ij V_k,jd|`` of a block of heads, (M, B, I, J); see :class:`Terms`."""
+    rows, columns = S.unsqueeze(4), V.mT.unsqueeze(3)  # (K, B, H, I, 1, J), (K, B, H, 1, P, J)
+    x = rows[0] * columns[0]  # (B, H, I, P, J)
+    for k in range(1, len(S)):
+        x.addcmul_(rows[k], columns[k])
+    weights = U.abs().permute(1, 2, 3, 0, 4)  # (B, H, I, M, P)
+    return (weights @ x.abs_()).sum(1).movedim(2, 0)
+
+
+@dataclass(frozen=True)
+class SharedHeads:
+    """The entries ``A^d_ij v_jd`` of a core whose channels share one matrix a head.
+
+    Args:
+        heads: The heads, without direct paths.
+        direct: Weight of each token in its own output beside the head's matrix, broadcastable to (B, L, D), or None.
+        factor: Factor of the rows, broadcastable to (B, L, D).
+        band: By lag, (B, L, D): the weight of token t - lag in the heads' input at t, times ``v``.
+    """
+
+    heads: HeadOperator
+    direct: Tensor | None
+    factor: Tensor
+    band: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, core: Operator, v: Tensor) -> SharedHeads | None:
+        """Return the entries of a core in this form, or None if it has another.
+
+        Args:
+            core: Channelwise, or with projections before its heads alone.
+            v: Input-side weights (B, L, input channels).
+        """
+        heads, direct, factor, band = None, None, v.new_ones(1, 1, 1), {0: v}
+        for leaf in reversed(core.leaves() if isinstance(core, Chain) else [core]):
+            if heads is None and isinstance(leaf, CausalConv):
+                band = _convolved(leaf, band)
+            elif heads is None and not leaf.mixes_tokens:
+                band = {lag: leaf.apply(weight) for lag, weight in band.items()}
+            elif heads is None and isinstance(leaf, HeadOperator) and not _has_single_channels(leaf):
+                paths = [path for path in (leaf.skip, leaf.bonus) if path is not None]
+                heads, direct = replace(leaf, skip=None, bonus=None), reduce(add, paths) if paths else None
+            elif heads is not None and not leaf.mixes_tokens and not leaf.mixes_channels:
+                factor = leaf.apply(factor)
+            else:
+                return None
+        return None if heads is None else cls(heads, direct, factor, band)
+
+    def fused(self, u: Tensor, entrywise: Entrywise) -> Tensor:
+        """Return ``sum_d f(u_id A^d_ij v_jd)``.
+
+        Args:
+            u: Output-side weights (M, B, L, D).
+            entrywise: f.
+
+        Returns:
+            (M, B, L, L).
+
+        Cost: one pass of the heads with L right-hand sides, and for K lags K products of matrices, K² of squares, of
+        O(L²·D); one pass over the entries for absolute values. O(L²) memory.
+        """
+        _, B, L, _ = u.shape
+        U = _by_head(u * self.factor, self.heads)  # (M, B, H, L, P)
+        lags = list(self.band)
+        V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
+        fused = u.new_zeros(len(u), B, L, L)
+        for group in torch.arange(self.heads.heads).split(max(1, _MATRICES // (B * L * L))):
+            heads = slice(int(group[0]), int(group[-1]) + 1)
+            matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
+            S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
+            terms = Terms(S, V[:, :, heads], U[:, :, heads])
+            for rows, columns in self._blocks(B, L):
+                block = Terms(terms.S[..., rows, columns], terms.V[..., columns, :], terms.U[..., rows, :])
+                fused[..., rows, columns] += _fused(block, entrywise)
+            if self.direct is not None:
+                direct = _by_head(self.direct.expand(B, L, -1), self.heads)[:, heads]  # (B, H, L, P)
+                self._add_direct_paths(fused, terms, direct, entrywise)
+        return fused
+
+    def _blocks(self, B: int, L: int) -> Iterator[tuple[slice, slice]]:
+        """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
+        count = max(8, min(64, _MATRICES // (B * L * self.heads.head_size)))
+        for start in range(0, L, count):
+            stop = min(start + count, L)
+            yield slice(start, stop), slice(0, stop if self.heads.causal else L)
+
+    def _add_direct_paths(self, fused: Tensor, terms: Terms, direct: Tensor, entrywise: Entrywise) -> None:
+        """Add to the fused entries what the direct paths of some heads change, near the diagonal alone."""
+        for number, lag in enumerate(self.band):
+            if lag >= fused.shape[-1]:
+                continue
+            V = terms.V[..., : fused.shape[-1] - lag, :]  # (K, B, H, L - lag, P)
+            without = (terms.S.diagonal(-lag, -2, -1).unsqueeze(-1) * V).sum(0)  # (B, H, L - lag, P)
+            U, both = terms.U[..., lag:, :], without + direct[..., lag:, :] * V[number]
+            change = entrywise(U * both) - entrywise(U * without)  # (M, B, H, L - lag, P)
+            fused.diagonal(-lag, -2, -1).add_(change.sum((2, -1)))
+
+
+def _fused(block: Terms, entrywise: Entrywise) -> Tensor:
+    """Return ``sum_d f(u x)`` of a block, (M, B, I, J)."""
+    parts = zip(entrywise, (block.linear, block.absolute, block.square))
+    return reduce(add, (factor * part() for factor, part in parts if factor))
+
+
+def _by_head(t: Tensor, heads: HeadOperator) -> Tensor:
+    """Return (..., H, L, P) of (..., L, D)."""
+    return t.unflatten(-1, (heads.heads, heads.head_size)).transpose(-2, -3)
+
+
+def _earlier(t: Tensor, lag: int) -> Tensor:
+    """Return (B, L, D) with the entry of token t + lag at token t, 0 behind the end."""
+    return F.pad(t, (0, 0, 0, lag))[:, lag:]
+
+
+def _convolved(conv: CausalConv, band: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return the product of a convolution and a banded matrix."""
+    product: dict[int, Tensor] = {}
+    for lag, weight in band.items():
+        for tap, part in enumerate(conv.band(weight)):
+            product[lag + tap] = product[lag + tap] + part if lag + tap in product else part
+    return product
+
+
+def _has_single_channels(heads: HeadOperator) -> bool:
+    """Whether each channel has a recurrence of its own, whose rows are best walked one after the other."""
+    return isinstance(heads, Scan) and heads.head_size == 1
