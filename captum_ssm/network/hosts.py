@@ -31,7 +31,7 @@ HOSTS = {
     "torch.nn.DataParallel": Host(("module", "device_ids", "scatter"), "module", "inside"),
     "nnsight": Host(("_module", "interleaver", "trace"), "_module", "inside"),
     "TransformerLens's bridge": Host(("original_model", "adapter", "run_with_hooks"), "original_model", "inside"),
-    "PEFT": Host(("peft_config", "base_model", "save_pretrained"), "base_model", "alike"),
+    "PEFT": Host(("peft_config", "base_model", "get_nb_trainable_parameters"), "base_model", "alike"),
     "PEFT's tuner": Host(("peft_config", "inject_adapter", "model"), "model", "alike"),
     "sentence-transformers": Host(("0", "module_kwargs", "tokenizer"), "0", "features"),
     "sentence-transformers' first module": Host(("auto_model", "tokenizer", "save"), "auto_model", "features"),
