@@ -56,6 +56,7 @@ class Placement:
             arguments["quantization_config"] = BitsAndBytesConfig(
                 **{f"load_in_{self.load_in}": True},
                 llm_int8_skip_modules=list(IN_FLOATING_POINT),
+                bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=getattr(torch, self.dtype),
             )
         return arguments

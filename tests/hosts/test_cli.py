@@ -73,16 +73,17 @@ def test_a_model_is_loaded_quantised(bits: str, wide: Path) -> None:
     kinds = {name: type(part).__name__ for name, part in model.backbone.layers[0].mixer.named_children()}
     quantised = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
     assert kinds["in_proj"] == kinds["x_proj"] == kinds["out_proj"] == quantised and kinds["dt_proj"] == "Linear"
-    ids = tokenizer(GOOD, return_tensors="pt").input_ids
+    plain = hf.AutoModelForCausalLM.from_pretrained(wide).eval().backbone.layers[0].mixer
+    x = torch.randn(1, 5, 64)
     with torch.no_grad():
-        plain = hf.AutoModelForCausalLM.from_pretrained(wide).eval()(ids).logits[0, -1]
-        assert torch.cosine_similarity(model(ids).logits[0, -1].float(), plain, 0) > 0.9
+        expected = plain.in_proj(x)
+        assert (model.backbone.layers[0].mixer.in_proj(x).float() - expected).norm() < 0.15 * expected.norm()
+    assert tokenizer.is_fast
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-@pytest.mark.parametrize("method", ["relevance", "attribution"])
-def test_a_quantised_model_is_explained(method: str, bits: str, wide: Path, run: Any) -> None:
-    shown = run(GOOD, "--model", wide, "--load-in", bits, "--method", method)
+def test_a_quantised_model_is_explained(bits: str, wide: Path, run: Any) -> None:
+    shown = run(GOOD, "--model", wide, "--load-in", bits)
     assert shown.status == 0, shown.err
     assert "largest relative error over 1 layers" in shown.fact("exactness")
 

@@ -160,8 +160,8 @@ def test_an_adapter_is_explained_by_relevance_for_every_task(task: str | None, i
     config = peft.LoraConfig(task_type=task, target_modules=["q_proj", "gate_proj"], init_lora_weights=False)
     host: Any = peft.get_peft_model(jamba(task), config).eval()
     assert host_of(host) is HOSTS["PEFT"] and inside(host) is host.get_base_model()
-    mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
+    ids[0, 5:] = 0  # the padding token, by which a classifier finds the end of a text
+    mask = ids.ne(0).long()
     with torch.no_grad():
         value, other = run_model(host, ids, mask), run_model(host, torch.where(mask.bool(), 3, ids), mask)
     method = ImplicitAttentionRelevance(host)
