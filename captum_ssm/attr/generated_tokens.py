@@ -148,7 +148,7 @@ def relevance_rows(
     for position in range(start, L):
         x, target = ids[:, :position], int(ids[0, position])
         before = [b[:, :position] if isinstance(b, Tensor) and b.dim() > 1 else b for b in references]
-        explanation = Explanation.mean([one._run((x,), target, None, (), (b,)).explain() for b in before])
+        explanation = Explanation.mean([one.run_of((x,), target, None, (), (b,)).explain() for b in before])
         row = F.pad(explanation.relevance[0].sum(-1), (0, L - 1 - position))
         explanations.append(replace(explanation, relevance=(row,)))
         advance(1)

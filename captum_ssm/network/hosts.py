@@ -52,7 +52,8 @@ def _parts_of_class(cls: type) -> frozenset[str]:
 def host_of(model: Any) -> Host | None:
     """Return the kind of host that this is; None for a model that stands alone."""
     own: dict[str, Any] = getattr(model, "__dict__", {})
-    modules, of_class = own.get("_modules", {}), _parts_of_class(type(model))
+    cls: Any = type(model)
+    modules, of_class = own.get("_modules", {}), _parts_of_class(cls)
     for host in HOSTS.values():
         if all(part in own or part in modules or part in of_class for part in host.parts):
             return host
