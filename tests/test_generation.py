@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, Mamba
 
 import captum_ssm._progress
 import captum_ssm.attr.base
-import captum_ssm.attr.generated_tokens
 import captum_ssm.matrices.layer_stack
 from captum_ssm import (
     ImplicitAttentionAttribution,
@@ -29,7 +28,7 @@ from captum_ssm import (
     RawImplicitAttention,
     models,
 )
-from captum_ssm.attr import LayerImplicitAttentionAttribution
+from captum_ssm.attr import LayerImplicitAttentionAttribution, generated_tokens
 from captum_ssm.layers.fidelity import decompose
 from tests.conftest import build
 from tests.families import COMMON, S6, VOCABULARY, perturbed
@@ -153,7 +152,7 @@ def test_the_size_of_a_part_changes_nothing(
     model, parts = build(name), []
     expected = {key: explain(method, model, eight, 3) for key, method in METHODS.items()}
     width = model.get_input_embeddings().weight.shape[1]
-    monkeypatch.setattr(captum_ssm.attr.generated_tokens, "_PASS", size * 7 * width * 32)
+    monkeypatch.setattr(generated_tokens, "_PASS", size * 7 * width * 32)
     own = captum_ssm.attr.base.ImplicitAttentionMethod.scores_of_calls
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
@@ -217,7 +216,7 @@ def test_the_model_runs_once(method: Any, eight: Tensor) -> None:
 def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     own = decompose
-    monkeypatch.setattr(captum_ssm.attr.generated_tokens, "_PASS", 1)
+    monkeypatch.setattr(generated_tokens, "_PASS", 1)
     monkeypatch.setattr(
         captum_ssm.matrices.layer_stack,
         "decompose",
@@ -312,7 +311,7 @@ def test_a_progress_bar_counts_tokens(eight: Tensor, monkeypatch: pytest.MonkeyP
 
     model = build("mamba")
     monkeypatch.setattr(captum_ssm._progress, "tqdm", Bar)
-    monkeypatch.setattr(captum_ssm.attr.generated_tokens, "_PASS", 2 * 7 * 8 * 32)
+    monkeypatch.setattr(generated_tokens, "_PASS", 2 * 7 * 8 * 32)
     whole = LLMImplicitAttention(signed(model), None)
     shown, hidden = whole.explain(eight, 3, show_progress=True), whole.explain(eight, 3)
     assert torch.equal(shown, hidden)

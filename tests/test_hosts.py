@@ -53,9 +53,10 @@ class Tuner(nn.Module):
 
     peft_config: dict[str, Any] = {}  # noqa: RUF012 (as theirs)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        model.peft_config = self.peft_config  # on the model inside too, which has a base_model of its own
 
     def inject_adapter(self) -> None: ...
 
@@ -72,7 +73,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base_model = Tuner(model)
 
-    def save_pretrained(self) -> None: ...
+    def get_nb_trainable_parameters(self) -> None: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)

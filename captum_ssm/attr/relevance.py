@@ -304,7 +304,19 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         args: tuple[Any, ...],
         baselines: Sequence[Baseline | None],
     ) -> Run:
-        """Return the run of one batch with one reference for each input, its arguments checked."""
+        """Return the run of one batch, its arguments checked.
+
+        Args:
+            inputs: The inputs of the batch, as in :meth:`attribute`.
+            target: The target of each example, or one for all.
+            contrast: The target to explain it against, or None.
+            args: The additional forward arguments.
+            baselines: The reference of each input; None freezes the gates.
+
+        Raises:
+            InvalidInputError: If a baseline does not fit, or ``gradient_func`` was replaced.
+            ModelStateError: If the model is training.
+        """
         self.refuse_replaced_gradient()
         refuse_bad_state(self.model)
         target, contrast = outside_inference_mode(target), outside_inference_mode(contrast)

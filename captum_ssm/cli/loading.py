@@ -56,6 +56,7 @@ class Placement:
             arguments["quantization_config"] = BitsAndBytesConfig(
                 **{f"load_in_{self.load_in}": True},
                 llm_int8_skip_modules=list(IN_FLOATING_POINT),
+                bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=getattr(torch, self.dtype),
             )
         return arguments
@@ -72,7 +73,7 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
         The model in evaluation mode, and its tokenizer: the adapter's, if it has one.
 
     Raises:
-        CommandError: If a package is missing, the model cannot be loaded, or its tokenizer is not a fast one.
+        CommandError: If a package is missing, the model cannot be loaded or run, or its tokenizer is not a fast one.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -99,9 +100,26 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
     with _named(source, placement.device):
         model = model.eval() if "device_map" in arguments else model.eval().to(placement.device)
         tokenizer = AutoTokenizer.from_pretrained(source if (Path(source) / "tokenizer.json").is_file() else base)
+    if placement.load_in is not None:
+        _refuse_failing(model, placement.load_in)
     if not tokenizer.is_fast:
         raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
     return model, tokenizer
+
+
+def _refuse_failing(model: Any, load_in: str) -> None:
+    """Raise if the code of a quantised model, or a kernel of its layers, fails on two tokens.
+
+    Raises:
+        CommandError: With its error.
+    """
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise CommandError(
+            f"the model itself cannot run in {load_in} here ({error}); leave --load-in out, or load it in other bits."
+        ) from error
 
 
 def _base(adapter: Path) -> str:

@@ -115,7 +115,7 @@ def _add_execution(command: argparse.ArgumentParser) -> None:
         "--load-in",
         choices=["8bit", "4bit"],
         default=None,
-        help="quantise the layers' weights by bitsandbytes (default: floating point)",
+        help="quantise the layers' weights by bitsandbytes, to LLM.int8 or nf4 (default: floating point)",
     )
     command.add_argument(
         "--device-map",

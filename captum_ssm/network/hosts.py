@@ -7,6 +7,7 @@ its own, as a LightningModule, is no host: it is called as any other module.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from captum_ssm.errors import ModelStateError
@@ -31,7 +32,7 @@ HOSTS = {
     "torch.nn.DataParallel": Host(("module", "device_ids", "scatter"), "module", "inside"),
     "nnsight": Host(("_module", "interleaver", "trace"), "_module", "inside"),
     "TransformerLens's bridge": Host(("original_model", "adapter", "run_with_hooks"), "original_model", "inside"),
-    "PEFT": Host(("peft_config", "base_model", "save_pretrained"), "base_model", "alike"),
+    "PEFT": Host(("peft_config", "base_model", "get_nb_trainable_parameters"), "base_model", "alike"),
     "PEFT's tuner": Host(("peft_config", "inject_adapter", "model"), "model", "alike"),
     "sentence-transformers": Host(("0", "module_kwargs", "tokenizer"), "0", "features"),
     "sentence-transformers' first module": Host(("auto_model", "tokenizer", "save"), "auto_model", "features"),
@@ -39,11 +40,24 @@ HOSTS = {
 """The kinds of hosts by the library that has them."""
 
 
-def host_of(model: object) -> Host | None:
+_PARTS = {part for host in HOSTS.values() for part in host.parts}
+
+
+@lru_cache
+def _parts_of_class(cls: type) -> frozenset[str]:
+    """Return the names of hosts' parts that a class itself has."""
+    return frozenset(part for part in _PARTS if hasattr(cls, part))
+
+
+def host_of(model: Any) -> Host | None:
     """Return the kind of host that this is; None for a model that stands alone."""
-    own = {*getattr(model, "__dict__", {}), *getattr(model, "__dict__", {}).get("_modules", {})}
-    kinds = (host for host in HOSTS.values() if all(part in own or hasattr(type(model), part) for part in host.parts))
-    return next(kinds, None)
+    own: dict[str, Any] = getattr(model, "__dict__", {})
+    cls: Any = type(model)
+    modules, of_class = own.get("_modules", {}), _parts_of_class(cls)
+    for host in HOSTS.values():
+        if all(part in own or part in modules or part in of_class for part in host.parts):
+            return host
+    return None
 
 
 def called(forward_func: Any) -> Any:

@@ -28,10 +28,9 @@ from captum_ssm.network.forward import run_model
 from captum_ssm.network.hosts import HOSTS, called, host_of, inside
 from captum_ssm.network.interface import is_language_model
 from tests.conftest import build
-from tests.families import VOCABULARY
+from tests.families import FAMILIES, VOCABULARY
 
 TEXTS = ["a gorgeous film", "what a mess it was"]
-TASKS = ["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", None]
 
 
 @pytest.fixture
@@ -63,8 +62,8 @@ def test_an_nnsight_model_is_the_model_inside(reviews: Any, tokenizer: Any) -> N
     assert torch.equal(logits, reviews(ids).logits)
 
 
-def test_an_nnsight_model_without_weights_is_refused() -> None:
-    model = LanguageModel(str(REVIEWS))
+def test_an_nnsight_model_without_weights_is_refused(tokenizer: Any) -> None:
+    model = LanguageModel(str(REVIEWS), tokenizer=tokenizer)
     with pytest.raises(ModelStateError, match=r"dispatch\(\)"):
         ImplicitAttentionRelevance(model)
     model.dispatch()
@@ -73,11 +72,12 @@ def test_an_nnsight_model_without_weights_is_refused() -> None:
 
 def test_a_bridge_is_the_model_inside(reviews: Any, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
-    expected = relevance(reviews, ids, 5, baselines=1)
     bridge = TransformerBridge.boot_transformers("mamba", hf_model=copy.deepcopy(reviews), tokenizer=tokenizer)
     assert host_of(bridge) is HOSTS["TransformerLens's bridge"] and called(bridge) is bridge.original_model
     assert torch.equal(bridge(ids)[:, -1], run_model(bridge, ids))
-    torch.testing.assert_close(relevance(bridge, ids, 5, baselines=1), expected, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        difference = (reviews(ids).logits - reviews(torch.ones_like(ids)).logits)[0, -1, 5]
+    torch.testing.assert_close(relevance(bridge, ids, 5, baselines=1).sum(), difference, rtol=1e-4, atol=1e-4)
     assert torch.equal(bridge(ids), reviews(ids).logits)
 
 
@@ -125,7 +125,7 @@ def test_a_component_of_a_sentence_embedding_is_explained(sentences: Any, tokeni
 
 def test_a_similarity_is_explained(sentences: Any, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS[:1], return_tensors="pt").input_ids
-    other = sentences.encode(TEXTS[1:], convert_to_tensor=True)[0]
+    other = sentences.encode(TEXTS[1:], convert_to_tensor=True)[0].clone()  # of inference mode
 
     def similarity(ids: Tensor) -> Tensor:
         return sentences({"input_ids": ids})["sentence_embedding"] @ other
@@ -139,8 +139,8 @@ def test_the_words_alone_are_a_host_too(sentences: Any, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     words = sentences[0]
     assert host_of(words) is HOSTS["sentence-transformers' first module"]
-    expected = relevance(lambda ids: words.auto_model(ids)[0][:, -1], ids, 3, baselines=1)
-    torch.testing.assert_close(relevance(words, ids, 3, baselines=1), expected, rtol=1e-3, atol=1e-4)
+    expected = ImplicitAttentionRelevance(lambda ids: words.auto_model(ids)[0][:, -1], words.auto_model)
+    torch.testing.assert_close(relevance(words, ids, 3, baselines=1), expected.attribute(ids, 3, baselines=1))
 
 
 # --- PEFT ---------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def test_an_adapter_is_explained_by_relevance_for_every_task(task: str | None, i
     config = peft.LoraConfig(task_type=task, target_modules=["q_proj", "gate_proj"], init_lora_weights=False)
     host: Any = peft.get_peft_model(jamba(task), config).eval()
     assert host_of(host) is HOSTS["PEFT"] and inside(host) is host.get_base_model()
-    mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
+    ids[0, 5:] = 0  # the padding token, by which a classifier finds the end of a text
+    mask = ids.ne(0).long()
     with torch.no_grad():
         value, other = run_model(host, ids, mask), run_model(host, torch.where(mask.bool(), 3, ids), mask)
     method = ImplicitAttentionRelevance(host)
@@ -189,7 +189,8 @@ def llama(task: str) -> Any:
 def test_virtual_tokens_are_followed_and_belong_to_no_token(kind: str, task: str, baseline: Any, ids: Tensor) -> None:
     host: Any = peft.get_peft_model(llama(task), PROMPTS[kind](task_type=task)).eval()
     mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
+    if task == "CAUSAL_LM":  # a classifier that is given embeddings, as by prompt tuning, reads the last position
+        mask[0, 5:] = 0
     method = ImplicitAttentionRelevance(host)
     scores = method.attribute(ids, 1, mask, baselines=baseline)
 
@@ -201,24 +202,26 @@ def test_virtual_tokens_are_followed_and_belong_to_no_token(kind: str, task: str
 
     expected = value(ids) - (method.terms["bias"] if baseline is None else value(torch.where(mask.bool(), 3, ids)))
     torch.testing.assert_close(scores.sum(1), expected, rtol=1e-4, atol=1e-5)
-    assert bool((scores[0, 5:] == 0).all()) and bool((scores[1] != 0).all())
+    assert torch.equal(scores != 0, mask.bool())
 
 
-@pytest.mark.parametrize(("kind", "error", "part"), [
-    ("prompt tuning", UnsupportedModelError, "put in front"),
-    ("p-tuning", UnsupportedModelError, "put in front"),
-])  # fmt: skip
-def test_no_matrix_has_virtual_tokens(kind: str, error: Any, part: str, ids: Tensor) -> None:
+@pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning"])
+def test_no_matrix_has_virtual_tokens(kind: str, ids: Tensor) -> None:
     sizes = {"num_layers": 2, "token_dim": 8, "num_attention_heads": 1}
     host = peft.get_peft_model(build("mamba"), PROMPTS[kind](task_type="CAUSAL_LM", **sizes)).eval()
-    with pytest.raises(error, match=part):
+    with pytest.raises(UnsupportedModelError, match="put in front"):
         ImplicitAttentionAttribution(host).attribute(ids, 1, torch.ones_like(ids))
+
+
+def adapted_head() -> Any:
+    """A model whose output layer has an adapter, and no weight in common with the embeddings."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    return peft.get_peft_model(FAMILIES["mamba"].build(tie_word_embeddings=False), config).eval()
 
 
 @pytest.mark.parametrize("wrap", [lambda host: host, nn.DataParallel, lambda host: host.base_model])
 def test_an_adapter_on_linear_layers_is_called_itself(wrap: Any, ids: Tensor) -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
-    host: Any = peft.get_peft_model(build("mamba"), config).eval()
+    host = adapted_head()
     merged = copy.deepcopy(host).merge_and_unload()
     expected = relevance(merged, ids, 5, baselines=3)
     torch.testing.assert_close(relevance(wrap(host), ids, 5, baselines=3), expected, rtol=1e-4, atol=1e-5)
@@ -232,8 +235,7 @@ class Words:
 
 
 def test_a_generation_of_an_adapted_model_is_explained(ids: Tensor) -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
-    host: Any = peft.get_peft_model(build("mamba"), config).eval()
+    host = adapted_head()
     merged, options = copy.deepcopy(host).merge_and_unload(), {"max_new_tokens": 3, "do_sample": False}
     for method in (ImplicitAttentionRelevance, ImplicitAttentionAttribution):
         result = LLMImplicitAttention(method(host), Words()).attribute(ids[:1], None, options)

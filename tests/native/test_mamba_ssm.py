@@ -19,6 +19,7 @@ from captum_ssm import (
     InvalidInputError,
     LayerImplicitAttention,
     LayerImplicitAttentionAttribution,
+    LLMImplicitAttention,
     ModelStateError,
     RawImplicitAttention,
     UnsupportedModelError,
@@ -396,6 +397,21 @@ def test_a_mask_is_refused(ids: Tensor, unchanged: Callable[..., AbstractContext
 def test_ids_outside_the_vocabulary_are_refused(ids: Tensor) -> None:
     with pytest.raises(InvalidInputError, match=rf"0 to {VOCABULARY - 1}.*{VOCABULARY}"):
         ImplicitAttentionAttribution(lm()).attribute(torch.full_like(ids, VOCABULARY), TARGET)
+
+
+@pytest.mark.parametrize("method", [ImplicitAttentionRelevance, ImplicitAttentionAttribution])
+def test_a_generation_is_written_and_explained(method: Any, ids: Tensor) -> None:
+    """Without a GPU the package's own ``generate`` cannot run; the rows are the method's own for each token."""
+    model = lm().eval()
+    llm = LLMImplicitAttention(method(model), None)
+    answer = llm.generate(ids[:1], {"max_new_tokens": 2})
+    whole = torch.cat([ids[:1], answer], 1)
+    rows = llm.explain(whole, ids.shape[1])
+    for row, k in enumerate(range(ids.shape[1], whole.shape[1])):
+        alone = method(lambda ids: model(ids).logits[:, -1].log_softmax(-1), model)
+        expected = alone.attribute(whole[:, :k], int(whole[0, k]))[0]
+        torch.testing.assert_close(rows[row, :k], expected, rtol=1e-4, atol=1e-5)
+        assert int(model(whole[:, :k]).logits[0, -1].argmax()) == whole[0, k]
 
 
 def test_the_embedding_is_restored_if_the_model_fails(
