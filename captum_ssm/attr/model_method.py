@@ -12,6 +12,7 @@ from captum_ssm._captum import GradientAttribution, compute_gradients, select_ta
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.eager import compiled_from
 from captum_ssm.network.forward import checked_mask
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, refuse_wrong_counts, select_examples
 from captum_ssm.network.interface import is_language_model
@@ -56,7 +57,7 @@ class ModelMethod(GradientAttribution):
             return self._model
         if isinstance(self.forward_func, nn.Module):
             return self.forward_func
-        owner = getattr(self.forward_func, "__self__", None)  # of a method
+        owner = getattr(compiled_from(self.forward_func), "__self__", None)  # of a method
         if isinstance(owner, nn.Module):
             return owner
         raise InvalidInputError(
