@@ -99,6 +99,13 @@ def test_a_compiled_function_is_explained_by_its_code(method: str, ids: Tensor, 
     assert stance() == "default"
 
 
+@every_kind
+def test_a_compiled_method_tells_its_model(method: str, ids: Tensor) -> None:
+    model = Logits().eval()
+    compiled = torch.compile(model.forward, backend="eager")
+    torch.testing.assert_close(METHODS[method](compiled, ids, None), METHODS[method](model, ids, None))
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "layer"])
 def test_a_compiled_function_within_a_layer_is_followed(method: str, ids: Tensor) -> None:
     ran: list[str] = []

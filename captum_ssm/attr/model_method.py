@@ -12,6 +12,7 @@ from captum_ssm._captum import GradientAttribution, compute_gradients, select_ta
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.network.eager import compiled_from
 from captum_ssm.network.forward import checked_mask
 from captum_ssm.network.hosts import called
 from captum_ssm.network.inputs import Target, refuse_bad_inputs, refuse_wrong_counts, select_examples
@@ -58,7 +59,7 @@ class ModelMethod(GradientAttribution):
         forward_func = called(self.forward_func)
         if isinstance(forward_func, nn.Module):
             return forward_func
-        owner = getattr(self.forward_func, "__self__", None)  # of a method
+        owner = getattr(compiled_from(self.forward_func), "__self__", None)  # of a method
         if isinstance(owner, nn.Module):
             return owner
         raise InvalidInputError(

@@ -14,6 +14,8 @@
   :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
   :mod:`~captum_ssm.layers.complex_states`, :mod:`~captum_ssm.layers.real_gated`;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
+* :mod:`~captum_ssm.layers.placement`: a layer with the tensors that are elsewhere between its runs;
+* :mod:`~captum_ssm.layers.precision`: the types that code computes in, and autocast;
 * :mod:`~captum_ssm.layers.release`: the release of transformers that a layer is from, for errors;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

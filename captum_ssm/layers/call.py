@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from captum_ssm.layers.placement import Around, in_place
+from captum_ssm.layers.placement import Around, in_place, nothing_around
 from captum_ssm.layers.precision import Autocast, computing_type, narrowest
 from captum_ssm.layers.stand_ins import Called
 
@@ -36,7 +36,7 @@ class LayerCall:
         own_input: Input of the mixer alone (B, L, E), if ``x`` also holds the input of an earlier call
             (:func:`captum_ssm.layers.sources.register_source`).
         autocast: The autocast that the mixer ran under.
-        around: Modules around the mixer whose hooks fetch its tensors for each run.
+        around: Returns the modules around the mixer whose hooks fetch its tensors for each run.
         called: The mixer's parts that its own code called, of those that stand in for plain weights
             (:mod:`captum_ssm.layers.stand_ins`); None if that was not noted.
     """
@@ -49,7 +49,7 @@ class LayerCall:
     state: Tensor | None = None
     own_input: Tensor | None = None
     autocast: Autocast = ()
-    around: Around = ()
+    around: Callable[[], Around] = nothing_around
     called: Called | None = None
 
     @property

@@ -38,13 +38,18 @@ def around(model: nn.Module, name: str) -> Around:
     return tuple((module, path) for module, path in outer if any(_maps(module, alone=False)))
 
 
-def in_place(layer: Layer, device: torch.device, around: Around = ()) -> Layer:
+def nothing_around() -> Around:
+    """Return no modules."""
+    return ()
+
+
+def in_place(layer: Layer, device: torch.device, around: Callable[[], Around] = nothing_around) -> Layer:
     """Return a layer with all of its tensors, as its code has them when it runs.
 
     Args:
         layer: The layer.
         device: Where it runs.
-        around: Modules around it whose hooks fetch its tensors.
+        around: Returns the modules around it whose hooks fetch its tensors.
 
     Returns:
         The layer itself if all of its tensors are there; else a copy, which holds the tensors as long as it lives.
@@ -56,7 +61,7 @@ def in_place(layer: Layer, device: torch.device, around: Around = ()) -> Layer:
     """
     if not any(_is_away(tensor, device) for module in layer.modules() for tensor in _tensors(module).values()):
         return layer
-    outer = [_inside(_from_map(weights), path) for module, path in around for weights in _maps(module, alone=False)]
+    outer = [_inside(_from_map(weights), path) for module, path in around() for weights in _maps(module, alone=False)]
     copied: Layer = _Fetched(device)(layer, "", outer)
     return copied
 
@@ -69,7 +74,7 @@ def has_values(layer: nn.Module) -> bool:
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether a tensor is a part of one that several processes hold together."""
-    return hasattr(tensor, "full_tensor")
+    return hasattr(type(tensor), "full_tensor")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

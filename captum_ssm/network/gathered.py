@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.placement import is_spread
@@ -38,12 +38,15 @@ def gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
                 "with torch.distributed.fsdp.fully_shard, whose parameters are gathered for an explanation, or load "
                 "the full state_dict into a model without FSDP."
             )
+    tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+    if not any(tensor is not None and _is_unusable(tensor) for tensor in tensors):
+        return
     is_gathered = any(hasattr(type(module), "unshard") and hasattr(type(module), "reshard") for module in modules)
     for module in modules:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and (tensor.is_inference() or (is_gathered and is_spread(tensor))):
+                if tensor is not None and _is_unusable(tensor) and (is_gathered or not is_spread(tensor)):
                     stack.callback(table.__setitem__, name, tensor)
                     table[name] = _whole(tensor)
         if not is_gathered:
@@ -53,6 +56,11 @@ def gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:
                 stack.callback(_put_back, hooks, hooks.copy())
                 for number in [number for number, hook in hooks.items() if _is_of_fsdp(hook)]:
                     del hooks[number]
+
+
+def _is_unusable(tensor: Tensor) -> bool:
+    """Whether a tensor is none that an explanation can work with."""
+    return tensor.is_inference() or is_spread(tensor)
 
 
 def _whole(tensor: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from captum_ssm.errors import ModelStateError
 from captum_ssm.layers.call import LayerCall, call_arguments, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
-from captum_ssm.layers.placement import Around, around, has_values
+from captum_ssm.layers.placement import around
 from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
@@ -103,7 +104,6 @@ class _Recorder:
         self.called: dict[nn.Module, dict[str, tuple[int, int]]] = {mixer: {} for mixer in self.names}
         self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
         self._caches: list[Any] = []
-        self._has_values = has_values(self.model)
 
     @property
     def blocks(self) -> set[str]:
@@ -135,9 +135,8 @@ class _Recorder:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
         state = self.states.get(block_name(self.model, name))
         called = self.called[mixer] if self.parts[mixer] else None
-        call = LayerCall(
-            name, mixer, x, first_output(output), others, state, own_input, autocast_here(), self._around(name), called
-        )
+        y, fetched_by = first_output(output), partial(around, self.model, name.partition("#")[0])
+        call = LayerCall(name, mixer, x, y, others, state, own_input, autocast_here(), fetched_by, called)
         if x.device != call.y.device:  # moved by a hook of the layer
             call = call.on(call.y.device)
         y = call.y if self.replacement is None else self.replacement(call)
@@ -145,10 +144,6 @@ class _Recorder:
         self.calls.append(replace(call, y=y))
         self.on_call()
         return y if isinstance(output, Tensor) else (y, *output[1:])
-
-    def _around(self, name: str) -> Around:
-        """Return the modules around a mixer that fetch its tensors."""
-        return () if self._has_values else around(self.model, name.partition("#")[0])
 
     def _name(self, mixer: nn.Module) -> str:
         """Return the name of a mixer's next call: that of the layer whose turn it is, if several share the module."""
