@@ -156,7 +156,9 @@ def _is_packed(module: nn.Module) -> bool:
     own = vars(module)
     tensors = own["_parameters"]
     for tensor in tensors.values():
-        if tensor is not None and (type(tensor) not in _PLAIN or not _is_wide(tensor)):
+        if tensor is None or (type(tensor) in _PLAIN and _is_wide(tensor)):
+            continue
+        if not hasattr(tensor, "device_mesh"):  # a tensor in shards is as wide as its shards
             return True
     return _holds(own, _PACKED) or _holds(tensors, _PACKED) or _holds(own["_buffers"], _PACKED)
 

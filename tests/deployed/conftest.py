@@ -2,6 +2,6 @@
 
 from importlib.util import find_spec
 
-PACKAGES = ("accelerate", "bitsandbytes", "hqq", "optimum", "peft", "torchao")
+PACKAGES = ("accelerate", "bitsandbytes", "gguf", "hqq", "optimum", "peft", "torchao")
 
 collect_ignore_glob = ["test_*"] if any(find_spec(package) is None for package in PACKAGES) else []

@@ -1,9 +1,11 @@
 """Quantised models: every method gives what it gives for the dequantised model, or states what it approximates."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import gguf
 import peft
 import pytest
 import torch
@@ -170,3 +172,54 @@ def test_weights_of_four_bits_of_bitsandbytes(ids: Tensor) -> None:
             right = [model(text, use_cache=False).logits[:, -1, 1] for text in (ids, torch.full_like(ids, 2))]
         missing = result.sum(1) + sum(method.terms.values()) - (right[0] - right[1])
         assert (missing.abs() <= 0.02 * result.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", ["bitsandbytes", "torchao", "quanto"])
+def test_a_model_that_transformers_quantises_as_it_loads(state: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    configs: dict[str, Callable[[], Any]] = {
+        "bitsandbytes": lambda: hf.BitsAndBytesConfig(load_in_8bit=True),
+        "torchao": lambda: hf.TorchAoConfig(ao.Int8WeightOnlyConfig()),
+        "quanto": lambda: hf.QuantoConfig(weights="int8"),
+    }
+    config = hf.Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=32, state_size=8, num_heads=4, head_dim=16,
+                             n_groups=1, use_cache=False)  # fmt: skip
+    hf.Mamba2ForCausalLM(config).save_pretrained(tmp_path)
+    options = {"quantization_config": configs[state](), "device_map": "cpu", "dtype": dtype}
+    model = hf.Mamba2ForCausalLM.from_pretrained(tmp_path, **options).eval()
+    ids = torch.randint(1, 32, (2, 7))
+    method = cs.ImplicitAttentionRelevance(model)
+    result = method.attribute(ids, 1, baselines=2)
+    with torch.no_grad():
+        right = [model(text).logits[:, -1, 1].to(result) for text in (ids, torch.full_like(ids, 2))]
+    missing = result.sum(1) + sum(method.terms.values()) - (right[0] - right[1])
+    assert (missing.abs() <= (1e-3 if dtype == torch.float32 else 0.05) * result.abs().sum(1)).all()
+    assert set(method.followed.values()) == {"decomposition"}
+
+
+def test_a_model_that_transformers_loads_from_gguf(tmp_path: Path) -> None:
+    """It takes the weights out of their blocks as it loads them: the model is a plain one."""
+    E, D, R, N = 64, 128, 4, 16
+    config = hf.MambaConfig(hidden_size=E, num_hidden_layers=1, vocab_size=32, state_size=N, time_step_rank=R)
+    mixer = (model := hf.MambaForCausalLM(config).eval()).backbone.layers[0].mixer
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.add_embedding_length(E), writer.add_block_count(1), writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_ssm_conv_kernel(4), writer.add_ssm_inner_size(D), writer.add_ssm_state_size(N)
+    writer.add_ssm_time_step_rank(R), writer.add_vocab_size(32), writer.add_context_length(64)
+    writer.add_tokenizer_model("gpt2"), writer.add_token_list([f"t{i}" for i in range(32)])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in {
+        "token_embd.weight": model.backbone.embeddings.weight, "output_norm.weight": model.backbone.norm_f.weight,
+        "output.weight": model.lm_head.weight, "blk.0.attn_norm.weight": model.backbone.layers[0].norm.weight,
+        "blk.0.ssm_conv1d.weight": mixer.conv1d.weight.squeeze(1), "blk.0.ssm_conv1d.bias": mixer.conv1d.bias,
+        "blk.0.ssm_dt.weight": mixer.dt_proj.weight, "blk.0.ssm_dt.bias": mixer.dt_proj.bias,
+        "blk.0.ssm_a": -mixer.A_log.exp(), "blk.0.ssm_d": mixer.D,
+    }.items():  # fmt: skip
+        writer.add_tensor(name, tensor.detach().numpy())
+    for name, part in {"ssm_in": mixer.in_proj, "ssm_x": mixer.x_proj, "ssm_out": mixer.out_proj}.items():
+        packed = gguf.quants.quantize(part.weight.detach().numpy(), kind)
+        writer.add_tensor(f"blk.0.{name}.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    loaded = hf.MambaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    ids = torch.randint(1, 32, (2, 7))
+    close(scores("reference", loaded, ids), scores("reference", model, ids), 0.05)
