@@ -2,6 +2,7 @@
 # make test         run the whole test suite
 # make test-native  run the tests of mamba_ssm's and flash-linear-attention's own layers
 # make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, rwkv7-hf, xlstm, ...
+# make test-deployed  run the tests of fine-tuned, quantised and placed models, with peft, bitsandbytes, torchao, ...
 # make test-hosts   run the tests of PEFT, nnsight, TransformerLens, Lightning, sentence-transformers, inseq, shap, quantus
 # make check-sdist  build the source distribution, and run some of its tests in it
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
@@ -11,7 +12,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native
-OVERLAYS := packages hosts
+OVERLAYS := packages deployed hosts
 WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.

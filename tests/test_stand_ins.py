@@ -223,6 +223,21 @@ def test_relevance_takes_the_secant_of_a_part_that_rounds_its_input(method: str,
     assert delta.abs().max() <= 0.02 * result.abs().sum(1).max()
 
 
+def test_the_secant_of_one_part_is_exact() -> None:
+    """And it is next to the weight: Broyden's update is the least change that has the difference."""
+    part = Dynamic(nn.Linear(6, 4)).eval()
+    model = nn.Sequential(part, nn.Flatten()).eval()
+    x, other = torch.randn(2, 2, 3, 6)
+    scores, delta = cs.ImplicitAttentionRelevance(model).attribute(
+        x, 1, baselines=other, return_convergence_delta=True
+    )  # target 1 is channel 1 of token 0
+    assert delta.abs().max() < 1e-6
+    d, w = x[:, 0] - other[:, 0], part.weight[1] * part.scale
+    e = part(x)[:, 0, 1] - part(other)[:, 0, 1] - d @ w
+    expected = d * (w + e[:, None] * d / d.square().sum(-1, keepdim=True))
+    torch.testing.assert_close(scores[:, 0], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "method", [cs.ImplicitAttentionRollout, lambda *a, **k: cs.ImplicitAttentionAttribution(*a, rectify=None, **k)]
 )

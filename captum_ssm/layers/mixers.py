@@ -56,7 +56,9 @@ def register(
         A decorator for ``decompose(mixer, x, kwargs) -> Chain``. The function gets the layer, its input
         ``x`` (B, L, E) in at least float32, and the call's other arguments by their parameter names. It
         returns the layer as a :class:`~captum_ssm.operators.Chain` whose gates are those of this input. It
-        must not change the layer, run its submodules, or detach ``x``.
+        must not change the layer or detach ``x``. It may run a submodule that projects each token; one that reads
+        ``submodule.weight`` instead is exact only for submodules that are what their weight says, without
+        fine-tuning, quantisation or hooks.
 
     Raises:
         ValueError: If a name is taken; the message names its owner.

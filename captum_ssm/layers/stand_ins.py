@@ -8,10 +8,11 @@ by running it, see :mod:`captum_ssm.layers.measured`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 _PACKED = frozenset(("qweight", "W_q", "weight_packed", "_packed_params"))
@@ -21,6 +22,11 @@ _WITHIN = frozenset(("base_layer", "original_module", "parametrizations", "lora_
 """Names of what peft, loralib and torch put into a module that is more than its weight."""
 
 _PLAIN = (nn.Parameter, Tensor)
+
+_WIDE = frozenset((
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64, torch.complex32,
+))  # fmt: skip
+"""Types of numbers that are not quantised."""
 
 
 def stands_in(module: nn.Module) -> bool:
@@ -84,7 +90,13 @@ def is_called(name: str) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module, or one within it, holds its weight in fewer bits than floating-point numbers have."""
-    return any(map(_is_packed, module.modules()))
+    pending = [module]
+    while pending:
+        module = pending.pop()
+        if _is_packed(module):
+            return True
+        pending.extend([child for child in module._modules.values() if child is not None])
+    return False
 
 
 def is_packed_part(module: nn.Module) -> bool:
@@ -154,17 +166,12 @@ def refusal(name: str, layer: nn.Module) -> str:
 
 def _is_packed(module: nn.Module) -> bool:
     own = vars(module)
-    tensors = own["_parameters"]
+    tensors, buffers = own["_parameters"], own["_buffers"]
     for tensor in tensors.values():
-        if tensor is not None and (type(tensor) not in _PLAIN or not _is_wide(tensor)):
+        if tensor is None or (type(tensor) in _PLAIN and tensor.dtype in _WIDE):
+            continue
+        if not hasattr(tensor, "device_mesh"):  # a tensor in shards is as wide as its shards
             return True
-    return _holds(own, _PACKED) or _holds(tensors, _PACKED) or _holds(own["_buffers"], _PACKED)
-
-
-def _is_wide(tensor: Tensor) -> bool:
-    """Whether a tensor has floating-point or complex numbers of more than one byte."""
-    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.itemsize > 1
-
-
-def _holds(names: Collection[str], wanted: frozenset[str]) -> bool:
-    return bool(names) and not wanted.isdisjoint(names)
+    if own.keys().isdisjoint(_PACKED) and not (buffers and not buffers.keys().isdisjoint(_PACKED)):
+        return bool(tensors) and not tensors.keys().isdisjoint(_PACKED)
+    return True

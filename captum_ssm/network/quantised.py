@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.layers.measured import MeasuredPart
-from captum_ssm.layers.stand_ins import is_packed_part
+from captum_ssm.layers.stand_ins import is_packed, is_packed_part
 from captum_ssm.network.threads import substitute
 
 
@@ -25,6 +25,8 @@ def quantised_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Yields:
         Dotted name and module.
     """
+    if not is_packed(model):
+        return
     for name, module in model.named_modules():
         if is_packed_part(module):
             yield name, module

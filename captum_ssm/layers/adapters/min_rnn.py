@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,4 +96,6 @@ def _chain(
     out: dict[str, Operator] = {}
     if not isinstance(mixer.to_out, nn.Identity):
         out = {"out": projection(weights, "to_out")}
-    return Chain({**out, "scan": scan, "act": Diagonal(act, x.new_tensor(0.5)), "in": into})
+    return Chain(
+        {**out, "scan": scan, "act": Diagonal(act, torch.tensor(0.5, dtype=x.dtype, device=x.device)), "in": into}
+    )
