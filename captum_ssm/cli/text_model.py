@@ -55,12 +55,14 @@ class TextModel:
         if source == str(models.REVIEWS):
             logging.disable_progress_bar()
         try:
-            architectures = AutoConfig.from_pretrained(source).architectures or []
-            classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
+            config = AutoConfig.from_pretrained(source)
+            if torch.device(device).type == "cpu" and hasattr(config, "use_mamba_kernels"):
+                config.use_mamba_kernels = False  # earlier releases run no Jamba or Zamba on a CPU with the default
+            classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
             auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            model = auto.from_pretrained(source, dtype=getattr(torch, dtype)).eval().to(device)
+            model = auto.from_pretrained(source, config=config, dtype=getattr(torch, dtype)).eval().to(device)
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:
             raise CommandError(f"cannot load a model from {source!r} to device {device!r}: {error}") from error
         if not tokenizer.is_fast:
             raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")

@@ -141,8 +141,8 @@ def _layer(
 ) -> Chain:
     """Build the chain of a layer.
 
-    The code of earlier releases, which has no function that masks, masks what it has projected, and its gate has the
-    activation of the convolution.
+    The code of earlier releases, which has no function that masks, masks what it has projected, which is another thing if
+    the projection has a bias. Its gate has the activation of the convolution.
 
     Args:
         mixer: The layer.
@@ -156,4 +156,5 @@ def _layer(
     """
     now, mask = masking_function(mixer) is not None, padding_mask(kwargs, x)
     gated = F.silu if now else partial(activation, mixer.activation)
-    return selective_layer(x, mixer.activation, weights, mask, norm, masks_input=now, gated=gated)
+    masks_input = now or "in_proj.bias" not in weights
+    return selective_layer(x, mixer.activation, weights, mask, norm, masks_input=masks_input, gated=gated)
