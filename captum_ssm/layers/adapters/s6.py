@@ -141,8 +141,8 @@ def _layer(
 ) -> Chain:
     """Build the chain of a layer.
 
-    The code of earlier releases, which has no function that masks, masks what it has projected, which is another thing if
-    the projection has a bias. Its gate has the activation of the convolution.
+    The code of earlier releases, which has no function that masks, masks what it has projected: another thing if the
+    projection has a bias. Its gate has the activation of the convolution.
 
     Args:
         mixer: The layer.
