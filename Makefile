@@ -4,6 +4,8 @@
 # make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, rwkv7-hf, xlstm, ...
 # make test-deployed  run the tests of fine-tuned, quantised and placed models, with peft, bitsandbytes, torchao, ...
 # make test-hosts   run the tests of PEFT, nnsight, TransformerLens, Lightning, sentence-transformers, inseq, shap, quantus
+# make test-versions  run the tests that hold on every release of transformers, on each that is supported; with
+#                   VERSIONS="4.57 5.24" on these
 # make check-sdist  build the source distribution, and run some of its tests in it
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
 
@@ -13,11 +15,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native
 OVERLAYS := packages deployed hosts
+VERSIONS := $(shell sed -n 's/^\([0-9.]*\) .*/\1/p' constraints-versions.txt)
 WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) lint check-sdist bench benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions lint check-sdist bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -30,6 +33,12 @@ test-native: $(NATIVE)/native.done
 
 $(OVERLAYS:%=test-%): test-%: .venv-%/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest tests/$* $(PYTEST_ARGS)
+
+test-versions: $(VERSIONS:%=test-transformers-%)
+
+$(VERSIONS:%=test-transformers-%): test-transformers-%: .venv-versions/%/installed
+	@echo "transformers $*"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-versions/$*/bin/python -m pytest -rs tests/versions $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
@@ -71,16 +80,27 @@ $(NATIVE)/native.done: pyproject.toml constraints.txt constraints-native.txt | $
 		mamba-ssm causal-conv1d flash-linear-attention fla-core
 	@touch $@
 
-# Packages on top of the main environment, whose torch and pip these environments use: constraints-NAME.txt lists all that
-# is installed, as nothing is installed for being asked for by another package.
+# An environment on top of the main one, whose torch and pip it uses.
+define OVERLAY
+@rm -rf $(@D)
+@$(VENV)/bin/python -m venv --without-pip $(@D)
+@$(VENV)/bin/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth
+endef
+
+# Packages on top of it: constraints-NAME.txt lists all that is installed, as nothing is installed for being asked for by
+# another package.
 $(OVERLAYS:%=.venv-%/installed): .venv-%/installed: constraints-%.txt $(VENV)/test.done
 	@echo "Installing the packages of constraints-$*.txt into .venv-$*"
-	@rm -rf .venv-$*
-	@$(VENV)/bin/python -m venv --without-pip .venv-$*
-	@$(VENV)/bin/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> $$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth
+	$(OVERLAY)
 	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
 
+$(VERSIONS:%=.venv-versions/%/installed): .venv-versions/%/installed: constraints-versions.txt $(VENV)/test.done
+	@echo "Installing transformers $* into $(@D)"
+	$(OVERLAY)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $$(sed -n 's/^$* //p' $<)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-versions out build *.egg-info

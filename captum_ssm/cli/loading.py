@@ -90,8 +90,10 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
         classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
         if adapter.is_file():
             classifies = _adapter_config(adapter).get("task_type") == "SEQ_CLS"
+        if torch.device(placement.device).type == "cpu" and hasattr(config, "use_mamba_kernels"):
+            config.use_mamba_kernels = False  # earlier releases run no Jamba or Zamba on a CPU with the default
         auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-        model = auto.from_pretrained(base, **arguments)
+        model = auto.from_pretrained(base, config=config, **arguments)
     if adapter.is_file():
         with _named(source, placement.device):
             from peft import PeftModel

@@ -196,7 +196,7 @@ def _likely_cause(call: LayerCall, y: Tensor, error: float) -> str:
             f"the layer's own code in {release}, in which later tokens change what earlier ones give: a fault that "
             f"{NEWEST} does not have (pip install --upgrade transformers)"
         )
-    return f"{_CAUSES}, other code than in the releases that are tested: {release}" if release else _CAUSES
+    return f"{_CAUSES}, the code of {release}; every supported layer of {NEWEST} is exact" if release else _CAUSES
 
 
 def _reads_the_future(call: LayerCall) -> bool:

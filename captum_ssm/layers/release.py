@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 OLDEST, NEWEST = "4.57", "5.24"
-"""The releases of transformers between which all are tested; in the newest every supported layer is exact."""
+"""Releases of transformers that are tested: ``make test-versions``. Every supported layer of the newest is exact."""
 
 
 def transformers_release(module: str) -> str:

@@ -29,6 +29,7 @@ def selective_layer(
     mask: Mapping[str, Operator],
     norm: ReadNorm = lambda _, read: read,
     masks_input: bool = True,
+    gated: Callable[[Tensor], Tensor] = F.silu,
 ) -> Chain:
     """Build the chain of a layer with a selective scan.
 
@@ -40,6 +41,7 @@ def selective_layer(
         mask: Factor that sets padding to 0, or an empty dictionary.
         norm: Norm of the vectors that are read from the convolved input.
         masks_input: Whether padding is set to 0 before its projection, or after it, without the projection's bias.
+        gated: Activation of the gate.
 
     Returns:
         Chain of ``out``, ``gate``, ``scan``, ``act``, ``conv``, ``in`` and, with a mask, ``mask``, the last two in the
@@ -51,7 +53,7 @@ def selective_layer(
     return Chain(
         {
             "out": projection(weights, "out_proj"),
-            "gate": Diagonal(F.silu(gate.apply(Chain(mask).apply(x), bias=True))),
+            "gate": Diagonal(gated(gate.apply(Chain(mask).apply(x), bias=True))),
             **selective_factors(weights, Chain(reading).apply(x, bias=True), activation, mask, norm),
             **reading,
         }

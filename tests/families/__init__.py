@@ -12,7 +12,7 @@ from tests.families.table import FAMILIES
 
 __all__ = ["COMMON", "EARLIER", "FAMILIES", "S6", "VOCABULARY", "Block", "Family", "Layer", "layers_of", "perturbed"]
 
-EARLIER = {"RecurrentGemmaSdpaAttention": "RecurrentGemmaAttention"}
+EARLIER = {"RecurrentGemmaSdpaAttention": "RecurrentGemmaAttention", "JambaSdpaAttention": "JambaAttention"}
 """Names that layers had in earlier releases of transformers, and those that they have in the records."""
 
 

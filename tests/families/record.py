@@ -1,9 +1,11 @@
 """The record of a family: how its tiny model is built, its layers, and where they stand in the model."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Options = Mapping[str, Any]
@@ -54,6 +56,17 @@ class Block(NamedTuple):
     write: tuple[float, ...] = (1.0,)
 
 
+def is_causal(model: Any) -> bool:
+    """Whether the last token changes nothing at the others, in the model's own code."""
+    ids = torch.arange(1, 15).view(2, 7)
+    with torch.no_grad():
+        before, after = (
+            model(input_ids=torch.cat([ids[:, :-1], last], 1), use_cache=False).logits[:, :-1]
+            for last in (ids[:, -1:], ids[:, :1])
+        )
+    return bool((before - after).abs().max() <= 1e-5 * before.abs().max())
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models.
@@ -62,6 +75,8 @@ class Family:
         build: Build its tiny model, with other options of the configuration if given.
         layers: Its layers that mix tokens, by the name of their class: those of its modeling file, all of them.
         blocks: From the text model's configuration to its blocks in order, as its modeling file writes them down.
+        earlier: Other options of the configuration, for earlier releases of transformers: the first are taken with
+            which the release's own code runs and is causal.
         connection: In a model of several streams, the module beside each mixer that says how the mixer's output is
             written into them, and the place of that factor in the module's output.
     """
@@ -70,6 +85,22 @@ class Family:
     layers: Mapping[str, Layer]
     blocks: Callable[[Any], list[Block]]
     connection: tuple[str, int] | None = None
+    earlier: tuple[Options, ...] = ()
+
+    def build_here(self, **options: Any) -> Any:
+        """Build the tiny model with those of its options that the installed release of transformers has right.
+
+        Args:
+            options: Further options.
+
+        Returns:
+            The model, or None if the release has none of them right.
+        """
+        for own in ({}, *self.earlier):
+            with suppress(Exception):  # of the release's own code
+                if is_causal(self.build(**{**own, **options})):
+                    return self.build(**{**own, **options})  # one that has no state yet
+        return None
 
     @property
     def reads_mask(self) -> bool:

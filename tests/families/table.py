@@ -158,13 +158,15 @@ FAMILIES: dict[str, Family] = {
             "JambaMambaMixer": hybrid_s6(options.JAMBA),
             "JambaAttention": softmax({**options.HEADS, **options.WIDTH})},
         blocks=by_type("model.layers", {
-            "mamba": ("mamba", "JambaMambaMixer"), "attention": ("self_attn", "JambaAttention")}, types=every_other)),
+            "mamba": ("mamba", "JambaMambaMixer"), "attention": ("self_attn", "JambaAttention")}, types=every_other),
+        earlier=({"use_mamba_kernels": False},)),
     "zamba": Family(
         build=tiny("ZambaForCausalLM", "ZambaConfig", {**ZAMBA, "mamba_dt_rank": 2, "n_mamba_heads": 2}),
         layers={
             "ZambaMambaMixer": hybrid_s6(options.ZAMBA),
             "ZambaAttention": softmax(options.named([{"num_key_value_heads": 2}]))},
-        blocks=with_branches("shared_transf", "ZambaAttention", "ZambaMambaMixer")),
+        blocks=with_branches("shared_transf", "ZambaAttention", "ZambaMambaMixer"),
+        earlier=({"use_mamba_kernels": False}, {"layers_block_type": ["linear_attention", "hybrid"] * 2})),
     "mamba2": Family(
         build=tiny("Mamba2ForCausalLM", "Mamba2Config", {
             **HYBRID, "num_hidden_layers": 2, "state_size": 3, "num_heads": 8, "head_dim": 4, "n_groups": 2,
@@ -210,7 +212,8 @@ FAMILIES: dict[str, Family] = {
             "NemotronHAttention": softmax({**options.HEADS, **options.WIDTH})},
         blocks=by_type("model.layers", {
             "mamba": ("mixer", "NemotronHMamba2Mixer"), "attention": ("mixer", "NemotronHAttention"), "moe": None},
-            types=lambda config: NEMOTRON_TYPES)),
+            types=lambda config: NEMOTRON_TYPES),
+        earlier=({"chunk_size": 64},)),
     "zamba2": Family(
         build=tiny("Zamba2ForCausalLM", "Zamba2Config", {
             **ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 4, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 2,
@@ -219,7 +222,8 @@ FAMILIES: dict[str, Family] = {
             {"use_shared_attention_adapter": True}, {"use_shared_attention_adapter": True, "num_mem_blocks": 2},
             {"use_mem_rope": True},
             {"use_mem_rope": True, "use_shared_attention_adapter": True, "num_key_value_heads": 4}]))},
-        blocks=with_branches("shared_transformer", "Zamba2Attention", "Zamba2MambaMixer")),
+        blocks=with_branches("shared_transformer", "Zamba2Attention", "Zamba2MambaMixer"),
+        earlier=({"chunk_size": 64}, {"num_mem_blocks": 1, "chunk_size": 64})),
     "recurrent_gemma": Family(
         build=tiny("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {
             **HYBRID, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4,
@@ -250,7 +254,8 @@ FAMILIES: dict[str, Family] = {
             "v_dim_factor": 2.0, "chunk_size": 4}),
         layers={"xLSTMLayer": Layer(
             oracles_gated.mlstm, ("out", "gate", "norm", "scan", "centre", "in"), options.MLSTM, takes_mask=False)},
-        blocks=in_each("backbone.blocks", mlstm_layer="xLSTMLayer")),
+        blocks=in_each("backbone.blocks", mlstm_layer="xLSTMLayer"),
+        earlier=({"chunk_size": 64},)),
     "qwen3_next": Family(
         build=tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", {
             **HYBRID, **HEADS, **GDN, **EXPERTS, "head_dim": 4, "layer_types": MIXED,
@@ -284,8 +289,10 @@ FAMILIES: dict[str, Family] = {
                 {"indexer_budget": 3, "indexer_compress_ratio": 3}])}, gate=True, sparse=True)},
         blocks=by_type("model.layers", {
             "linear_attention": ("linear_attn", "Qwen4ExpTextGatedDeltaNet"),
-            "indexed_attention": ("self_attn", "Qwen4ExpTextAttention")}, factors=in_streams),
-        connection=("attn_hyper_connection", 2)),
+            "indexed_attention": ("self_attn", "Qwen4ExpTextAttention"),
+            "full_attention": ("self_attn", "Qwen4ExpTextAttention")}, factors=in_streams),
+        connection=("attn_hyper_connection", 2),
+        earlier=({"layer_types": MIXED},)),
     "olmo_hybrid": Family(
         build=tiny("OlmoHybridForCausalLM", "OlmoHybridConfig", {
             **HYBRID, **HEADS, **GDN, "layer_types": MIXED}),

@@ -6,10 +6,13 @@ The vectors ``delta, B, C`` of the equation are read from the convolved and acti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from captum_ssm.layers.activations import activation
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms, rms_norm
 from captum_ssm.layers.padding import masking_function, padding_mask
@@ -136,6 +139,22 @@ def _layer(
     weights: Parameters,
     norm: ReadNorm = lambda _, read: read,
 ) -> Chain:
-    """Build the chain of a layer; earlier releases, which have no function for it, mask what they have projected."""
-    masks_input = masking_function(mixer) is not None
-    return selective_layer(x, mixer.activation, weights, padding_mask(kwargs, x), norm, masks_input)
+    """Build the chain of a layer.
+
+    The code of earlier releases, which has no function that masks, masks what it has projected: another thing if the
+    projection has a bias. Its gate has the activation of the convolution.
+
+    Args:
+        mixer: The layer.
+        x: Input (B, L, E).
+        kwargs: Arguments of the call.
+        weights: Parameters, laid out as for :func:`~captum_ssm.layers.selective_scan.selective_layer`.
+        norm: Norm of the vectors that are read from the convolved input.
+
+    Returns:
+        The chain.
+    """
+    now, mask = masking_function(mixer) is not None, padding_mask(kwargs, x)
+    gated = F.silu if now else partial(activation, mixer.activation)
+    masks_input = now or "in_proj.bias" not in weights
+    return selective_layer(x, mixer.activation, weights, mask, norm, masks_input=masks_input, gated=gated)

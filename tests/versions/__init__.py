@@ -1,0 +1,1 @@
+"""What holds with every release of transformers that is tested: run by ``make test-versions``."""
