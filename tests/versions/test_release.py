@@ -149,7 +149,7 @@ def test_a_fault_of_the_release_is_named(family: str) -> None:
         method.attribute(IDS, TARGET)
         assert max(method.fidelity.values()) <= 1e-5
     else:
-        with pytest.raises(FidelityError, match=rf"transformers {transformers.__version__}.*{NEWEST} does not have"):
+        with pytest.raises(FidelityError, match=rf"transformers {transformers.__version__}.*{NEWEST}"):
             method.attribute(IDS, TARGET)
 
 
