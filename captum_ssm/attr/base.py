@@ -18,7 +18,7 @@ from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.layers.mixers import find_mixers
-from captum_ssm.layers.precision import full_precision
+from captum_ssm.layers.precision import in_full_precision
 from captum_ssm.matrices.layer_stack import LayerStack
 from captum_ssm.matrices.split_layer import AttentionScope, SplitLayer, check_scope
 from captum_ssm.network.examination import examine
@@ -201,7 +201,7 @@ class ImplicitAttentionMethod(ModelMethod):
                 refuse_padding(weights, mask)
                 return self.scores_of_calls(calls, gradients, graph, mask, weights, on_layer=advance)
 
-    @full_precision()
+    @in_full_precision
     def scores_of_calls(
         self,
         calls: Sequence[LayerCall],

@@ -15,7 +15,7 @@ from captum_ssm.errors import InvalidInputError
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import check_tolerance
 from captum_ssm.layers.mixers import find_mixers
-from captum_ssm.layers.precision import full_precision
+from captum_ssm.layers.precision import in_full_precision
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.matrices.fusion import Fusion, fuse
 from captum_ssm.matrices.layer_stack import LayerStack
@@ -104,7 +104,7 @@ class LayerImplicitAttention(LayerAttribution):
                 run_model(self.forward_func, tokens, *args)
             return self._matrix(self._call(calls), token_mask(self.forward_func, args, calls), fusion)
 
-    @full_precision()
+    @in_full_precision
     def _matrix(self, call: LayerCall, mask: Tensor, fusion: Fusion | None) -> Tensor:
         """Return the fused matrix (B, L, L) of a call, or with None that of every channel, (B, D, L, L)."""
         stack = LayerStack(self.model, [call], mask, self.attention, self.without, self.tolerance)

@@ -20,7 +20,7 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.isolated import run_isolated
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.layers.placement import in_place
-from captum_ssm.layers.precision import full_precision, under
+from captum_ssm.layers.precision import in_full_precision, under
 from captum_ssm.layers.release import NEWEST, transformers_release
 from captum_ssm.layers.stand_ins import as_called, refusal
 from captum_ssm.operators import Chain
@@ -67,7 +67,7 @@ def check_tolerance(tolerance: float | None) -> None:
         raise InvalidInputError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}.")
 
 
-@full_precision()
+@in_full_precision
 def decompose(call: LayerCall, tolerance: float | None = None, mask: Tensor | None = None) -> Decomposition:
     """Decompose one recorded call, and check that the decomposition reproduces the layer's output.
 
@@ -139,7 +139,7 @@ def _in_place(kwargs: Mapping[str, Any], device: torch.device) -> Mapping[str, A
     return {n: in_place(value, device) if isinstance(value, nn.Module) else value for n, value in kwargs.items()}
 
 
-@full_precision()
+@in_full_precision
 @torch.no_grad()
 def check_fidelity(
     call: LayerCall, y: Tensor, tolerance: float | None = None, mask: Tensor | None = None, chain: Chain | None = None
@@ -203,8 +203,14 @@ def _reads_the_future(call: LayerCall) -> bool:
     """Whether the layer's own code gives its first tokens another output if the last token is another."""
     x = call.x if call.own_input is None else call.own_input
     other = torch.cat([x[:, :-1], 10 * x[:, -1:].roll(1, -1)], 1)
-    before, after = (run_isolated(call.mixer, each, call.kwargs)[:, :-1] for each in (x, other))
+    before, after = (_output_of_own_code(call, each)[:, :-1] for each in (x, other))
     return x.shape[1] > 1 and relative_error(after, before) > TOLERANCE[torch.float32]
+
+
+def _output_of_own_code(call: LayerCall, x: Tensor, *, wide: bool = False) -> Tensor:
+    """Return the output (B, L, E) of a layer's own code for another input of its call, see :func:`run_isolated`."""
+    with under(() if wide else call.autocast), as_called(call.called):
+        return run_isolated(call.mixer_in_place, x, call.kwargs, wide=wide)
 
 
 def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
@@ -221,8 +227,7 @@ def _is_rounding(call: LayerCall, y: Tensor, mask: Tensor) -> bool:
         return False
     x = call.x if call.own_input is None else call.own_input
     for like, expected, wide in ((call.y.to(call.own_type), call.y, False), (y, y, True)):
-        with under(() if wide else call.autocast), as_called(call.called):
-            output = run_isolated(call.mixer_in_place, x.to(like), call.kwargs, wide=wide).to(y) * mask.unsqueeze(-1)
+        output = _output_of_own_code(call, x.to(like), wide=wide).to(y) * mask.unsqueeze(-1)
         if not relative_error(output, expected.to(y) * mask.unsqueeze(-1)) <= TOLERANCE[like.dtype]:
             return False
     return True

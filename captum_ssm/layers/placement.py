@@ -59,7 +59,7 @@ def in_place(layer: Layer, device: torch.device, around: Callable[[], Around] = 
 
     Cost: one look at each tensor; for a layer whose tensors are elsewhere, as much as its own run fetches.
     """
-    if not any(_is_away(tensor, device) for module in layer.modules() for tensor in _tensors(module).values()):
+    if not any(_is_away(tensor, device) for tensor in _all_tensors(layer)):
         return layer
     outer = [_inside(_from_map(weights), path) for module, path in around() for weights in _maps(module, alone=False)]
     copied: Layer = _Fetched(device)(layer, "", outer)
@@ -68,8 +68,7 @@ def in_place(layer: Layer, device: torch.device, around: Callable[[], Around] = 
 
 def has_values(layer: nn.Module) -> bool:
     """Whether all tensors of a layer are complete between its runs: neither empty nor spread over processes."""
-    tensors = [tensor for module in layer.modules() for tensor in _tensors(module).values()]
-    return not any(tensor.is_meta or is_spread(tensor) for tensor in tensors)
+    return not any(tensor.is_meta or is_spread(tensor) for tensor in _all_tensors(layer))
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -77,9 +76,13 @@ def is_spread(tensor: Tensor) -> bool:
     return hasattr(type(tensor), "full_tensor")
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers that a module itself holds."""
-    return {n: t for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
+def _all_tensors(layer: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a layer, and of the modules within."""
+    tensors: list[Tensor | None] = []
+    for module in layer.modules():
+        tensors.extend(module._parameters.values())
+        tensors.extend(module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _is_away(tensor: Tensor, device: torch.device) -> bool:

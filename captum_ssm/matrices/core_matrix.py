@@ -147,10 +147,10 @@ def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise) -> Tensor:
     fused = u.new_zeros(())
     if entrywise.linear:
         fused = fused + entrywise.linear * torch.einsum("mbid,bdij->mbij", u, entries)
-    if entrywise.square:
-        fused = fused + entrywise.square * torch.einsum("mbid,bdij->mbij", u.square(), entries.square())
     if entrywise.absolute:
         fused = fused + entrywise.absolute * torch.einsum("mbid,bdij->mbij", u.abs(), entries.abs_())
+    if entrywise.square:
+        fused = fused + entrywise.square * torch.einsum("mbid,bdij->mbij", u.square(), entries.square_())
     return fused
 
 

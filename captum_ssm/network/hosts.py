@@ -40,22 +40,22 @@ HOSTS = {
 """The kinds of hosts by the library that has them."""
 
 
-_PARTS = {part for host in HOSTS.values() for part in host.parts}
-
-
 @lru_cache
-def _parts_of_class(cls: type) -> frozenset[str]:
-    """Return the names of hosts' parts that a class itself has."""
-    return frozenset(part for part in _PARTS if hasattr(cls, part))
+def _possible_hosts(cls: type) -> list[tuple[Host, list[str]]]:
+    """Return each kind of host, and the names of its parts that the class has not: an object must have them itself."""
+    return [(host, [part for part in host.parts if not hasattr(cls, part)]) for host in HOSTS.values()]
 
 
 def host_of(model: Any) -> Host | None:
     """Return the kind of host that this is; None for a model that stands alone."""
     own: dict[str, Any] = getattr(model, "__dict__", {})
     cls: Any = type(model)
-    modules, of_class = own.get("_modules", {}), _parts_of_class(cls)
-    for host in HOSTS.values():
-        if all(part in own or part in modules or part in of_class for part in host.parts):
+    modules = own.get("_modules", {})
+    for host, parts in _possible_hosts(cls):
+        for part in parts:
+            if part not in own and part not in modules:
+                break
+        else:
             return host
     return None
 

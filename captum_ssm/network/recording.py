@@ -21,7 +21,7 @@ from captum_ssm.layers.call import LayerCall, call_arguments, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.placement import around
-from captum_ssm.layers.precision import autocast_here, full_precision
+from captum_ssm.layers.precision import autocast_here, in_full_precision
 from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
 from captum_ssm.layers.wires import block_name
@@ -215,7 +215,7 @@ def record_head(model: nn.Module) -> Iterator[list[Tensor]]:
         yield recorded
 
 
-@full_precision()
+@in_full_precision
 def output_through_chain(call: LayerCall) -> Tensor:
     """Return a mixer's output (B, L, E) whose graph is that of its decomposition.
 

@@ -16,7 +16,7 @@ from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.layers.placement import is_spread
-from captum_ssm.layers.precision import full_precision
+from captum_ssm.layers.precision import in_full_precision
 from captum_ssm.network.recording import own_output, record_mixers
 from captum_ssm.operators import Chain, Operator, Rearranged, Sum
 from captum_ssm.relevance.call import constants
@@ -84,7 +84,7 @@ class FollowedMixers:
         y: Tensor = first_output(own_output(call.mixer, x, **arguments))
         return y
 
-    @full_precision()
+    @in_full_precision
     def _by_decomposition(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer's decomposition, checked.
 

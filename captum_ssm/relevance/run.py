@@ -249,9 +249,10 @@ class Run:
         missing = sums(relevance) + sum(terms.values()) - difference
         scale = sums([r.abs() for r in relevance]) + value.abs() + reference.abs()
         error = float((missing.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-        of_quantised = [_OF_QUANTISED] if is_packed(self.model) else []
-        dtype = narrowest([computing_type(self.model), *self.rule.autocast_types, *of_quantised])
+        dtype = narrowest([computing_type(self.model), *self.rule.autocast_types])
         allowed = max(COMPLETENESS.get(dtype, 1e-3), self.options.tolerance or 0)
+        if not error <= allowed and is_packed(self.model):
+            allowed = max(allowed, COMPLETENESS[_OF_QUANTISED])
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
         return Explanation(relevance, terms, missing, error, changed, self.fidelity, self.followed)
