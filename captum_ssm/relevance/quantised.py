@@ -92,7 +92,10 @@ class _Multiplied(torch.autograd.Function):
         e = change - torch.nn.functional.linear(d, W)
         largest = change.abs().max()
         if not bool(e.abs().max() <= LARGEST * largest):
-            cause = f"'{ctx.name}' is no projection of each token, or its input is quantised too coarsely"
+            cause = (
+                f"'{ctx.name}' is no projection of each token, its input is quantised too coarsely, or its kernel is "
+                "wrong on this device (load the model in other bits, or run it on another device)"
+            )
             raise FidelityError(ctx.name, float(e.abs().max() / largest), LARGEST, cause)
         length = d.square().sum(-1, keepdim=True)
         along = (g * e).sum(-1, keepdim=True) / length.masked_fill(length == 0, 1)
