@@ -6,6 +6,7 @@
 # make test-hosts   run the tests of PEFT, nnsight, TransformerLens, Lightning, sentence-transformers, inseq, shap, quantus
 # make test-versions  run the tests that hold on every release of transformers, on each that is supported; with
 #                   VERSIONS="4.57 5.24" on these
+# make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
 
@@ -22,7 +23,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions lint check-sdist bench benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -41,6 +42,16 @@ test-versions: $(VERSIONS:%=test-transformers-%)
 $(VERSIONS:%=test-transformers-%): test-transformers-%: .venv-versions/%/installed
 	@echo "transformers $*"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-versions/$*/bin/$(PYTEST) -rs tests/versions $(PYTEST_ARGS)
+
+# The lowest versions that pyproject.toml claims, torch included: gigabytes, so no part of .ci/run.
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/$(PYTEST) tests/versions $(PYTEST_ARGS)
+
+.venv-lowest/installed: constraints-lowest.txt
+	@rm -rf .venv-lowest
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
@@ -105,4 +116,4 @@ $(VERSIONS:%=.venv-versions/%/installed): .venv-versions/%/installed: constraint
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-versions out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-versions .venv-lowest out build *.egg-info
