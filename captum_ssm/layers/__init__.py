@@ -13,6 +13,8 @@
   :mod:`~captum_ssm.layers.state_space_duality`, :mod:`~captum_ssm.layers.delta_rule`,
   :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
   :mod:`~captum_ssm.layers.complex_states`, :mod:`~captum_ssm.layers.real_gated`;
+* :mod:`~captum_ssm.layers.stand_ins`, :mod:`~captum_ssm.layers.measured`: parts of a layer that stand in for plain
+  weights (adapters of fine-tuning, quantised weights, hooks), and what such a part does;
 * :mod:`~captum_ssm.layers.fidelity`: decompose a call, and compare the chain with the layer's own output;
 * :mod:`~captum_ssm.layers.placement`: a layer with the tensors that are elsewhere between its runs;
 * :mod:`~captum_ssm.layers.precision`: the types that code computes in, and autocast;

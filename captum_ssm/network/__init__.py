@@ -1,6 +1,7 @@
 """The model around its token mixers: how it is run, recorded and examined.
 
 * :mod:`~captum_ssm.network.interface`: recognise a model by its interface;
+* :mod:`~captum_ssm.network.hosts`: wrappers of other libraries around a model;
 * :mod:`~captum_ssm.network.inputs`: check inputs, targets and the model's state;
 * :mod:`~captum_ssm.network.forward`: run the model, and take the explained output;
 * :mod:`~captum_ssm.network.recording`: record the calls of all mixers in one run;
@@ -20,5 +21,7 @@
 * :mod:`~captum_ssm.network.eager`: run the Python code of a compiled model, and checkpointed code once;
 * :mod:`~captum_ssm.network.gathered`: gather the parameters that several processes share;
 * :mod:`~captum_ssm.network.threads`: hooks and substitutes that act in the thread that set them alone;
+* :mod:`~captum_ssm.network.quantised`: the gradient of parts with quantised weights;
+* :mod:`~captum_ssm.network.continuation`: the text that a language model writes after a prompt;
 * :mod:`~captum_ssm.network.reference_kernels`: run the model on torch code instead of an installed kernel.
 """

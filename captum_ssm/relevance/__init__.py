@@ -15,5 +15,6 @@
   :mod:`~captum_ssm.relevance.called_code`: where a model finds the functions that it calls;
   :mod:`~captum_ssm.relevance.kernels`: the rules of the packages' kernels;
   :mod:`~captum_ssm.relevance.checkpoints`: blocks run again for the gradient;
+  :mod:`~captum_ssm.relevance.quantised`: the rule of parts with quantised weights;
 * :mod:`~captum_ssm.relevance.run`: one explanation, forward, backward, and the sum that must come out.
 """
