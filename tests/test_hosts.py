@@ -153,7 +153,7 @@ SAME: dict[str, Any] = {
     "tuner": lambda model: Tuner(model).eval(),
     "several": lambda model: nn.DataParallel(Adapted(model).eval()),
     "compiled": lambda model: torch.compile(model, backend="eager"),
-    "compiled around several": lambda model: torch.compile(nn.DataParallel(Adapted(model).eval()), backend="eager"),
+    "compiled around several": lambda model: torch.compile(nn.DataParallel(Adapted(model)).eval(), backend="eager"),
     "several around compiled": lambda model: Adapted(cast(Any, torch.compile(model, backend="eager"))).eval(),
 }
 every_same_host = pytest.mark.parametrize("wrap", SAME.values(), ids=SAME)
