@@ -1,7 +1,7 @@
 """A model inside a wrapper of another library is explained as the model itself; the wrappers are built like theirs."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,6 +152,9 @@ SAME: dict[str, Any] = {
     "PeftModel": lambda model: Adapted(model).eval(),
     "tuner": lambda model: Tuner(model).eval(),
     "several": lambda model: nn.DataParallel(Adapted(model).eval()),
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled around several": lambda model: torch.compile(nn.DataParallel(Adapted(model)).eval(), backend="eager"),
+    "several around compiled": lambda model: Adapted(cast(Any, torch.compile(model, backend="eager"))).eval(),
 }
 every_same_host = pytest.mark.parametrize("wrap", SAME.values(), ids=SAME)
 

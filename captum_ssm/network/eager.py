@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
 
 from captum_ssm.network.threads import substitute
 
@@ -96,7 +95,6 @@ def _applied_once(_: Callable[..., Any]) -> Callable[..., Any]:
     return lambda function, preserve_rng_state, *args: function(*args)
 
 
-def compiled_from(model: Any) -> Any:
-    """Return the module, or the function, that ``torch.compile`` wrapped; any other value unchanged."""
-    within = vars(model).get("_modules", {}) if isinstance(model, nn.Module) else {}
-    return within.get("_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+def compiled_from(function: Any) -> Any:
+    """Return the function that ``torch.compile`` wrapped; any other value unchanged."""
+    return getattr(function, "_torchdynamo_orig_callable", function)

@@ -29,6 +29,7 @@ class Host(NamedTuple):
 
 
 HOSTS = {
+    "torch.compile": Host(("_orig_mod", "dynamo_ctx"), "_orig_mod", "alike"),
     "torch.nn.DataParallel": Host(("module", "device_ids", "scatter"), "module", "inside"),
     "nnsight": Host(("_module", "interleaver", "trace"), "_module", "inside"),
     "TransformerLens's bridge": Host(("original_model", "adapter", "run_with_hooks"), "original_model", "inside"),

@@ -8,12 +8,11 @@ takes ``inference_params`` with its ``input_ids``, and keeps its embeddings in `
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from captum_ssm.layers.call import signature
-from captum_ssm.network.eager import compiled_from
 from captum_ssm.network.hosts import inside
 
 
@@ -60,7 +59,6 @@ def _takes(model: object, *names: str) -> bool:
     """Whether the model's ``forward`` has parameters of all these names."""
     if not isinstance(model, nn.Module):
         return False
-    model = cast(nn.Module, compiled_from(model))
     patched = "forward" in vars(model)  # of the object, not of its class: a cache would outlive the object
     parameters = (inspect.signature(model.forward) if patched else signature(type(model).forward)).parameters
     return {*names} <= parameters.keys()

@@ -124,6 +124,19 @@ def test_relevance_adds_up(family: str, state: str, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("state", INPUTS_TOO)
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_5"])
+def test_relevance_behind_padding_adds_up(family: str, state: str, ids: Tensor) -> None:
+    """That parts round their inputs is no padding that leaks."""
+    model, _ = in_state(family, INPUTS_TOO[state])
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    method = cs.ImplicitAttentionRelevance(model)
+    result, delta = method.attribute(ids, 1, mask, baselines=2, return_convergence_delta=True)
+    assert not result[0, :2].any()
+    assert (delta.abs() <= 0.05 * result.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("state", INPUTS_TOO)
 @pytest.mark.parametrize("method", ["signed", "rollout"])
 def test_matrices_of_quantised_inputs_are_a_named_approximation(method: str, state: str, ids: Tensor) -> None:
     model, oracle = in_state("mamba", INPUTS_TOO[state])
