@@ -15,6 +15,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from captum_ssm.layers.placement import is_spread
+
 _PACKED = frozenset(("qweight", "W_q", "weight_packed", "_packed_params"))
 """Names of the quantised weights of GPTQ and AWQ, of HQQ, of compressed-tensors, and of torch itself."""
 
@@ -45,6 +47,8 @@ def is_hooked(module: nn.Module) -> bool:
     own = vars(module)
     if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own) or not own["_parameters"]:
         return False
+    if any(tensor is not None and is_spread(tensor) for tensor in own["_parameters"].values()):
+        return False  # hooks hand inputs and outputs from process to process, and change no number
     functions = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
     if "forward" in own and not hasattr(module, "_hf_hook"):  # accelerate's moves weights and changes no number
         functions.append(own["forward"])

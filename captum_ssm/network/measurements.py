@@ -102,13 +102,15 @@ def model_state(model: nn.Module) -> Hashable:
 
 
 def _stored(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that hold a tensor's numbers: itself, or those that one with a quantised weight is made of."""
+    """Yield the tensors that hold a tensor's numbers: itself, or those that one quantised or in shards is made of."""
     if type(tensor) in (nn.Parameter, Tensor) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _stored(getattr(tensor, name))
+    parts = (getattr(tensor, name) for name in names)
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield from _stored(part)
 
 
 def _norms(tensors: list[Tensor]) -> tuple[float, ...]:
