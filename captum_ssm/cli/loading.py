@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from captum_ssm.cli.problems import MISSING_EXTRA, CommandError
 IN_FLOATING_POINT = ("lm_head", "score", "dt_proj")
 """Parts of a quantised model that are not quantised: the outputs, and a part whose weight Mamba's own code multiplies
 by, which it cannot do once the weight is packed."""
-
-_FAILURES = (OSError, ValueError, RuntimeError, AssertionError, ImportError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class Placement:
     device: str = "cpu"
     load_in: str | None = None
     device_map: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The device, or the devices, in words."""
+        return f"device {self.device!r}" if self.device_map is None else f"devices {self.device_map!r}"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``from_pretrained``.
@@ -81,11 +85,13 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
     except ImportError as error:
         raise CommandError(MISSING_EXTRA) from error
     logging.set_verbosity_error()
-    if source == str(models.REVIEWS):
-        logging.disable_progress_bar()
     adapter = Path(source) / "adapter_config.json"
     base, arguments = _base(adapter) if adapter.is_file() else source, placement.arguments()
-    with _named(base, placement.device):
+    if base == str(models.REVIEWS):
+        logging.disable_progress_bar()
+    if not Path(base).exists() and base.startswith((".", "/", "~")):
+        raise CommandError(f"cannot load a model from {base!r}: there is no such folder.")
+    with _named(f"a model from {base!r} to {placement.where}"):
         config = AutoConfig.from_pretrained(base)
         classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
         if adapter.is_file():
@@ -95,22 +101,23 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
         auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
         model = auto.from_pretrained(base, config=config, **arguments)
     if adapter.is_file():
-        with _named(source, placement.device):
+        with _named(f"the adapter in {source!r} on {base!r} (is it complete, and that model's?)"):
             from peft import PeftModel
 
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, source)
-    with _named(source, placement.device):
+    with _named(f"a model from {source!r} to {placement.where}"):
         model = model.eval() if "device_map" in arguments else model.eval().to(placement.device)
         tokenizer = AutoTokenizer.from_pretrained(source if (Path(source) / "tokenizer.json").is_file() else base)
-    if placement.load_in is not None:
-        _refuse_failing(model, placement.load_in)
+    if "device_map" in arguments:
+        _refuse_failing(model, placement)
     if not tokenizer.is_fast:
         raise CommandError(f"the tokenizer of {source!r} cannot say where its tokens stand; use a fast tokenizer.")
     return model, tokenizer
 
 
-def _refuse_failing(model: Any, load_in: str) -> None:
-    """Raise if the code of a quantised model, or a kernel of its layers, fails on two tokens.
+def _refuse_failing(model: Any, placement: Placement) -> None:
+    """Raise if the code of a quantised or spread model, or a kernel of its layers, fails on two tokens.
 
     Raises:
         CommandError: With its error.
@@ -118,10 +125,11 @@ def _refuse_failing(model: Any, load_in: str) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise CommandError(
-            f"the model itself cannot run in {load_in} here ({error}); leave --load-in out, or load it in other bits."
-        ) from error
+    except Exception as error:  # each kernel has its own
+        how, remedy = f"on {placement.where}", "leave --device-map out, or spread it otherwise"
+        if placement.load_in is not None:
+            how, remedy = f"in {placement.load_in}", "leave --load-in out, or load it in other bits"
+        raise CommandError(f"the model itself cannot run {how} here ({_told(error)}); {remedy}.") from error
 
 
 def _base(adapter: Path) -> str:
@@ -179,8 +187,11 @@ def _require(package: str, user: str, extra: str) -> None:
 
 
 @contextmanager
-def _named(source: str, device: str) -> Iterator[None]:
-    """Name a model in the errors of the libraries that load it.
+def _named(what: str) -> Iterator[None]:
+    """Say in the errors of the libraries that load a model what could not be loaded.
+
+    Args:
+        what: In words. Filters of warnings that are set within hold within alone.
 
     Yields:
         None.
@@ -189,6 +200,12 @@ def _named(source: str, device: str) -> Iterator[None]:
         CommandError: For such an error.
     """
     try:
-        yield
-    except _FAILURES as error:
-        raise CommandError(f"cannot load a model from {source!r} to device {device!r}: {error}") from error
+        with warnings.catch_warnings():
+            yield
+    except Exception as error:  # each library has its own
+        raise CommandError(f"cannot load {what}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """Return the message of an error, with its kind where the message is a key alone."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)

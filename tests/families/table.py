@@ -289,8 +289,8 @@ FAMILIES: dict[str, Family] = {
                 {"indexer_budget": 3, "indexer_compress_ratio": 3}])}, gate=True, sparse=True)},
         blocks=by_type("model.layers", {
             "linear_attention": ("linear_attn", "Qwen4ExpTextGatedDeltaNet"),
-            "indexed_attention": ("self_attn", "Qwen4ExpTextAttention"),
-            "full_attention": ("self_attn", "Qwen4ExpTextAttention")}, factors=in_streams),
+            **dict.fromkeys(["indexed_attention", "qwen_sparse_attention", "full_attention"],
+                            ("self_attn", "Qwen4ExpTextAttention"))}, factors=in_streams),
         connection=("attn_hyper_connection", 2),
         earlier=({"layer_types": MIXED},)),
     "olmo_hybrid": Family(
@@ -327,7 +327,8 @@ FAMILIES: dict[str, Family] = {
                                "indexer_types": ["full", "full", "shared", "full"]}}, latent=True, sparse=True)},
         blocks=by_type("model.language_model.layers", {
             "linear_attention": ("self_attn", "Glm5NextTextLinearAttention"),
-            "indexed_attention": ("self_attn", "Glm5NextTextAttention")}, factors=in_streams),
+            **dict.fromkeys(["indexed_attention", "deepseek_sparse_attention"],
+                            ("self_attn", "Glm5NextTextAttention"))}, factors=in_streams),
         connection=("attn_hc", 0)),
     "minimax": Family(
         build=tiny("MiniMaxForCausalLM", "MiniMaxConfig", {

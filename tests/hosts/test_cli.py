@@ -57,6 +57,26 @@ def test_an_adapter_whose_model_is_nowhere_is_refused(adapter: Path, run: Any) -
     assert_refused(run(GOOD, "--model", adapter), "cannot load a model from .*none")
 
 
+@pytest.mark.parametrize("fault", ["no weights", "broken weights", "weights of other parts", "unknown kind"])
+def test_an_adapter_that_does_not_fit_is_refused_by_name(fault: str, adapter: Path, run: Any) -> None:
+    weights, file = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if fault == "no weights":
+        weights.unlink()
+    elif fault == "broken weights":
+        weights.write_bytes(b"x" * 40)
+    elif fault == "weights of other parts":
+        file.write_text(json.dumps({**config, "target_modules": ["x_proj"]}))
+    else:
+        file.write_text(json.dumps({**config, "peft_type": "NONE_SUCH"}))
+    assert_refused(run(GOOD, "--model", adapter), "cannot load the adapter in .*is it complete, and that model's")
+
+
+def test_a_model_that_cannot_run_where_it_is_spread_is_refused(run: Any) -> None:
+    device_map = '{"backbone": "cpu", "lm_head": "disk"}'  # a tied weight, which accelerate does not find on disk
+    assert_refused(run(GOOD, "--device-map", device_map), "cannot run on devices .*--device-map")
+
+
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
     """A model of widths that bitsandbytes has 4-bit kernels for on a CPU: blocks of 64 inputs and 32 outputs."""
