@@ -182,7 +182,7 @@ def test_a_layer_beside_one_that_is_followed_function_by_function() -> None:
     relevance = method.attribute(x, 1, baselines=reference)
     torch.testing.assert_close(total((relevance,)), difference(model, (x,), (reference,))[:, 1], atol=1e-5, rtol=1e-5)
     assert "misses its real output" in method.followed["mixers.0"] and method.followed["mixers.1"] == "decomposition"
-    with pytest.raises(FidelityError, match="'mixers.0' misses its real output"):
+    with pytest.raises(FidelityError, match=r"'mixers\.0' misses its real output"):
         LayerImplicitAttentionRelevance(model, "mixers.1", factor="scan").attribute(x, 1, baselines=reference)
 
 
