@@ -207,7 +207,7 @@ def _reads_the_future(call: LayerCall) -> bool:
     """Whether the layer's own code gives its first tokens another output if the last token is another."""
     x = call.x if call.own_input is None else call.own_input
     other = torch.cat([x[:, :-1], 10 * x[:, -1:].roll(1, -1)], 1)
-    before, after = (run_isolated(call.mixer, each, call.kwargs)[:, :-1] for each in (x, other))
+    before, after = (run_isolated(call.mixer_in_place, each, call.kwargs)[:, :-1] for each in (x, other))
     return x.shape[1] > 1 and relative_error(after, before) > TOLERANCE[torch.float32]
 
 
