@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.stand_ins import is_packed_part
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -112,7 +113,7 @@ class _Fetched:
         inner = [_from_map(weights) for weights in _maps(module, alone=True)]
         clone = copy.copy(module)
         state = vars(clone)
-        if hasattr(module, "_hf_hook"):
+        if hasattr(module, "_hf_hook") and not _has_substitute(module):
             _unhook(module, state)
         for table in ("_parameters", "_buffers"):
             state[table] = {
@@ -174,6 +175,11 @@ def _from_map(weights: Any) -> _Fetch:
 def _inside(fetch: _Fetch, name: str) -> _Fetch:
     """Return the way to the tensors of a module within."""
     return lambda key: fetch(f"{name}.{key}")
+
+
+def _has_substitute(module: nn.Module) -> bool:
+    """Whether a part with quantised weights runs by a substitute of its code, which runs the part with its hook."""
+    return is_packed_part(module) and hasattr(vars(module).get("forward"), "substitutes")
 
 
 def _unhook(module: nn.Module, state: dict[str, Any]) -> None:

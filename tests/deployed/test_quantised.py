@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import bitsandbytes as bnb
 import gguf
 import peft
@@ -121,6 +122,14 @@ def test_relevance_adds_up(family: str, state: str, ids: Tensor) -> None:
     missing = result.sum(1) + sum(method.terms.values()) - (right[0] - right[1])
     allowed = 0.05 if state in INPUTS_TOO else 1e-3  # the last digit of an input decides how it is rounded
     assert (missing.abs() <= allowed * result.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_offloaded_parts_that_round_their_inputs_have_the_same_secants(family: str, ids: Tensor) -> None:
+    model, _ = in_state(family, INPUTS_TOO["torchao dynamic int8"])
+    right = scores("reference", model, ids)
+    accelerate.cpu_offload(model, "cpu")
+    close(scores("reference", model, ids), right, 1e-4)
 
 
 @pytest.mark.parametrize("state", INPUTS_TOO)
