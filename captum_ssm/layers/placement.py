@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.stand_ins import is_packed_part
+from captum_ssm.layers.stand_ins import is_packed_part, is_spread
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -70,11 +70,6 @@ def in_place(layer: Layer, device: torch.device, around: Callable[[], Around] = 
 def has_values(layer: nn.Module) -> bool:
     """Whether all tensors of a layer are complete between its runs: neither empty nor spread over processes."""
     return not any(tensor.is_meta or is_spread(tensor) for tensor in _all_tensors(layer))
-
-
-def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of one that several processes hold together."""
-    return hasattr(type(tensor), "full_tensor")
 
 
 def _all_tensors(layer: nn.Module) -> list[Tensor]:

@@ -15,8 +15,6 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.layers.placement import is_spread
-
 _PACKED = frozenset(("qweight", "W_q", "weight_packed", "_packed_params"))
 """Names of the quantised weights of GPTQ and AWQ, of HQQ, of compressed-tensors, and of torch itself."""
 
@@ -90,6 +88,11 @@ def is_called(name: str) -> bool:
     """Whether the stand-in of this name is called by its layer's code, as far as that was noted."""
     called = _CALLED.get()
     return called is None or name in called
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of one that several processes hold together."""
+    return hasattr(type(tensor), "full_tensor")
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -174,7 +177,7 @@ def _is_packed(module: nn.Module) -> bool:
     for tensor in tensors.values():
         if tensor is None or (type(tensor) in _PLAIN and tensor.dtype in _WIDE):
             continue
-        if not hasattr(tensor, "device_mesh"):  # a tensor in shards is as wide as its shards
+        if not is_spread(tensor):  # a tensor in shards is as wide as its shards
             return True
     if own.keys().isdisjoint(_PACKED) and not (buffers and not buffers.keys().isdisjoint(_PACKED)):
         return bool(tensors) and not tensors.keys().isdisjoint(_PACKED)

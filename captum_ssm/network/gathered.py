@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.placement import is_spread
+from captum_ssm.layers.stand_ins import is_spread
 
 
 def gather(modules: Iterable[nn.Module], stack: ExitStack) -> None:

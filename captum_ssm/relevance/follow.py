@@ -15,8 +15,8 @@ from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
 from captum_ssm.layers.mixers import known_mixers
-from captum_ssm.layers.placement import is_spread
 from captum_ssm.layers.precision import in_full_precision
+from captum_ssm.layers.stand_ins import is_spread
 from captum_ssm.network.recording import own_output, record_mixers
 from captum_ssm.operators import Chain, Operator, Rearranged, Sum
 from captum_ssm.relevance.call import constants
