@@ -51,7 +51,7 @@ IDS = [[5, 7, 11, 3, 2, 9], [4, 4, 1, 8, 19, 6]]
 SCRIPT = """
 import json, sys
 import fla
-from tests.conftest import build
+from tests.families import FAMILIES
 import torch
 from captum_ssm.network.threads import current_thread
 from captum_ssm import ImplicitAttentionAttribution, ModelStateError, reference_kernels
@@ -63,7 +63,7 @@ def functions(model):
     return {(h, n): v for h in homes for n, v in vars(sys.modules[h]).items() if callable(v)}
 
 for family in json.loads(sys.argv[1]):
-    model, result = build(family), {}
+    model, result = FAMILIES[family].build(), {}
     method, before = ImplicitAttentionAttribution(model, rectify=None), functions(model)
     try:
         method.attribute(ids, target=3)
