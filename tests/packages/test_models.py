@@ -206,6 +206,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mambapy, Vision Mamba": lambda: Language(vim.VMamba(vim.MambaConfig(d_model=E, n_layers=2, d_state=3))),
     "minGRU": lambda: LastToken(minLM(num_tokens=VOCABULARY, dim=E, depth=2)),
     "minLSTM": lambda: LastToken(minLM(num_tokens=VOCABULARY, dim=E, depth=2, use_lstm=True)),
+    "recurrentgemma": Griffin,  # its blocks are checkpointed
     "RWKV-7": rwkv7,
     "S5": s5_blocks,
     "RetNet": retnet,
@@ -234,20 +235,6 @@ def test_a_model_of_the_package_is_explained_by_every_method(make: Callable[[], 
     assert set(method.followed.values()) == {"decomposition"} and len(method.followed) == (6 if make is rwkv7 else 2)
     expected = difference(model, ids, torch.full_like(ids, 3))
     torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_recurrentgemma_is_followed_by_relevance(ids: Tensor) -> None:
-    model = built(Griffin)
-    method = ImplicitAttentionRelevance(model)
-    relevance = method.attribute(ids, TARGET, baselines=3)
-    assert set(method.followed.values()) == {"decomposition"}
-    expected = difference(model, ids, torch.full_like(ids, 3))
-    torch.testing.assert_close(relevance.sum(1), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_recurrentgemma_is_refused_by_the_methods_of_matrices_as_its_blocks_run_again(ids: Tensor) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"torch\.utils\.checkpoint"):
-        ImplicitAttentionRollout(built(Griffin)).attribute(ids)
 
 
 def test_an_slstm_is_refused_by_the_methods_of_matrices(ids: Tensor) -> None:
