@@ -107,8 +107,10 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def is_packed_part(module: nn.Module) -> bool:
-    """Whether a module without modules within holds such a weight."""
-    return not module._modules and _is_packed(module)
+    """Whether a module itself holds the one weight of a projection so; another module with such weights may route."""
+    if not _is_packed(module):
+        return False
+    return not module._modules or "weight" in module._parameters or _has_packed_name(module)
 
 
 def is_fine_tuned(module: nn.Module) -> bool:
@@ -172,13 +174,18 @@ def refusal(name: str, layer: nn.Module) -> str:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    own = vars(module)
-    tensors, buffers = own["_parameters"], own["_buffers"]
-    for tensor in tensors.values():
+    for tensor in module._parameters.values():
         if tensor is None or (type(tensor) in _PLAIN and tensor.dtype in _WIDE):
             continue
         if not is_spread(tensor):  # a tensor in shards is as wide as its shards
             return True
+    return _has_packed_name(module)
+
+
+def _has_packed_name(module: nn.Module) -> bool:
+    """Whether an attribute, a parameter or a buffer of a module has the name of a quantised weight."""
+    own = vars(module)
+    tensors, buffers = own["_parameters"], own["_buffers"]
     if own.keys().isdisjoint(_PACKED) and not (buffers and not buffers.keys().isdisjoint(_PACKED)):
         return bool(tensors) and not tensors.keys().isdisjoint(_PACKED)
     return True
