@@ -67,7 +67,7 @@ def attention_rows(
     decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
     hidden = None if hold else head_inputs[-1]
     rows = []
-    for some, gradients in _gradients(log_probabilities, hidden, positions, recorded):
+    for some, gradients in _gradients(log_probabilities, hidden, positions, recorded, calls[-1].wide_input):
         query = F.one_hot(positions[some], inputs.shape[1]).to(mask).unsqueeze(1)  # (M, 1, L)
         with torch.no_grad():
             scores = method.scores_of_calls(calls, gradients, graph, mask, query, decompositions=decompositions)
@@ -77,7 +77,7 @@ def attention_rows(
 
 
 def _gradients(
-    log_probabilities: Tensor, head_input: Tensor | None, positions: Tensor, calls: list[LayerCall]
+    log_probabilities: Tensor, head_input: Tensor | None, positions: Tensor, calls: list[LayerCall], like: Tensor
 ) -> Iterator[tuple[slice, list[Tensor | None]]]:
     """Differentiate the log-probabilities, several at a time.
 
@@ -90,6 +90,7 @@ def _gradients(
         head_input: Input of the output embeddings (1, L, E); None if no gradient is asked for.
         positions: Where each log-probability is read, (M,).
         calls: The mixers' calls, part of the graph.
+        like: A tensor of the type and on the device of the gradients.
 
     Yields:
         Some of the generated tokens, and their gradients at each call's output, (M, 1, L, E).
@@ -98,7 +99,7 @@ def _gradients(
         yield slice(0, len(positions)), [None] * len(calls)
         return
     (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
-    outputs, like = [call.y for call in calls], together(calls)[-1].wide_input
+    outputs = [call.y for call in calls]
     L, E = head_input.shape[1:]
     size = max(1, _PASS // (L * E * 32))
     for start in range(0, len(positions), size):

@@ -19,5 +19,6 @@
 * :mod:`~captum_ssm.layers.placement`: a layer with the tensors that are elsewhere between its runs;
 * :mod:`~captum_ssm.layers.precision`: the types that code computes in, and autocast;
 * :mod:`~captum_ssm.layers.release`: the release of transformers that a layer is from, for errors;
+* :mod:`~captum_ssm.layers.shallow_copy`: a copy of a module that shares all that it holds;
 * :mod:`~captum_ssm.layers.isolated`: run a copy of a layer without touching the layer.
 """

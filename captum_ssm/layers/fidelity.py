@@ -168,10 +168,9 @@ def check_fidelity(
         raise FidelityError(call.name, error, tolerance, _likely_cause(call, y, error))
     if not bool(mask.all()):
         x = call.wide_input
-        if (
-            chain is None
-        ):  # compared with itself: parts with quantised weights give the caller's output another rounding
+        if chain is None:
             chain = unchecked_chain(call, x)
+            # compared with itself: parts with quantised weights give the caller's output another rounding
             y = mask.unsqueeze(-1) * chain.apply(x, bias=True)
         if chain.causal:
             _refuse_leaking_padding(call, chain, x, y, mask)

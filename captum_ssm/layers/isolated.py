@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_ssm.layers.call import first_output
+from captum_ssm.layers.shallow_copy import shallow_copy
 from captum_ssm.layers.stand_ins import is_packed_part, noted_sizes, stands_in
 
 
@@ -45,13 +46,6 @@ def isolated_copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any]
 def isolated_part(module: nn.Module, x: Tensor) -> nn.Module:
     """Return a copy of a part of a layer, with its hooks, in the type and on the device of ``x``."""
     return _copy(module, x, lambda config: config, "")
-
-
-def shallow_copy(module: Any) -> Any:
-    """Return a module with the same attributes: ``copy.copy`` refuses one with a parametrization."""
-    clone = object.__new__(type(module))
-    vars(clone).update(vars(module))
-    return clone
 
 
 class InOwnType(nn.Module):

@@ -7,7 +7,6 @@ are known by how they are built: a hook with a map of weights, a tensor with ``f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.shallow_copy import shallow_copy
 from captum_ssm.layers.stand_ins import is_packed_part, is_spread
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -106,7 +106,7 @@ class _Fetched:
         """
         own = [*map(_from_map, _maps(module, alone=False)), *outer]
         inner = [_from_map(weights) for weights in _maps(module, alone=True)]
-        clone = copy.copy(module)
+        clone = shallow_copy(module)
         state = vars(clone)
         if hasattr(module, "_hf_hook") and not _has_substitute(module):
             _unhook(module, state)

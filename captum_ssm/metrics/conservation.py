@@ -11,9 +11,9 @@ from torch import Tensor
 from captum_ssm._captum import format_additional_forward_args
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines, broadcast_baselines, refuse_unfit_inputs
-from captum_ssm.metrics.evidence import Evidence, evidence_reader, model_output, refuse_training, take_arguments
+from captum_ssm.metrics.evidence import Evidence, evidence_reader, model_output, refuse_training
 from captum_ssm.metrics.features import finite_tensor
-from captum_ssm.network.inputs import Target, single_tensor
+from captum_ssm.network.inputs import Target, select_examples, single_tensor
 
 
 def conservation(
@@ -70,7 +70,7 @@ def conservation(
     differences = []
     with torch.no_grad():
         for rows in torch.arange(count, device=tensor.device).split(internal_batch_size or count):
-            arguments = take_arguments(args, rows, count)
+            arguments = select_examples(args, count, rows)
             value, base = (read(model_output(forward_func, x[rows], arguments), rows) for x in (tensor, reference))
             differences.append(value.double() - base.double())
     return conservation_gap(attributions, torch.cat(differences))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_ssm._captum import select_targets
 from captum_ssm.errors import InvalidInputError, ModelStateError
 from captum_ssm.network.forward import run_model
-from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts
+from captum_ssm.network.inputs import Target, refuse_bad_state, refuse_wrong_counts, select_examples
 from captum_ssm.network.turns import unchanged
 
 Evidence = Literal["probability", "logit"] | Callable[[Tensor], Tensor]
@@ -66,38 +66,6 @@ def model_output(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[A
     return output.detach().to(torch.promote_types(output.dtype, torch.float32))
 
 
-def take_examples(value: Any, examples: Tensor, count: int) -> Any:
-    """Take some examples of a target or an argument.
-
-    Args:
-        value: A tensor or list with one entry for each of ``count`` examples, or a value that all examples share.
-        examples: (rows,) the numbers of the examples.
-        count: The number of all examples.
-
-    Returns:
-        The entries of the examples, in this order; a shared value unchanged.
-    """
-    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count:
-        return value[examples.to(value.device)]
-    if isinstance(value, list) and len(value) == count:
-        return [value[example] for example in examples.tolist()]
-    return value
-
-
-def take_arguments(args: tuple[Any, ...], examples: Tensor, count: int) -> tuple[Any, ...]:
-    """Take some examples of the additional arguments; only tensors have one entry for each example, by Captum's rule.
-
-    Args:
-        args: The additional arguments for ``count`` examples.
-        examples: (rows,) the numbers of the examples.
-        count: The number of all examples.
-
-    Returns:
-        The arguments of the examples.
-    """
-    return tuple(take_examples(arg, examples, count) if isinstance(arg, Tensor) else arg for arg in args)
-
-
 def evidence_function(evidence: Evidence) -> Callable[[Tensor], Tensor]:
     """Return the function from outputs to evidence.
 
@@ -141,13 +109,13 @@ def evidence_reader(evidence: Evidence, target: Target, contrast: Target, count:
     refuse_wrong_counts(count, (target, contrast), None)
     transform = evidence_function(evidence)
     if contrast is None:
-        return lambda output, examples: _target_evidence(transform(output), take_examples(target, examples, count))
+        return lambda output, examples: _target_evidence(transform(output), select_examples(target, count, examples))
     is_probability = evidence == "probability"
 
     def read_difference(output: Tensor, examples: Tensor) -> Tensor:
         values = output if is_probability else transform(output)
         chosen, other = (
-            _target_evidence(values, take_examples(label, examples, count)) for label in (target, contrast)
+            _target_evidence(values, select_examples(label, count, examples)) for label in (target, contrast)
         )
         return (chosen - other).sigmoid() if is_probability else chosen - other
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines
 from captum_ssm.metrics.curve import Curve
-from captum_ssm.metrics.evidence import Reader, checked_finite, take_examples
+from captum_ssm.metrics.evidence import Reader, checked_finite
 from captum_ssm.metrics.trial import TENTHS, Options, Trial
+from captum_ssm.network.inputs import select_examples
 
 
 def positive_perturbation(
@@ -115,7 +116,7 @@ def _correctness(labels: Tensor) -> Reader:
     """Return a reader that gives 1 where the model's answer is the label (B,) of the example, else 0."""
 
     def correctness(output: Tensor, examples: Tensor) -> Tensor:
-        expected = take_examples(labels, examples, len(labels)).to(output.device)
+        expected = select_examples(labels, len(labels), examples).to(output.device)
         return (_answers(output) == expected).to(output.dtype)
 
     return correctness

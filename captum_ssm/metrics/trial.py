@@ -13,10 +13,10 @@ from captum_ssm._progress import progress_bar
 from captum_ssm.errors import InvalidInputError
 from captum_ssm.metrics.baselines import Baselines, broadcast_baselines, refuse_unfit_inputs
 from captum_ssm.metrics.curve import Curve
-from captum_ssm.metrics.evidence import Reader, checked_finite, model_output, refuse_training, take_arguments
+from captum_ssm.metrics.evidence import Reader, checked_finite, model_output, refuse_training
 from captum_ssm.metrics.features import expand_features, feature_scores, ranks, tie_breakers
 from captum_ssm.network.forward import checked_mask
-from captum_ssm.network.inputs import single_tensor
+from captum_ssm.network.inputs import select_examples, single_tensor
 from captum_ssm.network.interface import is_language_model
 
 TENTHS = tuple(step / 10 for step in range(11))
@@ -218,7 +218,8 @@ class Trial:
         return Curve(self.fractions.to(values), values)
 
     def _args_of(self, examples: Tensor) -> tuple[Any, ...]:
-        return take_arguments(self._args, examples, len(self.inputs))
+        selected: tuple[Any, ...] = select_examples(self._args, len(self.inputs), examples)
+        return selected
 
     def _shortened_args(self, examples: Tensor, remaining: Tensor) -> tuple[Any, ...]:
         """Return the arguments of the examples; of a tensor (B, L, ...) only the entries of the remaining tokens."""

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from captum_ssm.layers.isolated import shallow_copy
 from captum_ssm.layers.placement import has_values
+from captum_ssm.layers.shallow_copy import shallow_copy
 from captum_ssm.layers.stand_ins import is_packed_part
 from captum_ssm.network.state import OF_TORCH, has_tensor
 from captum_ssm.network.threads import is_substituted, substitute
