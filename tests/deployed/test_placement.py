@@ -91,6 +91,21 @@ def test_a_device_map_of_from_pretrained(name: str, ids: Tensor, tmp_path: Path)
         torch.testing.assert_close(METHODS[method](model.eval(), ids, None), right(name, method, ids))
 
 
+def test_an_offloaded_parametrization_is_explained_as_the_whole_one(ids: Tensor) -> None:
+    model = build("mamba")
+    nn.utils.parametrizations.weight_norm(model.backbone.layers[1].mixer.in_proj)
+    model.eval()
+
+    def explained() -> list[Tensor]:
+        relevance = cs.ImplicitAttentionRelevance(model).attribute(ids, 3, baselines=2)
+        return [cs.ImplicitAttentionRollout(model).attribute(ids), relevance]
+
+    whole = explained()
+    accelerate.cpu_offload(model, "cpu")
+    for offloaded, plain in zip(explained(), whole, strict=True):
+        torch.testing.assert_close(offloaded, plain, rtol=0, atol=1e-6)
+
+
 def test_an_rwkv_that_cannot_divide_its_weights_is_explained_as_it_runs(ids: Tensor) -> None:
     """It divides weights at its first run, which reaches none of those that are offloaded."""
     model = build("rwkv")
