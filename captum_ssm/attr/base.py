@@ -246,7 +246,7 @@ class ImplicitAttentionMethod(ModelMethod):
         """Run the model forward and back; return the mixers' calls, free of the graph, and the gradients there."""
         hold = self.gradient_at == "last layer"
         with torch.enable_grad(), record_mixers(self.model, hold=hold, on_call=on_call) as calls:
-            with linear_time_loops(max(inputs.shape, default=0)):
+            with linear_time_loops(0 if hold else max(inputs.shape, default=0)):
                 output = run_model(self.forward_func, inputs, *args)
             score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)

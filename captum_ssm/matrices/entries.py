@@ -17,7 +17,7 @@ from captum_ssm.operators import CausalConv, Chain, Operator, Scan
 _BLOCK = 2**21
 """Entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
 
-_STATES = {"cpu": 2**19}
+_STATES = {"cpu": 2**18}
 """By type of device, entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
 
 _MORE_STATES = 2**24

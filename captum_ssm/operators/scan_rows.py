@@ -39,10 +39,9 @@ def rows_of_matrix(
     T = _ROWS
     path = reduce(add, direct).expand(B, L, D) if direct else None
     matrices, reads, left, decays = _chunks(products, path, lag, band)
-    entering = _band_matrices(band, T)  # (B, D, chunks, T, T + K - 1)
-    added, written = matrices @ entering, left.mT @ entering  # (B, D, chunks, T or N, T + K - 1)
+    added, written = _by_column(matrices, band), _by_column(left, band)  # (B, D, chunks, T + K - 1, T or N)
 
-    h = band.new_zeros(B, D, left.shape[-1], L)  # (B, D, N, L): the state of every column
+    h = band.new_zeros(B, D, L, left.shape[-1])  # the state of every column
     buffer = band.new_empty(B * D * T * L)
     for chunk, start in enumerate(range(0, L, T)):
         stop = min(start + T, L)
@@ -50,11 +49,12 @@ def rows_of_matrix(
         columns = slice(max(0, start - K + 1), stop)  # the columns that enter with this chunk
         in_band = slice(columns.start - (start - K + 1), columns.stop - (start - K + 1))
         y = buffer[: B * D * rows * stop].view(B, D, rows, stop)
-        torch.matmul(reads[:, :, chunk, :rows], h[..., :stop], out=y)
-        y[..., columns] += added[:, :, chunk, :rows, in_band]
+        torch.matmul(reads[:, :, chunk, :rows], h[:, :, :stop].mT, out=y)
+        y[..., columns] += added[:, :, chunk, in_band, :rows].mT
         yield slice(start, stop), y
-        h[..., :start] *= decays[:, :, chunk, :, None]
-        h[..., columns] += written[:, :, chunk, :, in_band]
+        if stop < L:
+            h[:, :, :start] *= decays[:, :, chunk, None]
+            h[:, :, columns] += written[:, :, chunk, in_band]
 
 
 class _Chunks(NamedTuple):
@@ -101,7 +101,7 @@ def _chunks(products: ScanCoefficients[Product], direct: Tensor | None, lag: int
         later, earlier = reads.unflatten(-2, pairs)[..., 1, :, :], left.unflatten(-2, pairs)[..., 0, :, :]
         before, after = decays.unflatten(-2, (-1, 2)).unbind(-2)  # (B or 1, D or 1, chunks, T / 2s, N or 1)
         blocks = matrices.unflatten(-1, pairs).unflatten(-4, pairs)  # (B, D, chunks, T / 2s, 2, s, T / 2s, 2, s)
-        blocks.select(-5, 1).select(-2, 0).diagonal(0, -4, -2).copy_((later @ earlier.mT).movedim(-3, -1))
+        blocks.select(-5, 0).select(-2, 1).diagonal(0, -4, -2).copy_((earlier @ later.mT).movedim(-3, -1))
         later *= before.unsqueeze(-2)
         earlier *= after.unsqueeze(-2)
         decays, s = before * after, 2 * s
@@ -125,19 +125,15 @@ def _chunked(factor: Tensor, T: int) -> Tensor:
     return padded.unflatten(1, (-1, T)).permute(0, 3, 1, 2, 4).contiguous()
 
 
-def _band_matrices(band: Tensor, T: int) -> Tensor:
-    """Return the rows of a banded matrix, a dense block for each chunk of T rows.
-
-    Args:
-        band: (K, B, L, D).
-        T: Rows of a chunk.
+def _by_column(of_inputs: Tensor, band: Tensor) -> Tensor:
+    """Multiply what becomes of each token's input, (B, D, chunks, T, X), by a banded matrix (K, B, L, D) from the left.
 
     Returns:
-        (B, D, chunks, T, T + K - 1). A block's first column belongs to the token K - 1 before its first row.
+        (B, D, chunks, T + K - 1, X). A chunk's first column belongs to the token K - 1 before its first row.
     """
-    K, _, L, _ = band.shape
-    rows = F.pad(band, (0, 0, 0, -L % T)).unflatten(2, (-1, T)).permute(1, 4, 2, 3, 0)  # (B, D, chunks, T, K)
-    blocks = band.new_zeros(*rows.shape[:-1], T + K - 1)
-    for k in range(K):
-        blocks[..., K - 1 - k :].diagonal(0, -2, -1).copy_(rows[..., k])
-    return blocks
+    (T, X), K = of_inputs.shape[-2:], len(band)
+    columns = of_inputs.new_zeros(*of_inputs.shape[:-2], T + K - 1, X)
+    for lag, weights in enumerate(band):
+        start = K - 1 - lag
+        columns[..., start : start + T, :].addcmul_(of_inputs, _chunked(weights.unsqueeze(-1), T))
+    return columns
