@@ -156,7 +156,7 @@ def test_the_size_of_a_part_changes_nothing(
     expected = {key: explain(method, model, eight, 3) for key, method in METHODS.items()}
     width, layers = model.get_input_embeddings().weight.shape[1], len(find_mixers(model))
     monkeypatch.setattr(generated_tokens, "_PASS", of_a_pass * 7 * width * 32)
-    monkeypatch.setattr(generated_tokens, "_HELD", size * 7 * width * layers)
+    monkeypatch.setattr(generated_tokens, "_HELD", size * 7 * (width * layers + 7))
     own = captum_ssm.attr.base.ImplicitAttentionMethod.scores_of_calls
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
@@ -245,7 +245,8 @@ def test_a_heads_matrix_is_computed_once_a_layer(
         )
     model = build(name)
     explain(method, model, eight, 3)
-    of_five_tokens, _ = sum(computed), computed.clear()
+    of_five_tokens = sum(computed)
+    computed.clear()
     explain(method, model, eight[:, :4], 3)
     assert of_five_tokens == sum(computed) > 0
 
@@ -335,7 +336,7 @@ def test_a_progress_bar_counts_tokens(eight: Tensor, monkeypatch: pytest.MonkeyP
 
     model = build("mamba")
     monkeypatch.setattr(captum_ssm._progress, "tqdm", Bar)
-    monkeypatch.setattr(generated_tokens, "_HELD", 2 * 7 * 8 * 2)
+    monkeypatch.setattr(generated_tokens, "_HELD", 2 * 7 * (8 * 2 + 7))
     whole = LLMImplicitAttention(signed(model), None)
     shown, hidden = whole.explain(eight, 3, show_progress=True), whole.explain(eight, 3)
     assert torch.equal(shown, hidden)

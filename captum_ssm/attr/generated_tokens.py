@@ -29,7 +29,7 @@ _PASS = 2**22
 """How much one backward pass of several tokens may span, in tokens times channels: the size of a processor's cache."""
 
 _HELD = 2**25
-"""Entries of the gradients of all layers that are held at once: 128 MB. Their tokens share each layer's matrices."""
+"""Entries of the gradients of all layers, and of a layer's matrices, that are held at once: 128 MB."""
 
 _WARNINGS = Lock()
 """Held while warnings are filtered: Python has one filter for all threads."""
@@ -105,7 +105,7 @@ def _gradients(
     (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
     outputs = [call.y for call in calls]
     L, E = head_input.shape[1:]
-    of_a_pass, held = max(1, _PASS // (L * E * 32)), max(1, _HELD // (L * E * len(outputs)))
+    of_a_pass, held = max(1, _PASS // (L * E * 32)), max(1, _HELD // (L * (E * len(outputs) + L)))
 
     def backward(gradient: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
