@@ -23,7 +23,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist bench benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist bench bench-check benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -61,11 +61,13 @@ lint: $(VENV)/dev.done
 check-sdist: $(VENV)/dev.done
 	$(VENV)/bin/python -m scripts.check_sdist
 
+# Measures speed and memory on one core, half an hour; stores the figures, and writes the README's table from them.
 bench: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.kernel_rules
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.families
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.vision
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed --json benchmarks/speed.json --readme
+
+# Measures again and compares with the stored figures: fails, naming what became more than 10 % slower.
+bench-check: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed --check benchmarks/speed.json
 
 # Measures the methods against each other: seconds if all is stored, an hour or so on one core if no figures are, hours
 # if the weights are gone too. See benchmarks/RESULTS.md.

@@ -23,7 +23,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import captum_ssm as cs
-from benchmarks.speed import seconds
+from benchmarks.speed.timing import seconds
 
 METHODS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "relevance, a reference": lambda m, ids: cs.ImplicitAttentionRelevance(m).attribute(ids, 5, baselines=2),

@@ -30,6 +30,8 @@ from captum_ssm import (
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution, generated_tokens
 from captum_ssm.layers.fidelity import decompose
+from captum_ssm.layers.mixers import find_mixers
+from captum_ssm.operators import Attention, HeadOperator
 from tests.conftest import build
 from tests.families import COMMON, S6, VOCABULARY, perturbed
 
@@ -146,13 +148,15 @@ def test_what_is_generated_later_changes_no_row(method: Any, eight: Tensor) -> N
 
 @pytest.mark.parametrize("name", ["mamba", "nemotron_h", "rwkv"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("of_a_pass", [1, 2])
 def test_the_size_of_a_part_changes_nothing(
-    name: str, size: int, eight: Tensor, monkeypatch: pytest.MonkeyPatch
+    name: str, size: int, of_a_pass: int, eight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, parts = build(name), []
     expected = {key: explain(method, model, eight, 3) for key, method in METHODS.items()}
-    width = model.get_input_embeddings().weight.shape[1]
-    monkeypatch.setattr(generated_tokens, "_PASS", size * 7 * width * 32)
+    width, layers = model.get_input_embeddings().weight.shape[1], len(find_mixers(model))
+    monkeypatch.setattr(generated_tokens, "_PASS", of_a_pass * 7 * width * 32)
+    monkeypatch.setattr(generated_tokens, "_HELD", size * 7 * (width * layers + 7))
     own = captum_ssm.attr.base.ImplicitAttentionMethod.scores_of_calls
     monkeypatch.setattr(
         captum_ssm.attr.base.ImplicitAttentionMethod,
@@ -216,7 +220,7 @@ def test_the_model_runs_once(method: Any, eight: Tensor) -> None:
 def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     own = decompose
-    monkeypatch.setattr(generated_tokens, "_PASS", 1)
+    monkeypatch.setattr(generated_tokens, "_HELD", 1)
     monkeypatch.setattr(
         captum_ssm.matrices.layer_stack,
         "decompose",
@@ -224,6 +228,27 @@ def test_each_layer_is_decomposed_once(eight: Tensor, monkeypatch: pytest.Monkey
     )
     explain(signed, build("mamba"), eight, 4)
     assert sorted(done) == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
+
+
+@pytest.mark.parametrize("method", [METHODS["channel"], METHODS["token"], METHODS["rollout"]])
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5", "lfm2"])
+def test_a_heads_matrix_is_computed_once_a_layer(
+    method: Any, name: str, eight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    for operator in (HeadOperator, Attention):
+        own = operator.matrices
+        monkeypatch.setattr(
+            operator,
+            "matrices",
+            lambda self, like, own=own: (computed.append(self.heads), own(self, like))[1],  # type: ignore[func-returns-value]
+        )
+    model = build(name)
+    explain(method, model, eight, 3)
+    of_five_tokens = sum(computed)
+    computed.clear()
+    explain(method, model, eight[:, :4], 3)
+    assert of_five_tokens == sum(computed) > 0
 
 
 @every_method
@@ -311,7 +336,7 @@ def test_a_progress_bar_counts_tokens(eight: Tensor, monkeypatch: pytest.MonkeyP
 
     model = build("mamba")
     monkeypatch.setattr(captum_ssm._progress, "tqdm", Bar)
-    monkeypatch.setattr(generated_tokens, "_PASS", 2 * 7 * 8 * 32)
+    monkeypatch.setattr(generated_tokens, "_HELD", 2 * 7 * (8 * 2 + 7))
     whole = LLMImplicitAttention(signed(model), None)
     shown, hidden = whole.explain(eight, 3, show_progress=True), whole.explain(eight, 3)
     assert torch.equal(shown, hidden)

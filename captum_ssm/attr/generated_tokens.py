@@ -28,6 +28,9 @@ from captum_ssm.relevance.explanation import Explanation
 _PASS = 2**22
 """How much one backward pass of several tokens may span, in tokens times channels: the size of a processor's cache."""
 
+_HELD = 2**25
+"""Entries of the gradients of all layers, and of a layer's matrices, that are held at once: 128 MB."""
+
 _WARNINGS = Lock()
 """Held while warnings are filtered: Python has one filter for all threads."""
 
@@ -83,7 +86,8 @@ def _gradients(
 
     The layers after the last mixer act on each token alone, and each log-probability is read at another position:
     so one backward pass to the head's input gives the gradients of all log-probabilities there, each at its
-    position.
+    position. From there on a backward pass takes as many tokens as are fast at once; those of several passes are
+    handed on together, as a layer's matrices are computed once for all of them.
 
     Args:
         log_probabilities: Of the generated tokens, (M, 1).
@@ -101,22 +105,24 @@ def _gradients(
     (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
     outputs = [call.y for call in calls]
     L, E = head_input.shape[1:]
-    size = max(1, _PASS // (L * E * 32))
-    for start in range(0, len(positions), size):
-        some = slice(start, start + size)
-        one_hot = F.one_hot(positions[some], L).to(at_head)
-        each = one_hot[:, None, :, None] * at_head  # (M, 1, L, E)
+    of_a_pass, held = max(1, _PASS // (L * E * 32)), max(1, _HELD // (L * (E * len(outputs) + L)))
 
-        def backward(gradient: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
+    def backward(gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
 
+    def backward_of_several(positions: Tensor) -> tuple[Tensor, ...]:
+        each = F.one_hot(positions, L).to(at_head)[:, None, :, None] * at_head  # (M, 1, L, E)
         with _WARNINGS, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
             try:
-                gradients = torch.func.vmap(backward)(each)
+                return torch.func.vmap(backward)(each)
             except RuntimeError:  # as what is sent between processes, or a norm of mixed types
-                gradients = tuple(map(torch.stack, zip(*map(backward, each))))
-        yield some, [g.to(like) for g in gradients]
+                return tuple(map(torch.stack, zip(*map(backward, each))))
+
+    for start in range(0, len(positions), held):
+        some = slice(start, start + held)
+        passes = map(backward_of_several, positions[some].split(of_a_pass))
+        yield some, [torch.cat(gradients).to(like) for gradients in zip(*passes)]
 
 
 def relevance_rows(

@@ -1,15 +1,12 @@
 """Relevance of models whose layers are known by their kernels alone, against the same models through adapters.
 
-    python -m benchmarks.kernel_rules            about three minutes on two cores
-    python -m benchmarks.kernel_rules --quick    a smaller model, for a look
-
 Each model is built twice with the same weights: its layers have the name of a class that has an adapter, or another
 one, so that only the functions that they call are known. These are the packages' references, past torch's functions.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,12 +15,12 @@ import torch.nn.functional as F
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
-from benchmarks.speed import Row, compare, seconds
+from benchmarks.speed.figures import Figure
+from benchmarks.speed.timing import best
 from captum_ssm import ImplicitAttentionRelevance
 from tests.stand_in_kernels import hidden
 
 N, K, HEAD = 16, 4, 32
-WANTED = "at most 1.30 x the adapter's; at least 20 x faster than integrated gradients"
 
 
 def scan_by_token(a: Tensor, x: Tensor, c: Tensor) -> Tensor:
@@ -121,36 +118,25 @@ class Model(nn.Module):
         return self.head(x[:, -1])
 
 
-def measure(two: bool, L: int, layers: int, E: int, runs: int) -> Row:
+def measure(two: bool, L: int, layers: int, E: int, rounds: int) -> Iterator[Figure]:
     """Time the same model by its functions, through its adapters, and by integrated gradients of 50 steps."""
     torch.manual_seed(0)
     known, unknown = (Model(name, layers, E, two) for name in ("Mamba2" if two else "Mamba", "OnesOwn"))
     unknown.load_state_dict(known.state_dict())
     x, reference = torch.randn(2, 1, L, E)
     methods = [ImplicitAttentionRelevance(model) for model in (unknown, known)]
-    ours, adapter = (partial(method.attribute, x, 1, baselines=reference) for method in methods)
-    found, wanted = ours(), adapter()
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    by_kernel, by_adapter = compare(ours, adapter, runs)
-    path = IntegratedGradients(unknown)
-    steps = seconds(lambda: path.attribute(x, reference, target=1, n_steps=50, internal_batch_size=1))
-    name = f"{'mamba_chunk_scan_combined' if two else 'selective_scan_fn'}, L = {L}, {layers} layers of {E}"
-    result = (
-        f"{by_kernel / by_adapter:.2f} x the adapter's ({by_kernel:.2f} s, {by_adapter:.2f} s), "
-        f"{steps / by_kernel:.0f} x faster than integrated gradients ({steps:.1f} s); "
-        f"the scores differ by {difference:.0e}"
-    )
-    return name, WANTED, result
+    kernel, adapter = (partial(method.attribute, x, 1, baselines=reference) for method in methods)
+    times = best({"kernel": kernel, "adapter": adapter}, rounds)
+    gradient = partial(IntegratedGradients(unknown).attribute, x, reference, target=1, internal_batch_size=1)
+    steps = 50 / 5 * best({"path": partial(gradient, n_steps=5)}, 1)["path"]
+    of = f"`{'mamba_chunk_scan_combined' if two else 'selective_scan_fn'}`, {layers} × {E}, L {L}"
+    what = "relevance of layers that are known by their kernels alone"
+    yield Figure("kernel rules", what, "the adapters of the same layers", of, 1.3, times["kernel"] / times["adapter"])
+    yield Figure("kernel rules", what, "`IntegratedGradients`, 50 steps", of, 1 / 20, times["kernel"] / steps)
 
 
-def main() -> None:
-    """Print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    L, layers, E, runs = (128, 2, 64, 3) if parser.parse_args().quick else (512, 4, 128, 5)
+def kernel_rules(quick: bool) -> Iterator[Figure]:
+    """Measure a model with the layers of Mamba, and one with those of Mamba-2."""
+    L, layers, E, rounds = (128, 2, 64, 3) if quick else (512, 4, 128, 4)
     for two in (False, True):
-        print(*measure(two, L, layers, E, runs), sep="\n    ")
-
-
-if __name__ == "__main__":
-    main()
+        yield from measure(two, L, layers, E, rounds)

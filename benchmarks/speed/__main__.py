@@ -1,0 +1,73 @@
+"""Measure, print, store and compare: see the docstring of the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+import benchmarks.speed
+from benchmarks.speed.figures import Figure, better, joined, read, report, slower, store, write_readme
+from benchmarks.speed.groups import GROUPS
+
+
+def measured(groups: Collection[str], quick: bool) -> list[Figure]:
+    """Measure groups and print their figures."""
+    figures = []
+    for group in groups:
+        start = time.perf_counter()
+        print(f"\n{group}", flush=True)
+        for figure in GROUPS[group](quick):
+            print(figure, flush=True)
+            figures.append(figure)
+        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+    return figures
+
+
+def check(stored: list[Figure], found: list[Figure], quick: bool) -> bool:
+    """Print what has become slower, also when it is measured once more, and return whether nothing has."""
+    again = {new.group for _, new in slower(stored, found)}
+    if again:
+        print("\nonce more, as they seem slower:")
+        found = better(found, measured([group for group in GROUPS if group in again], quick))
+    keys = {figure.key for figure in stored}
+    pairs = slower(stored, found)
+    print(f"\n{report(pairs, sum(figure.key in keys for figure in found))}")
+    return not pairs
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.speed",
+        description=benchmarks.speed.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help="these groups")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures; groups that are not run stay")
+    parser.add_argument("--readme", action="store_true", help="write the README's table from the FILE of --json")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with these figures; 1 if any is slower")
+    options = parser.parse_args()
+    if options.readme and not options.json:
+        parser.error("--readme writes what --json FILE has; name the file, too.")
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()  # that kernels are not installed
+    logging.disable_progress_bar()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
+    found = measured(options.only, options.quick)
+    if options.json:
+        store(joined(read(options.json) if options.json.exists() else [], found), options.json)
+    if options.readme:
+        write_readme(options.json)
+    if options.check and not check(read(options.check), found, options.quick):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

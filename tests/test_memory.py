@@ -1,0 +1,96 @@
+"""No explanation ever holds a matrix between tokens for every channel."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from captum_ssm import (
+    ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
+    ImplicitAttentionRollout,
+    LLMImplicitAttention,
+    RawImplicitAttention,
+)
+from captum_ssm.layers.fidelity import decompose
+from captum_ssm.matrices import entries, shared_heads
+from captum_ssm.network.recording import record_mixers
+from captum_ssm.operators import Recurrence
+from tests.conftest import build
+from tests.families import VOCABULARY
+
+L = 96
+FAMILIES = ["mamba", "mamba2", "qwen3_5", "rwkv"]
+
+
+def generated(model: Any, ids: Tensor) -> Tensor:
+    """Explain the last four tokens as written ones."""
+    return LLMImplicitAttention(ImplicitAttentionAttribution(model), None).explain(ids, L - 4)
+
+
+def explained(method: Callable[[Any], Any], model: Any, ids: Tensor, **options: Any) -> Tensor:
+    """Explain the logit of a token."""
+    scores: Tensor = method(model).attribute(ids, target=5, **options)
+    return scores
+
+
+METHODS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    **{
+        f"rollout {fusion}": partial(explained, partial(ImplicitAttentionRollout, fusion=fusion))
+        for fusion in ("root", "absolute", "positive", "mean", "norm")
+    },
+    **{
+        f"attribution {rectify}": partial(explained, partial(ImplicitAttentionAttribution, rectify=rectify))
+        for rectify in ("channel", "token", None)
+    },
+    "rows": partial(explained, partial(ImplicitAttentionAttribution, normalize="rows")),
+    "raw": partial(explained, RawImplicitAttention),
+    "generation": generated,
+    "frozen gates": partial(explained, ImplicitAttentionRelevance),
+    "reference": partial(explained, ImplicitAttentionRelevance, baselines=2),
+}
+
+
+class Largest(TorchDispatchMode):
+    """Record the most entries that a tensor made while the mode is on holds; a view holds those of its base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def channels_of(model: Any, ids: Tensor) -> int:
+    """Return D, the fewest channels of any recurrence of a model."""
+    with torch.no_grad(), record_mixers(model) as calls:
+        model(ids, use_cache=False)
+    leaves = [leaf for call in calls for leaf in decompose(call).chain.leaves()]
+    return min(leaf.heads * leaf.head_size for leaf in leaves if isinstance(leaf, Recurrence))
+
+
+@pytest.mark.parametrize("explain", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_tensor_has_a_matrix_for_every_channel(
+    name: str, explain: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bounds of blocks, made for large models, are lowered for a tiny one."""
+    model, ids = build(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(entries, "_BLOCK", 2**15)
+    monkeypatch.setattr(entries, "_CHANNELS", 1)
+    monkeypatch.setattr(shared_heads, "_BLOCK", {"cpu": 2**15})
+    monkeypatch.setattr(shared_heads, "_MATRICES", 2**15)
+    D = channels_of(model, ids)
+    with Largest() as largest:
+        explain(model, ids)
+    assert largest.entries < D * L * L, (largest.entries / (D * L * L), D)
