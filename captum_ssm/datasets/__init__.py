@@ -1,0 +1,22 @@
+"""Explain a whole data set: a file of rows, or the rows of any library, on one machine or many.
+
+:class:`Explain` turns columns into these columns and those of the explanation; :func:`explain_file` reads a file,
+explains its rows by an engine, and writes them in parts.
+
+* A row: :mod:`~captum_ssm.datasets.texts` and :mod:`~captum_ssm.datasets.examples` make it ready, and
+  :mod:`~captum_ssm.datasets.question` says which outcome is explained, by the words of
+  :mod:`~captum_ssm.datasets.outcomes`.
+* A batch: :mod:`~captum_ssm.datasets.batches` cuts, :mod:`~captum_ssm.datasets.padding` finds the side of the padding,
+  :mod:`~captum_ssm.datasets.forward` runs the model, :mod:`~captum_ssm.datasets.methods` a method on it, and
+  :mod:`~captum_ssm.datasets.ready` is all of them around a model of :mod:`~captum_ssm.datasets.loading`.
+* A file: :mod:`~captum_ssm.datasets.reading` has its blocks, :mod:`~captum_ssm.datasets.engines` explains them here and
+  :mod:`~captum_ssm.datasets.ray_engine` on a cluster, :mod:`~captum_ssm.datasets.tables` gives them their types,
+  :mod:`~captum_ssm.datasets.parts` writes them, and :mod:`~captum_ssm.datasets.report` says what became of them.
+"""
+
+from captum_ssm.datasets.explain import Explain
+from captum_ssm.datasets.reading import Source
+from captum_ssm.datasets.report import Report
+from captum_ssm.datasets.run import explain_file
+
+__all__ = ["Explain", "Report", "Source", "explain_file"]
