@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from captum_ssm import FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError, models
-from captum_ssm.cli.file import explain_rows, print_row
+from captum_ssm.cli.file import explain_rows, print_row, summarise
 from captum_ssm.cli.generation import explain_generation
 from captum_ssm.cli.loading import Placement
 from captum_ssm.cli.options import resolve
@@ -61,5 +61,5 @@ def explain(options: argparse.Namespace) -> None:
     show(explain_text(options, text_model, encoding), console, {"html": options.html, "png": options.png})
 
 
-COMMANDS = {"explain": explain, "explain-file": explain_rows}
+COMMANDS = {"explain": explain, "explain-file": explain_rows, "summary": summarise}
 """The function of each command."""

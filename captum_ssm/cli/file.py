@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from captum_ssm import models
@@ -13,7 +15,7 @@ from captum_ssm.cli.loading import Placement, load
 from captum_ssm.cli.methods import METHOD_OPTIONS, make_method
 from captum_ssm.cli.options import resolve
 from captum_ssm.cli.problems import CommandError
-from captum_ssm.datasets import Explain, Source, explain_file
+from captum_ssm.datasets import Explain, Ray, Source, explain_file, summary
 from captum_ssm.datasets.engines import Engine, Local
 
 
@@ -70,6 +72,30 @@ def print_row(options: argparse.Namespace) -> None:
     print(json.dumps(values, allow_nan=False))
 
 
+def summarise(options: argparse.Namespace) -> None:
+    """Print the summary of an output, and write it to files.
+
+    Args:
+        options: The options of the command.
+
+    Raises:
+        CommandError: If a file cannot be written.
+    """
+    found = summary(options.folder, surprises=options.words)
+    print(found.table(options.words))
+    writers: dict[str, Callable[[Path], object]] = {
+        "html": lambda path: path.write_text(found.html(options.words), encoding="utf-8"),
+        "png": lambda path: found.figure(options.words).savefig(path),
+    }
+    for name, write in writers.items():
+        if (path := getattr(options, name)) is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+            except (OSError, ValueError) as error:
+                raise CommandError(f"cannot write {str(path)!r}: {error}") from error
+
+
 def _explanation(options: argparse.Namespace, **rows: Any) -> Explain:
     """Return the explanation of rows that the options ask for.
 
@@ -97,8 +123,6 @@ def _engine(options: argparse.Namespace) -> Engine:
         CommandError: If an option belongs to another engine.
     """
     if options.engine == "ray":
-        from captum_ssm.datasets.ray_engine import Ray
-
         return Ray(options.workers, options.address, options.gpus)
     for name in ("workers", "address", "gpus"):
         if getattr(options, name):

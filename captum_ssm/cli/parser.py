@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import captum_ssm
-from captum_ssm.cli.file_options import add_file_command
+from captum_ssm.cli.file_options import add_file_command, add_summary_command
 from captum_ssm.cli.options import add_explain_command
 
 
@@ -17,4 +17,5 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     add_explain_command(commands)
     add_file_command(commands)
+    add_summary_command(commands)
     return top

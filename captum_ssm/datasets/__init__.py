@@ -12,11 +12,15 @@ explains its rows by an engine, and writes them in parts.
 * A file: :mod:`~captum_ssm.datasets.reading` has its blocks, :mod:`~captum_ssm.datasets.engines` explains them here and
   :mod:`~captum_ssm.datasets.ray_engine` on a cluster, :mod:`~captum_ssm.datasets.tables` gives them their types,
   :mod:`~captum_ssm.datasets.parts` writes them, and :mod:`~captum_ssm.datasets.report` says what became of them.
+* An output: :func:`summary` sums it up, and :func:`measure` puts its scores to the metrics.
 """
 
 from captum_ssm.datasets.explain import Explain
+from captum_ssm.datasets.ray_engine import Ray
 from captum_ssm.datasets.reading import Source
 from captum_ssm.datasets.report import Report
 from captum_ssm.datasets.run import explain_file
+from captum_ssm.datasets.stored import Stored, measure, stored
+from captum_ssm.datasets.summary import Summary, summary
 
-__all__ = ["Explain", "Report", "Source", "explain_file"]
+__all__ = ["Explain", "Ray", "Report", "Source", "Stored", "Summary", "explain_file", "measure", "stored", "summary"]
