@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
@@ -82,8 +82,8 @@ class Source:
             InvalidInputError: If the file cannot be read, its form is not known, or a column is missing: from the first
                 block, where only some rows of JSON lines lack it, that is an error of these rows.
         """
-        rows, number, start = self._rows(), 0, 0
-        with self._named():
+        number = start = 0
+        with self._named(), closing(self._rows()) as rows:
             while some := list(islice(rows, self.block_rows)):
                 read = [row for row, _ in some]
                 errors = {k: error for k, (_, error) in enumerate(some) if error}
@@ -178,15 +178,14 @@ class Source:
             raise InvalidInputError(f"the folder {self.path!r} has no Parquet files.")
         return files
 
-    def _rows(self) -> Iterator[Row]:
-        """Return an iterator over all rows."""
+    def _rows(self) -> Generator[Row, None, None]:
+        """Yield all rows."""
         form = self._form()
         if form == "parquet":
-            return _parquet(self._files(), self.block_rows)
-        return {"jsonl": _json_lines, "csv": _csv, "txt": _lines}[form](self._open())
-
-    def _open(self) -> BinaryIO:
-        return Path(self.path).open("rb")
+            yield from _parquet(self._files(), self.block_rows)
+            return
+        with Path(self.path).open("rb") as file:
+            yield from {"jsonl": _json_lines, "csv": _csv, "txt": _lines}[form](file)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -221,14 +220,14 @@ def _stripped(file: Iterable[bytes]) -> Iterator[bytes]:
         yield line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\r\n")
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[Row]:
+def _lines(file: BinaryIO) -> Iterator[Row]:
     """Yield each line as the column ``text``."""
     for line in _stripped(file):
         text, error = _decoded(line)
         yield {"text": text}, error
 
 
-def _json_lines(file: Iterable[bytes]) -> Iterator[Row]:
+def _json_lines(file: BinaryIO) -> Iterator[Row]:
     """Yield the object of each line; a line that is none is a row with an error."""
     for line in _stripped(file):
         text, error = _decoded(line)

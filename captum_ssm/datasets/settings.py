@@ -58,7 +58,7 @@ class Settings:
                 raise InvalidInputError(f"{first} is for all rows, {second} for each; leave one of them out.")
         for name in ("batch_tokens", "batch_rows", "max_tokens", "threads"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise InvalidInputError(f"{name} must be a number, at least 1, not {value!r}.")
         if self.prepare is None and self.forward is not None:
             raise InvalidInputError("forward is for rows of tensors; pass prepare= too, or leave it out.")
