@@ -248,10 +248,12 @@ def _flush(path: Path) -> None:
 
 
 def _differing(before: Any, now: Any) -> str:
-    """Return in words how two settings differ, by the entries that do."""
+    """Return in words how two settings differ, by the innermost entries that do."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        return ", ".join(f"{name} {_short(before.get(name))}, now {_short(now.get(name))}" for name in names)
+        return ", ".join(f"{name} {_differing(before.get(name), now.get(name))}" for name in names)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return ", ".join(_differing(one, other) for one, other in zip(before, now) if one != other)
     return f"{_short(before)}, now {_short(now)}"
 
 

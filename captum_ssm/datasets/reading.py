@@ -65,12 +65,21 @@ class Source:
         form: ``"jsonl"``, ``"csv"``, ``"txt"`` or ``"parquet"``; None: by the ending of the name.
         columns: Names of columns that have to be there.
         block_rows: Rows of a block.
+
+    Raises:
+        InvalidInputError: If the form or the number of rows is none.
     """
 
     path: str
     form: str | None = None
     columns: tuple[str, ...] = ()
     block_rows: int = BLOCK_ROWS
+
+    def __post_init__(self) -> None:
+        if self.form is not None and self.form not in FORMS:
+            raise InvalidInputError(f"the form of a file is {', '.join(FORMS)}, not {self.form!r}.")
+        if self.block_rows < 1:
+            raise InvalidInputError(f"a part has at least one row, not {self.block_rows}.")
 
     def blocks(self) -> Iterator[Block]:
         """Read the file.

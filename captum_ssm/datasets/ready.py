@@ -16,7 +16,7 @@ from captum_ssm.datasets.loading import loaded, vocabulary_digest, weights_diges
 from captum_ssm.datasets.methods import NAN, Explainer, method_of
 from captum_ssm.datasets.outcomes import Outcomes
 from captum_ssm.datasets.padding import measured_padding
-from captum_ssm.datasets.question import Answers, Outcome
+from captum_ssm.datasets.question import RUNNER_UP, Answers, Outcome
 from captum_ssm.datasets.settings import Settings
 from captum_ssm.datasets.texts import Texts
 from captum_ssm.errors import InvalidInputError
@@ -65,8 +65,10 @@ class Ready:
         self._explainer = Explainer(
             method_of(settings.method), self._forward, self.model, patches=settings.patches, layers=settings.layers
         )
-        self._classes: list[int] | None = None
         self._names = settings.classes
+        self._classes: list[int] | None = None
+        if is_text:
+            self._check_outcomes(settings, device)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the model: class, digests of weights and vocabulary, layers."""
@@ -144,6 +146,15 @@ class Ready:
     def _outcome(self, column: str, number: int) -> dict[str, Any]:
         """Return the columns of an outcome: its number, and its name."""
         return {column: number, f"{column}_name": self._outcomes.name(number) if number >= 0 else ""}
+
+    @torch.no_grad()
+    def _check_outcomes(self, settings: Settings, device: torch.device) -> None:
+        """Raise if an outcome that is named for all rows of texts is not known."""
+        outputs = self._forward(torch.zeros(1, 1, dtype=torch.long, device=device))
+        self._numbers(outputs)
+        for outcome in (settings.target, settings.contrast):
+            if outcome is not None and outcome != RUNNER_UP and outputs.dim() == 2:
+                self._outcomes.target(str(outcome), outputs.shape[1])
 
     def _numbers(self, outputs: Tensor) -> list[int] | None:
         """Return the numbers of the outcomes that a prediction is chosen among; None for all.

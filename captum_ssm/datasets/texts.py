@@ -112,7 +112,7 @@ class Texts:
         words = map(str, ids) if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(ids)
         return {
             "ids": np.array(ids, dtype=np.int32),
-            "tokens": [str(word) for word in words],
+            "tokens": [str(word) for word in words] or np.array([], dtype=str),  # which keeps its type if all are empty
             "starts": np.array([start for start, _ in offsets], dtype=np.int32),
             "ends": np.array([end for _, end in offsets], dtype=np.int32),
         }
