@@ -352,7 +352,7 @@ def test_a_class_of_a_common_name_is_another_layer_if_its_parts_are_missing() ->
 def test_batches_whose_layers_went_different_ways_are_joined() -> None:
     """A layer that was decomposed in the second batch alone keeps its error."""
     parts = [
-        Explanation((torch.ones(1, 2),), {}, torch.zeros(1), 0.0, set(), fidelity, {})
+        Explanation((torch.ones(1, 2),), {}, torch.zeros(1), 0.0, set(), fidelity, {}, torch.ones(1), torch.zeros(1))
         for fidelity in ({"first": 1e-7}, {"first": 2e-7, "second": 3e-7})
     ]
     assert Explanation.joined(parts).fidelity == {"first": 2e-7, "second": 3e-7}

@@ -16,7 +16,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8"
 MODEL_LIBRARIES = {"transformers", "mamba_ssm", "fla", "causal_conv1d", "peft", "accelerate", "bitsandbytes"}
 OPERATORS = sorted(path for path in SOURCES if path.startswith("operators/"))
 ADAPTERS = sorted(path for path in SOURCES if path.startswith("layers/adapters/"))
-LOADS_MODELS, PRINTS = "cli/loading.py", "cli/output.py"
+LOADS_MODELS, PRINTS = {"cli/loading.py", "datasets/loading.py"}, "cli/output.py"
 LOOSE = {"errors", "_captum", "_progress"}
 """Modules outside the rooms that every room but the operators may import."""
 ROOMS: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "attr": {"relevance", "matrices", "network", "layers", "operators"},
     "metrics": {"network"},
     "visualization": {"metrics"},
+    "datasets": {"visualization", "metrics", "attr", "network", "layers"},
     "models": set(),
 }
 """Rooms of the package, and those that each may import: an arrow points down, never up."""
@@ -80,17 +81,24 @@ def later():
     assert found == {"a.b", "c", "d.e", "captum_ssm.attr.g", "captum_ssm.h.i", "j.k", "m", "n.o", "p"}
     assert within({"rich.text.Text", "richer", "rich"}, "rich") == {"rich.text.Text", "rich"}
     assert len(OPERATORS) >= 5 <= len(ADAPTERS) and "attr/base.py" in SOURCES
-    assert {"cli/__init__.py", LOADS_MODELS, PRINTS} <= set(SOURCES)
+    assert {"cli/__init__.py", *LOADS_MODELS, PRINTS} <= set(SOURCES)
     assert {path.split("/")[0] for path in SOURCES if "/" in path} == {*ROOMS, "cli"}
 
 
 @every_source
-def test_only_the_command_line_imports_a_model_library(path: str) -> None:
+def test_only_the_command_line_and_data_sets_import_a_model_library(path: str) -> None:
     found = within(imported(path), *MODEL_LIBRARIES)
-    if path == LOADS_MODELS:
+    if path in LOADS_MODELS:
         assert within(found, "transformers", "peft") == found
     else:
         assert not found
+
+
+@every_source
+def test_ray_and_arrow_are_imported_by_one_engine_alone(path: str) -> None:
+    """All else asks for them when they are needed, and says which extra has them."""
+    if path != "datasets/ray_blocks.py":
+        assert not within(imported(path), "ray", "pyarrow", "datasets")
 
 
 @every_source

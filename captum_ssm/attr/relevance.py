@@ -91,6 +91,9 @@ class ImplicitAttentionRelevance(AnyModelMethod):
             they sum to the score, or to the difference.
         completeness: After a call, the largest error of that sum over the examples, relative to the sum of all
             relevance without its sign. With a reference, the difference is to the model's own run on it.
+        value: After a call, F(x) of each example, (B,), or (1,) if the model gives one score for the batch.
+        reference_value: After a call, F(x') of each as the model itself gives it; the mean over several references; NaN
+            with frozen gates.
         held: After a call, names of the functions whose decision the reference would have made otherwise.
         fidelity: After a call, the relative error of every layer's decomposition by layer name.
         followed: After a call, by name of each layer that an adapter knows: ``"decomposition"``, or why it was followed
@@ -147,6 +150,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         self.checkpoints = checkpoints
         self.terms: dict[str, Tensor] = {}
         self.completeness = 0.0
+        self.value = self.reference_value = torch.zeros(0)
         self.held: set[str] = set()
         self.followed: dict[str, str] = {}
 
@@ -257,6 +261,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         self.terms, self.completeness = explanation.terms, explanation.completeness
         self.held, self.fidelity = explanation.decisions, explanation.fidelity
         self.followed = explanation.followed
+        self.value, self.reference_value = explanation.value, explanation.reference_value
 
     def explained(
         self,

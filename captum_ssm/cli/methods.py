@@ -42,6 +42,17 @@ METHOD_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
 """Options that only some methods have: the names of these methods, and the default."""
 
 
+def make_method(options: argparse.Namespace, score: Callable[..., Any], model: Any) -> ModelMethod:
+    """Return the method that the options of the command name; with the first argument bound it can be pickled.
+
+    Args:
+        options: The name of the method, and its options.
+        score: The forward function.
+        model: The model.
+    """
+    return METHODS[options.method](score, model, options)
+
+
 def method_facts(method: ModelMethod, options: argparse.Namespace, source: str) -> dict[str, str]:
     """Return the facts about a method after its call, by name.
 

@@ -1,32 +1,27 @@
-"""The options of the command line: their parser, and which of them go together."""
+"""The options of the command ``explain``, and which of them go together."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import captum_ssm
 from captum_ssm.cli.methods import METHOD_OPTIONS, METHODS
 from captum_ssm.cli.problems import CommandError
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    summary = (captum_ssm.__doc__ or "").partition("\n")[0]
-    top = argparse.ArgumentParser(prog="captum-ssm", description=summary)
-    top.add_argument("--version", action="version", version=f"captum-ssm {captum_ssm.__version__}")
-    commands = top.add_subparsers(dest="command", required=True)
+def add_explain_command(commands: Any) -> None:
+    """Add the command ``explain`` to the commands of the parser."""
     command = commands.add_parser("explain", help="colour a text by the contributions of its tokens to a prediction")
     _add_question(command)
-    _add_method(command)
+    add_method(command)
     _add_execution(command)
-    return top
 
 
 def _add_question(command: argparse.ArgumentParser) -> None:
     """Add the options that say which output of which model is explained."""
-    command.add_argument("text", help="the text to explain")
+    command.add_argument("text", help="the text to explain; - reads it from standard input")
     command.add_argument(
         "--model",
         default=None,
@@ -56,7 +51,7 @@ def _add_question(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_method(command: argparse.ArgumentParser) -> None:
+def add_method(command: argparse.ArgumentParser) -> None:
     """Add the choice of the method, and the options of single methods; :func:`resolve` gives them their defaults."""
     command.add_argument(
         "--method", choices=sorted(METHODS), default=None, help="default: relevance; with --generate, attribution"
@@ -103,7 +98,15 @@ def _add_method(command: argparse.ArgumentParser) -> None:
 
 
 def _add_execution(command: argparse.ArgumentParser) -> None:
-    """Add the options that say how the model runs, and which files are written."""
+    """Add the options that say how the model runs, and what is written."""
+    add_placement(command)
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
+    command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
+    command.add_argument("--json", action="store_true", help="print the explanation as one line of JSON instead")
+
+
+def add_placement(command: argparse.ArgumentParser) -> None:
+    """Add the options that say how the model's numbers are stored, and where."""
     command.add_argument(
         "--dtype",
         choices=["float32", "float64", "bfloat16", "float16"],
@@ -123,8 +126,6 @@ def _add_execution(command: argparse.ArgumentParser) -> None:
         metavar="MAP",
         help="spread the model over devices by accelerate: auto, balanced, sequential, or JSON from parts to devices",
     )
-    command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
-    command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
 
 
 def resolve(options: argparse.Namespace) -> argparse.Namespace:

@@ -1,26 +1,21 @@
-"""A transformers model with its tokenizer: from words to numbers and back."""
+"""A transformers model with its tokenizer, and a text in its tokens."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from captum_ssm import models
 from captum_ssm.cli.encoding import Encoding
 from captum_ssm.cli.loading import Placement, load
 from captum_ssm.cli.problems import CommandError
+from captum_ssm.datasets.outcomes import Outcomes
 from captum_ssm.network.hosts import inside
-
-SPECIAL_TOKENS = ("unk", "pad", "mask")
-"""Special tokens of a tokenizer that may replace a word; the first one that the model has is the default reference."""
 
 
 @dataclass(frozen=True)
-class TextModel:
+class TextModel(Outcomes):
     """A transformers model with its tokenizer, and the words for its predictions.
 
     Attributes:
@@ -29,9 +24,7 @@ class TextModel:
         source: Where the model comes from, in words.
     """
 
-    model: Any
-    tokenizer: Any
-    source: str
+    source: str = ""
 
     @classmethod
     def load(cls, source: str, placement: Placement) -> TextModel:
@@ -78,105 +71,3 @@ class TextModel:
             raise CommandError("the text has no token to explain; pass at least one word.")
         ids, mask = (encoding[name].to(self.device) for name in ("input_ids", "attention_mask"))
         return Encoding(text, self.tokenizer, ids, mask, offsets)
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the model scores classes rather than vocabulary entries."""
-        return type(inside(self.model)).__name__.endswith("ForSequenceClassification")
-
-    def name(self, target: int) -> str:
-        """Return the word for a class or a vocabulary entry."""
-        if self.classifies:
-            return str(self.model.config.id2label.get(target, target))
-        return str(self.tokenizer.decode([target]).strip() or self.tokenizer.convert_ids_to_tokens(target))
-
-    def target(self, word: str, count: int) -> int:
-        """Return the number of a class or a vocabulary entry.
-
-        Args:
-            word: Its name or number.
-            count: The number of classes, or of vocabulary entries.
-
-        Returns:
-            A number from 0 to ``count - 1``.
-
-        Raises:
-            CommandError: If no class or token has this name, or the number is out of range.
-        """
-        if (number := _as_number("target", word, count)) is not None:
-            return number
-        if self.classifies:
-            labels = {str(label): number for number, label in self.model.config.id2label.items()}
-            if word not in labels:
-                raise CommandError(f"there is no class {word!r}; choose from {', '.join(labels)}.")
-            return labels[word]
-        return self.token(word)
-
-    def token(self, word: str) -> int:
-        """Return the id of the one token that a word consists of.
-
-        Args:
-            word: A word, with or without a blank before it in the vocabulary.
-
-        Returns:
-            The id.
-
-        Raises:
-            CommandError: If the word consists of several tokens, or the tokenizer does not know it.
-        """
-        candidates = [self.tokenizer.encode(form, add_special_tokens=False) for form in (f" {word}", word)]
-        single = [ids[0] for ids in candidates if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
-        if not single:
-            pieces = self.tokenizer.convert_ids_to_tokens(candidates[0])
-            raise CommandError(f"{word!r} is not one token of this model, but {pieces}; choose one of them.")
-        return single[0]
-
-    def reference(self, word: str | None) -> int | None:
-        """Return the token of which the reference text consists, or None for frozen gates.
-
-        Args:
-            word: ``"unk"``, ``"pad"`` or ``"mask"``, ``"none"``, a special token as the tokenizer writes it, a word, or
-                an id; None takes the first special token that tokenizer and model have.
-
-        Returns:
-            The id of the token, or None.
-
-        Raises:
-            CommandError: If the model has no such token.
-        """
-        count = self.model.get_input_embeddings().weight.shape[0]
-        special = {name: getattr(self.tokenizer, f"{name}_token_id") for name in SPECIAL_TOKENS}
-        special = {name: token for name, token in special.items() if token is not None and token < count}
-        if word is None:
-            return next(iter(special.values()), None)
-        if word == "none":
-            return None
-        if word in SPECIAL_TOKENS and word not in special:
-            others = ", ".join([*special, "none"])
-            raise CommandError(f"the model has no {word} token; choose {others}, a word, or an id.")
-        if word in special:
-            return special[word]
-        if (number := _as_number("reference", word, count)) is not None:
-            return number
-        if word in self.tokenizer.all_special_tokens:
-            return int(self.tokenizer.convert_tokens_to_ids(word))
-        return self.token(word)
-
-    def prediction(self, logits: Tensor) -> str:
-        """Return the most probable outcomes in words, from the logits (V,) of all."""
-        best = logits.softmax(-1).topk(min(3, len(logits)))
-        outcomes = [(self.name(int(k)), float(p)) for p, k in zip(*best)]
-        return ", ".join(f"{name!r} {p:.1%}" for k, (name, p) in enumerate(outcomes) if k == 0 or p >= 0.001)
-
-
-def _as_number(option: str, word: str, count: int) -> int | None:
-    """Return a number that is written in digits, or None for any other word.
-
-    Raises:
-        CommandError: If the number does not lie in 0 to ``count - 1``.
-    """
-    if not re.fullmatch(r"-?[0-9]+", word):
-        return None
-    if not 0 <= int(word) < count:
-        raise CommandError(f"{option} {word} is out of range; the model has {count} (0 to {count - 1}).")
-    return int(word)

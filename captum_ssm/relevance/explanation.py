@@ -21,6 +21,8 @@ class Explanation:
         decisions: Names of the functions whose decision the reference would have made otherwise.
         fidelity: Relative error of every layer's decomposition by layer name.
         followed: By name of each known layer how it was followed, see :func:`~captum_ssm.relevance.follow.follow`.
+        value: F(x), (S,): that of this run, or with ``with_delta`` that of another run of the model.
+        reference_value: F(x') as the model itself gives it, (S,); NaN with frozen gates.
     """
 
     relevance: tuple[Tensor, ...]
@@ -30,6 +32,8 @@ class Explanation:
     decisions: set[str]
     fidelity: dict[str, float]
     followed: dict[str, str]
+    value: Tensor
+    reference_value: Tensor
 
     @staticmethod
     def mean(explanations: Sequence[Explanation]) -> Explanation:
@@ -40,8 +44,12 @@ class Explanation:
         """Return the explanations of so many equal parts of the examples, one after the other."""
         names, terms = list(self.terms), zip(*(term.chunk(count) for term in self.terms.values()))
         relevance = zip(*(r.chunk(count) for r in self.relevance))
-        each = zip(relevance, self.delta.chunk(count), list(terms) or [()] * count)
-        return [replace(self, relevance=r, delta=delta, terms=dict(zip(names, values))) for r, delta, values in each]
+        totals = zip(*(total.chunk(count) for total in (self.delta, self.value, self.reference_value)))
+        each = zip(relevance, totals, list(terms) or [()] * count)
+        return [
+            replace(self, relevance=r, delta=delta, value=value, reference_value=other, terms=dict(zip(names, values)))
+            for r, (delta, value, other), values in each
+        ]
 
     @staticmethod
     def joined(explanations: Sequence[Explanation]) -> Explanation:
@@ -60,4 +68,6 @@ class Explanation:
             set[str]().union(*(part.decisions for part in parts)),
             {name: max(part.fidelity.get(name, 0.0) for part in parts) for name in layers},
             {name: way for part in parts for name, way in part.followed.items()},
+            merge([part.value for part in parts]),
+            merge([part.reference_value for part in parts]),
         )

@@ -239,7 +239,7 @@ class Run:
             terms["skip"] = sums(skips)
         if with_delta or (changed and not self._is_frozen):
             value = self._plain_score(self.inputs).to(value).reshape(value.shape)
-        difference = value
+        difference, plain_reference = value, torch.full_like(value, torch.nan)
         if not self._is_frozen:
             plain_inputs = [explained.plain_reference() for explained in self._inputs]
             plain_reference = self._plain_score(plain_inputs).to(value).reshape(value.shape)
@@ -255,7 +255,8 @@ class Run:
             allowed = max(allowed, COMPLETENESS[_OF_QUANTISED])
         if not error <= allowed:
             raise CompletenessError(error, allowed, _lost_paths(self.model))
-        return Explanation(relevance, terms, missing, error, changed, self.fidelity, self.followed)
+        found = self.fidelity, self.followed
+        return Explanation(relevance, terms, missing, error, changed, *found, value, plain_reference)
 
     def _plain_score(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the score that the model itself gives, (S,)."""
