@@ -4,6 +4,7 @@
 # make test-packages  run the tests of the layers of mambapy, minGRU-pytorch, s5-pytorch, torchscale, rwkv7-hf, xlstm, ...
 # make test-deployed  run the tests of fine-tuned, quantised and placed models, with peft, bitsandbytes, torchao, ...
 # make test-hosts   run the tests of PEFT, nnsight, TransformerLens, Lightning, sentence-transformers, inseq, shap, quantus
+# make test-pages   run the tests of pages in a headless Chromium; apt-get install chromium
 # make test-versions  run the tests that hold on every release of transformers, on each that is supported; with
 #                   VERSIONS="4.57 5.24" on these
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
@@ -17,7 +18,7 @@ PYTEST := python -m pytest -n auto --maxprocesses 8
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native
-OVERLAYS := packages deployed hosts
+OVERLAYS := packages deployed hosts pages
 VERSIONS := $(shell sed -n 's/^\([0-9.]*\) .*/\1/p' constraints-versions.txt)
 WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE

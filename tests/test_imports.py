@@ -21,13 +21,14 @@ LOOSE = {"errors", "_captum", "_progress"}
 """Modules outside the rooms that every room but the operators may import."""
 ROOMS: dict[str, set[str]] = {
     "operators": set(),
+    "pages": set(),
     "layers": {"operators"},
     "network": {"layers", "operators"},
     "matrices": {"network", "layers", "operators"},
     "relevance": {"network", "layers", "operators"},
-    "attr": {"relevance", "matrices", "network", "layers", "operators"},
+    "attr": {"pages", "relevance", "matrices", "network", "layers", "operators"},
     "metrics": {"network"},
-    "visualization": {"metrics"},
+    "visualization": {"metrics", "pages"},
     "models": set(),
 }
 """Rooms of the package, and those that each may import: an arrow points down, never up."""
