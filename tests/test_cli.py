@@ -282,7 +282,7 @@ def test_a_probability_or_a_logit_may_be_explained(run: Any, tmp_path: Path) -> 
             page = tmp_path / f"{score} {method}.html"
             shown = run(GOOD, "--score", score, "--method", method, "--html", page)
             assert shown.status == 0 and shown.fact("explained") == f"{score} of 'positive'"
-            pages[score, method] = re.findall(r'class="text">.*', page.read_text(encoding="utf-8"))
+            pages[score, method] = re.findall(r'class="text"[^>]*>.*', page.read_text(encoding="utf-8"))
     for method in ("relevance", "attribution"):
         assert pages["logit", method] != pages["log-probability", method]
     assert pages["logit", "rollout"] == pages["log-probability", "rollout"]
