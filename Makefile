@@ -9,6 +9,9 @@
 #                   VERSIONS="4.57 5.24" on these
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
+# make docs         build the documentation site into out/docs/html; a broken link or a missing docstring fails
+# make dist         build the source distribution and the wheel into dist/, and judge their metadata by twine
+# make release      do all that RELEASING.md asks for but the upload
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
 
 PYTHON ?= python3
@@ -24,7 +27,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist bench benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs dist release bench benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -61,6 +64,19 @@ lint: $(VENV)/dev.done
 
 check-sdist: $(VENV)/dev.done
 	$(VENV)/bin/python -m scripts.check_sdist
+
+docs: .venv-docs/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-docs/bin/python -m scripts.build_docs
+
+dist: .venv-release/installed
+	rm -rf dist
+	.venv-release/bin/python -m build --no-isolation .
+	.venv-release/bin/python -m twine check --strict dist/*
+
+release: .venv-release/installed
+	.venv-release/bin/python -m scripts.release
+	$(MAKE) check-sdist dist
+	.venv-release/bin/python -m scripts.release --try dist
 
 bench: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed
@@ -104,7 +120,8 @@ endef
 
 # Packages on top of it: constraints-NAME.txt lists all that is installed, as nothing is installed for being asked for by
 # another package.
-$(OVERLAYS:%=.venv-%/installed): .venv-%/installed: constraints-%.txt $(VENV)/test.done
+$(OVERLAYS:%=.venv-%/installed) .venv-docs/installed .venv-release/installed: .venv-%/installed: constraints-%.txt \
+		$(VENV)/test.done
 	@echo "Installing the packages of constraints-$*.txt into .venv-$*"
 	$(OVERLAY)
 	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
@@ -117,4 +134,4 @@ $(VERSIONS:%=.venv-versions/%/installed): .venv-versions/%/installed: constraint
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-versions .venv-lowest out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-docs .venv-release .venv-versions .venv-lowest out build *.egg-info
