@@ -4,9 +4,9 @@ Run from the root of the repository, in the environment of ``constraints-docs.tx
 
     python -m scripts.build_docs
 
-The sources are gathered in ``out/docs/source``: the folder ``docs``, the pages of ``PAGES`` that stand elsewhere, a page
-of the reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link to
-another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
+The sources are gathered in ``out/docs/source``: the folder ``docs``, the pages of ``PAGES``, which stand elsewhere, a page
+of the reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link
+to another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
 """
 
 from __future__ import annotations

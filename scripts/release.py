@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import site
 import subprocess
 import sys
 import venv
@@ -87,8 +88,8 @@ def try_wheel(folder: Path) -> None:
         ).stdout.strip()
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--target", where, str(wheels[0])], check=True)
-        others = [path for path in sys.path if path.endswith("site-packages")]  # behind the wheel: no editable install
-        (Path(where) / "others.pth").write_text("\n".join(others), encoding="utf-8")
+        behind = f"import site; site.addsitedir({site.getsitepackages()[0]!r})"  # the wheel is found first
+        (Path(where) / "others.pth").write_text(behind, encoding="utf-8")
         code = f"import captum_ssm, captum_ssm.cli; assert captum_ssm.__file__.startswith({where!r}); "
         code += f"raise SystemExit(captum_ssm.cli.main(['explain', {SENTENCE!r}, '--html', 'page.html']))"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

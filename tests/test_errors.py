@@ -47,3 +47,11 @@ def test_an_error_of_ones_own_has_the_place_of_its_base() -> None:
         """An error of another package."""
 
     assert Own("x").docs == errors.InvalidInputError.docs
+
+
+def test_the_page_quotes_messages_as_they_are() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in Path(errors.__file__).parent.rglob("*.py"))
+    text = re.sub(r'"\s*f?"', "", " ".join(" ".join(sources).split()))  # messages over several lines are one
+    rows = re.findall(r"^\| (\".*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall(r'"(.*?)"', row)]
+    assert len(quoted) > 15 and not [quote for quote in quoted if quote not in text]
