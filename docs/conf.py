@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 
 import captum_ssm
@@ -34,6 +36,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 add_module_names = False
@@ -44,13 +47,22 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?!captum_ssm).*"),  # other packages, and type variables
     (r"py:.*", r"captum_ssm\.(_captum|attr|cli|layers|matrices|network|pages|relevance)\..*"),  # internal: plain code
     (r"py:.*", r"captum_ssm\.(metrics|operators|visualization)\.\w+\.\w+"),  # a public name by its module
+    (r"py:.*", r"captum_ssm\.errors\._\w+"),
 ]
 
 _LOG = logging.getLogger(__name__)
 
 
 def _refuse_missing(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Warn, which is an error here, of anything documented that has no docstring."""
+    """Warn, which is an error here, of anything documented that has no docstring.
+
+    A constant that a package takes from one of its modules has the docstring below it there.
+    """
+    package, _, constant = name.rpartition(".")
+    if what == "data" and not lines:
+        analyzers = [ModuleAnalyzer.for_module(module) for module in sys.modules if module.startswith(f"{package}.")]
+        found = (analyzer.find_attr_docs().get(("", constant)) for analyzer in analyzers)
+        lines[:] = next(filter(None, found), [])
     if not any(line.strip() for line in lines):
         _LOG.warning("%s %s has no docstring", what, name)
 

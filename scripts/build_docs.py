@@ -4,14 +4,16 @@ Run from the root of the repository, in the environment of ``constraints-docs.tx
 
     python -m scripts.build_docs
 
-The sources are gathered in ``out/docs/source``: the folder ``docs``, the pages of ``PAGES``, which stand elsewhere, a page
-of the reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link
-to another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
+The sources are gathered in ``out/docs/source``: the folder ``docs``, the ``PAGES`` that stand elsewhere, a page of the
+reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link to
+another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import os
 import re
 import shutil
@@ -30,7 +32,6 @@ SOURCE = OUT / "source"
 REPOSITORY = "https://github.com/captum-ssm/captum-ssm"
 PAGES = {
     "benchmarks/RESULTS.md": "results.md",
-    "benchmarks/tried.md": "tried.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "RELEASING.md": "releasing.md",
@@ -44,16 +45,24 @@ REFERENCE = """# `{name}`
 ```{{eval-rst}}
 .. automodule:: {name}
    :members:
+   :undoc-members:
+   :exclude-members: {elsewhere}
    :inherited-members: {others}
    :show-inheritance:
+
+{constants}
 ```
 """
 OTHERS = (
-    "Attribution", "GradientAttribution", "InternalAttribution", "LayerAttribution", "NeuronAttribution",
+    "Attribution", "GradientAttribution", "InternalAttribution", "LayerGradientXActivation", "LayerAttribution", "NeuronAttribution",
     "LLMAttributionResult", "BaseException", "Exception", "ValueError", "RuntimeError", "dict", "list", "tuple",
     "object",
 )  # fmt: skip
 """Classes of other packages, whose members the reference does not repeat."""
+
+
+CAPTUMS = ("compute_convergence_delta",)
+"""Methods of Captum that the reference leaves out, wherever they come from."""
 
 
 def stage() -> None:
@@ -72,10 +81,15 @@ def stage() -> None:
     broken: list[str] = []
     for path, place in places.items():
         (SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in (".md", ".ipynb"):
-            text = executed(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
-            linked = LINK.sub(partial(_link, path=path, places=places, broken=broken), text)
-            (SOURCE / place).write_text(linked, encoding="utf-8")
+        linked = partial(LINK.sub, partial(_link, path=path, places=places, broken=broken))
+        if path.suffix == ".md":
+            (SOURCE / place).write_text(linked(path.read_text(encoding="utf-8")), encoding="utf-8")
+        elif path.suffix == ".ipynb":
+            notebook = json.loads(executed(path))
+            for cell in notebook["cells"]:
+                if cell["cell_type"] == "markdown":
+                    cell["source"] = linked("".join(cell["source"]))
+            (SOURCE / place).write_text(json.dumps(notebook), encoding="utf-8")
         else:
             shutil.copy(path, SOURCE / place)
     if broken:
@@ -83,7 +97,7 @@ def stage() -> None:
     for name in public():
         page = SOURCE / "api" / f"{name}.md"
         page.parent.mkdir(exist_ok=True)
-        page.write_text(REFERENCE.format(name=name, others=", ".join(OTHERS)), encoding="utf-8")
+        page.write_text(reference(name), encoding="utf-8")
 
 
 def _link(link: re.Match[str], path: Path, places: dict[Path, Path], broken: list[str]) -> str:
@@ -105,6 +119,34 @@ def _link(link: re.Match[str], path: Path, places: dict[Path, Path], broken: lis
         broken.append(f"{path.relative_to(ROOT)}: {address}")
         return link.group()
     return f"{before}{REPOSITORY}/blob/main/{target.relative_to(ROOT)}{after}"
+
+
+def reference(name: str) -> str:
+    """Return the page of a public module. What it takes from another public module is documented there.
+
+    Args:
+        name: The name of the module.
+    """
+    module, others = sys.modules[name], set(public()) - {name}
+    elsewhere = [member for member in getattr(module, "__all__", ()) if _module(getattr(module, member)) in others]
+    constants = [
+        member
+        for member in getattr(module, "__all__", ())
+        if not inspect.isclass(value := getattr(module, member))
+        and not inspect.isroutine(value)
+        and not inspect.ismodule(value)
+    ]
+    return REFERENCE.format(
+        name=name,
+        elsewhere=", ".join([*elsewhere, *constants, *CAPTUMS]),
+        others=", ".join(OTHERS),
+        constants="\n".join(f".. autodata:: {name}.{constant}\n   :no-value:\n" for constant in constants),
+    )
+
+
+def _module(member: object) -> str:
+    """Return the name of the module that a class or function is written in, or that a module is."""
+    return str(getattr(member, "__module__", None) or getattr(member, "__name__", ""))
 
 
 def public() -> Iterator[str]:
