@@ -54,9 +54,9 @@ REFERENCE = """# `{name}`
 ```
 """
 OTHERS = (
-    "Attribution", "GradientAttribution", "InternalAttribution", "LayerGradientXActivation", "LayerAttribution", "NeuronAttribution",
-    "LLMAttributionResult", "BaseException", "Exception", "ValueError", "RuntimeError", "dict", "list", "tuple",
-    "object",
+    "Attribution", "GradientAttribution", "InternalAttribution", "LayerGradientXActivation", "LayerAttribution",
+    "NeuronAttribution", "LLMAttributionResult", "BaseException", "Exception", "ValueError", "RuntimeError", "dict",
+    "list", "tuple", "object",
 )  # fmt: skip
 """Classes of other packages, whose members the reference does not repeat."""
 
