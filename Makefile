@@ -5,10 +5,14 @@
 # make test-deployed  run the tests of fine-tuned, quantised and placed models, with peft, bitsandbytes, torchao, ...
 # make test-hosts   run the tests of PEFT, nnsight, TransformerLens, Lightning, sentence-transformers, inseq, shap, quantus
 # make test-ray     run the tests of whole data sets, with pyarrow, datasets and a local cluster of Ray
+# make test-pages   run the tests of pages in a headless Chromium; apt-get install chromium
 # make test-versions  run the tests that hold on every release of transformers, on each that is supported; with
 #                   VERSIONS="4.57 5.24" on these
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
+# make docs         build the documentation site into out/docs/html; a broken link or a missing docstring fails
+# make dist         build the source distribution and the wheel into dist/, and judge their metadata by twine
+# make release      do all that RELEASING.md asks for but the upload
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
 
 PYTHON ?= python3
@@ -18,13 +22,13 @@ PYTEST := python -m pytest -n auto --maxprocesses 8
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native
-OVERLAYS := packages deployed hosts ray
+OVERLAYS := packages deployed hosts ray pages
 VERSIONS := $(shell sed -n 's/^\([0-9.]*\) .*/\1/p' constraints-versions.txt)
 WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist bench bench-check benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs dist release bench bench-check benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -61,6 +65,19 @@ lint: $(VENV)/dev.done
 
 check-sdist: $(VENV)/dev.done
 	$(VENV)/bin/python -m scripts.check_sdist
+
+docs: .venv-docs/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-docs/bin/python -m scripts.build_docs
+
+dist: .venv-release/installed
+	rm -rf dist
+	.venv-release/bin/python -m build --no-isolation .
+	.venv-release/bin/python -m twine check --strict dist/*
+
+release: .venv-release/installed
+	.venv-release/bin/python -m scripts.release
+	$(MAKE) check-sdist dist
+	.venv-release/bin/python -m scripts.release --try dist
 
 # Measures speed and memory on one core, half an hour; stores the figures, and writes the README's table from them.
 bench: $(VENV)/test.done
@@ -106,7 +123,8 @@ endef
 
 # Packages on top of it: constraints-NAME.txt lists all that is installed, as nothing is installed for being asked for by
 # another package.
-$(OVERLAYS:%=.venv-%/installed): .venv-%/installed: constraints-%.txt $(VENV)/test.done
+$(OVERLAYS:%=.venv-%/installed) .venv-docs/installed .venv-release/installed: .venv-%/installed: constraints-%.txt \
+		$(VENV)/test.done
 	@echo "Installing the packages of constraints-$*.txt into .venv-$*"
 	$(OVERLAY)
 	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
@@ -119,4 +137,4 @@ $(VERSIONS:%=.venv-versions/%/installed): .venv-versions/%/installed: constraint
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-versions .venv-lowest out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-docs .venv-release .venv-versions .venv-lowest out build *.egg-info

@@ -112,7 +112,8 @@ def test_a_generation_is_explained_token_by_token(run: Any, tmp_path: Path, meth
     assert written and f"Where {written.group(1).strip()!r} comes from" in shown.out
     assert [row[0] for row in rows] == re.findall(r"\w+|[^\w\s]", written.group(1))
     assert "log-probability of each of 4 tokens" in shown.flat and "largest relative error over" in shown.flat
-    assert Text(page.read_text(encoding="utf-8")).text.strip() == "A gorgeous movie. It is"
+    whole = Text(page.read_text(encoding="utf-8")).text
+    assert whole.startswith("A gorgeous movie. It is ") and whole.endswith(written.group(1).strip().split()[-1])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -281,7 +282,7 @@ def test_a_probability_or_a_logit_may_be_explained(run: Any, tmp_path: Path) -> 
             page = tmp_path / f"{score} {method}.html"
             shown = run(GOOD, "--score", score, "--method", method, "--html", page)
             assert shown.status == 0 and shown.fact("explained") == f"{score} of 'positive'"
-            pages[score, method] = re.findall(r'class="text">.*', page.read_text(encoding="utf-8"))
+            pages[score, method] = re.findall(r'class="text"[^>]*>.*', page.read_text(encoding="utf-8"))
     for method in ("relevance", "attribution"):
         assert pages["logit", method] != pages["log-probability", method]
     assert pages["logit", "rollout"] == pages["log-probability", "rollout"]
@@ -303,8 +304,8 @@ NUMBER = r"[+-]?\d+\.\d{4}"
 
 def colours(page: Path) -> torch.Tensor:
     """The scores that a page shows when the pointer is over a word."""
-    (text,) = re.findall(r'class="text">(.*)</p>', page.read_text(encoding="utf-8"))
-    return torch.tensor([float(score) for score in re.findall(r'title="([^"]+)"', text)])
+    (text,) = re.findall(r'class="text"[^>]*>(.*)</p>', page.read_text(encoding="utf-8"))
+    return torch.tensor([float(score.replace("\N{MINUS SIGN}", "-")) for score in re.findall(r'title="([^"]+)"', text)])
 
 
 def explained(logits: torch.Tensor, score: str, target: int, contrast: int | None) -> float:
@@ -745,3 +746,28 @@ def test_the_module_is_a_program(run: Any, tmp_path: Path) -> None:
     assert GOOD in done.stdout and "Why 'positive'?" in done.stdout and not done.stderr
     assert (tmp_path / "page.html").is_file()
     assert " ".join(done.stdout.split()).split(" model ")[0] == run(GOOD).flat.split(" model ")[0]
+
+
+# --- Layers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_shows_the_relevance_before_each_layer(run: Any, tmp_path: Path) -> None:
+    """Each block reads the residual stream alone, so the scores before each have one sum."""
+    page = tmp_path / "page.html"
+    assert run(GOOD, "--layers", "--html", page).status == 0
+    rows = re.findall(r'<tr><th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', page.read_text(encoding="utf-8"))
+    assert [name for name, _ in rows] == ["embeddings", *(f"before layer {k}" for k in range(3))]
+    found = [re.findall(r"<td[^>]*>(.*?)</td>", cells) for _, cells in rows]
+    scores = torch.tensor([[float(cell.replace("\N{MINUS SIGN}", "-")) for cell in row] for row in found])
+    torch.testing.assert_close(scores.sum(1), scores[:1].sum(1).expand(4), rtol=1e-2, atol=0)
+    torch.testing.assert_close(scores[1], scores[0])
+    assert float((scores[3] - scores[0]).abs().max()) > 1e-2
+
+
+def test_layers_without_a_page_or_of_a_generation_are_refused(run: Any, tmp_path: Path) -> None:
+    assert_refused(run(GOOD, "--layers"), "add --html FILE, or leave --layers out")
+    page = tmp_path / "page.html"
+    assert_refused(run(GOOD, "--layers", "--html", page, "--method", "rollout"), "--layers is no option of the method")
+    options = ("--generate", 2, "--method", "relevance")
+    assert_refused(run(GOOD, "--layers", "--html", page, *options), "leave it or --generate out")
+    assert not page.exists()

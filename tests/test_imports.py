@@ -21,14 +21,15 @@ LOOSE = {"errors", "_captum", "_progress"}
 """Modules outside the rooms that every room but the operators may import."""
 ROOMS: dict[str, set[str]] = {
     "operators": set(),
+    "pages": set(),
     "layers": {"operators"},
     "network": {"layers", "operators"},
     "matrices": {"network", "layers", "operators"},
     "relevance": {"network", "layers", "operators"},
-    "attr": {"relevance", "matrices", "network", "layers", "operators"},
+    "attr": {"pages", "relevance", "matrices", "network", "layers", "operators"},
     "metrics": {"network"},
-    "visualization": {"metrics"},
-    "datasets": {"visualization", "metrics", "attr", "network", "layers"},
+    "visualization": {"metrics", "pages"},
+    "datasets": {"visualization", "pages", "metrics", "attr", "network", "layers"},
     "models": set(),
 }
 """Rooms of the package, and those that each may import: an arrow points down, never up."""

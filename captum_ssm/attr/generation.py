@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,32 @@ from captum_ssm.network.inputs import outside_inference_mode, refuse_bad_inputs,
 from captum_ssm.network.interface import is_language_model, output_embeddings
 from captum_ssm.network.reference import Baseline
 from captum_ssm.network.turns import unchanged
+from captum_ssm.pages import Views, token_texts, views_html
+
+
+class AnswerAttribution(LLMAttributionResult):
+    """Captum's result, which a notebook shows as a text whose written tokens show where they come from.
+
+    Args:
+        texts: The characters that each token of prompt and answer adds to the text.
+        **result: The arguments of Captum's result; ``token_attr`` is one of them.
+    """
+
+    def __init__(self, *, texts: Sequence[str], **result: Any) -> None:
+        super().__init__(**result)
+        self.texts = list(texts)
+
+    @property
+    def views(self) -> Views:
+        """One view of the text for each written token, and their sum; ``views_html(result.views)`` is a page."""
+        count = len(self.output_tokens)
+        names = [*self.input_tokens, self.output_tokens[-1]]
+        answer = "".join(self.texts[-count:]).strip()
+        return Views.of_answer(self.texts, names, cast(Tensor, self.token_attr), f"Where {answer!r} comes from")
+
+    def _repr_html_(self) -> str:
+        """Show the result in a notebook."""
+        return views_html(self.views, page=False)
 
 
 class LLMImplicitAttention:
@@ -77,7 +104,7 @@ class LLMImplicitAttention:
         *,
         baselines: Baseline | list[Baseline] | None = None,
         show_progress: bool = False,
-    ) -> LLMAttributionResult:
+    ) -> AnswerAttribution:
         """Explain each generated token by the tokens before it.
 
         Args:
@@ -94,7 +121,8 @@ class LLMImplicitAttention:
             Captum's result. ``token_attr`` (generated tokens, prompt and generated tokens): row i has the scores of
             generated token i, for its log-probability; tokens that come after it have exactly 0. ``seq_attr`` is the
             sum of the rows: the sources of the whole answer. ``input_tokens`` are the prompt and the answer but for
-            its last token, ``output_tokens`` the answer. It plots with ``plot_token_attr()`` and ``plot_seq_attr()``.
+            its last token, ``output_tokens`` the answer. It plots with ``plot_token_attr()`` and ``plot_seq_attr()``;
+            a notebook shows it as a text in which each written token shows where it comes from.
 
         Raises:
             InvalidInputError: If the prompt or the answer is empty, or has ids that the model does not know; if the
@@ -116,11 +144,12 @@ class LLMImplicitAttention:
         ids = torch.cat([prompt, answer], dim=1)
         scores = self.explain(ids, prompt.shape[1], baselines=baselines, show_progress=show_progress)
         tokens = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        return LLMAttributionResult(
+        return AnswerAttribution(
             seq_attr=scores.sum(0),
             token_attr=scores,
             input_tokens=tokens[:-1],
             output_tokens=tokens[prompt.shape[1] :],
+            texts=token_texts(self.tokenizer, ids[0].tolist()),
         )
 
     def explain(

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command](options)
     except (CommandError, FidelityError, InvalidInputError, ModelStateError, UnsupportedModelError) as error:
-        print(f"captum-ssm: error: {error}", file=sys.stderr)
+        print("\n".join([f"captum-ssm: error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_ssm.pages.token_texts import offset_texts
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -31,6 +33,11 @@ class Encoding:
     def added(self) -> list[int]:
         """Positions of the tokens that the tokenizer added and that stand nowhere in the text."""
         return [k for k, (start, end) in enumerate(self.offsets) if start == end]
+
+    @property
+    def texts(self) -> list[str]:
+        """The characters of the text that belong to each token; none to a token that the tokenizer added."""
+        return offset_texts(self.text, self.offsets)
 
     def to_continue(self) -> Encoding:
         """Return the text without the tokens that the tokenizer added behind it, which end a text or ask a question."""

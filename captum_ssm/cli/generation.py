@@ -14,7 +14,7 @@ from captum_ssm.cli.explanation import Explanation
 from captum_ssm.cli.methods import METHODS, method_facts
 from captum_ssm.cli.problems import CommandError
 from captum_ssm.cli.text_model import TextModel
-from captum_ssm.visualization import Passage, token_heatmap
+from captum_ssm.visualization import Passage, Views, token_heatmap, token_texts
 
 
 def explain_generation(options: argparse.Namespace, text_model: TextModel, encoding: Encoding) -> Explanation:
@@ -70,7 +70,10 @@ def explain_generation(options: argparse.Namespace, text_model: TextModel, encod
         title=title,
     )
     passage = Passage.from_offsets(encoding.text, encoding.offsets, of_text, title, facts)
-    return Explanation(passage, draw, tuple(_strongest(rows, tokens, start)))
+    texts = [*encoding.texts, *token_texts(text_model.tokenizer, ids[0].tolist())[start:]]
+    names = text_model.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    views = Views.of_answer(texts, names, rows, title, facts)
+    return Explanation(passage, draw, tuple(_strongest(rows, tokens, start)), views)
 
 
 def _reference_ids(encoding: Encoding, token: int, ids: Tensor) -> Tensor:
@@ -103,13 +106,15 @@ def _refuse_other_options(options: argparse.Namespace, text_model: TextModel) ->
     """Raise if an option does not go with a generation.
 
     Raises:
-        CommandError: If there is a target, a contrast, another score or no token to generate, or the model is a
-            classifier.
+        CommandError: If there is a target, a contrast, another score or no token to generate, layers are asked for, or
+            the model is a classifier.
     """
     if options.target is not None or options.contrast is not None:
         raise CommandError("--generate explains what the model writes; leave --target and --contrast out.")
     if options.score != "log-probability":
         raise CommandError("--generate explains log-probabilities; leave --score out.")
+    if options.layers:
+        raise CommandError("--layers shows the layers of one prediction; leave it or --generate out.")
     if text_model.classifies:
         raise CommandError("the model is a classifier and generates no text; leave --generate out.")
     if options.generate < 1:

@@ -34,6 +34,7 @@ MATRIX_METHODS = ("attribution", "rollout", "raw")
 METHOD_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
     "reference": (("relevance",), None),
     "gates": (("relevance",), "half"),
+    "layers": (("relevance",), False),
     "rectify": (("attribution",), "none"),
     "fusion": (("rollout", "raw"), "root"),
     "attention": (MATRIX_METHODS, "unified"),

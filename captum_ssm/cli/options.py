@@ -100,6 +100,13 @@ def add_method(command: argparse.ArgumentParser) -> None:
 def _add_execution(command: argparse.ArgumentParser) -> None:
     """Add the options that say how the model runs, and what is written."""
     add_placement(command)
+    command.add_argument(
+        "--layers",
+        action="store_true",
+        default=None,
+        help="relevance: the HTML page also shows the relevance before each layer, at the price of one more "
+        "explanation for each",
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")
     command.add_argument("--json", action="store_true", help="print the explanation as one line of JSON instead")
@@ -155,6 +162,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             raise CommandError(f"--{name} is no option of the method {method}; {remedy}.")
         elif name == "gates" and options.reference != "none":
             raise CommandError("--gates is for frozen gates; add --reference none, or leave --gates out.")
+    if options.layers and options.html is None:
+        raise CommandError("--layers is for the HTML page; add --html FILE, or leave --layers out.")
     return options
 
 

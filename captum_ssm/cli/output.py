@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from captum_ssm.cli.explanation import Explanation
 from captum_ssm.cli.problems import MISSING_EXTRA, CommandError
-from captum_ssm.visualization import Passage, text_html, text_terminal
+from captum_ssm.visualization import Passage, text_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ def show(explanation: Explanation, console: Console, files: Mapping[str, Path | 
         console.print(_escaped(line), soft_wrap=True)
     for name, value in (passage.facts or {}).items():
         console.print(_fact(name, value), soft_wrap=True)
-    writers = {"html": partial(_write_html, passage), "png": partial(_write_figure, explanation.draw)}
+    writers = {"html": partial(_write_html, explanation), "png": partial(_write_figure, explanation.draw)}
     for name, write in writers.items():
         if (path := files[name]) is not None:
             try:
@@ -74,8 +74,8 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def _write_html(passage: Passage, path: Path) -> None:
-    path.write_text(text_html(passage), encoding="utf-8")
+def _write_html(explanation: Explanation, path: Path) -> None:
+    path.write_text(explanation.html(), encoding="utf-8")
 
 
 def _write_figure(draw: Callable[[], Figure], path: Path) -> None:

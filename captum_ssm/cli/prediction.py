@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from captum_ssm import ImplicitAttentionRelevance, UnsupportedModelError
+from captum_ssm import ImplicitAttentionRelevance, LayerImplicitAttentionRelevance, UnsupportedModelError
 from captum_ssm.cli.encoding import Encoding
 from captum_ssm.cli.explanation import Explanation
+from captum_ssm.cli.layers import layer_views
 from captum_ssm.cli.methods import METHODS, method_facts
 from captum_ssm.cli.problems import CommandError
 from captum_ssm.cli.text_model import TextModel
@@ -31,8 +32,8 @@ def explain_prediction(options: argparse.Namespace, text_model: TextModel, encod
         The text coloured by the contributions of its tokens to the score of the target.
 
     Raises:
-        CommandError: If target, contrast or reference are unknown, the contrast is the target, or the model calls a
-            function that relevance has no rule for.
+        CommandError: If target, contrast or reference are unknown, the contrast is the target, the model calls a
+            function that relevance has no rule for, or has no list of layers to show.
     """
     with torch.no_grad():
         logits = run_model(text_model.model, encoding.ids, encoding.mask)[0]  # (V,)
@@ -50,7 +51,7 @@ def explain_prediction(options: argparse.Namespace, text_model: TextModel, encod
     reference = text_model.reference(options.reference) if options.method == "relevance" else None
     method = METHODS[options.method](forward, text_model.model, options)
     attribute = partial(method.attribute, encoding.ids, target, encoding.mask, contrast=contrast, show_progress=True)
-    sums = {}
+    sums, baselines = {}, None
     if isinstance(method, ImplicitAttentionRelevance):
         evidence = transform(logits)
         value = float(evidence[target] if contrast is None else evidence[target] - evidence[contrast])
@@ -72,7 +73,17 @@ def explain_prediction(options: argparse.Namespace, text_model: TextModel, encod
     }
     title = f"Why {name!r}" + (f" and not {other!r}?" if other else "?")
     passage = Passage.from_offsets(encoding.text, encoding.offsets, relevance[0], title, facts)
-    return Explanation(passage, partial(text_figure, passage))
+    views = None
+    if options.layers:
+
+        def relevance_before(layer: str) -> Tensor:
+            inner = LayerImplicitAttentionRelevance(forward, layer, method.model, gate_rule=options.gates)
+            return inner.attribute(encoding.ids, target, encoding.mask, contrast=contrast, baselines=baselines)
+
+        names = text_model.tokenizer.convert_ids_to_tokens(encoding.ids[0].tolist())
+        total = Passage.from_tokens(encoding.texts, names, relevance[0], title, facts)
+        views = layer_views(total, method.model, relevance_before)
+    return Explanation(passage, partial(text_figure, passage), views=views)
 
 
 def _relevance_and_gap(attribute: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_ssm.errors import InvalidInputError
+from captum_ssm.pages.token_texts import label
 
 Matrix = Tensor | NDArray[Any]
 """A tensor of torch, of any type and device, or an array of numpy."""
 
 Array = NDArray[np.float64]
 
-_CHARACTERS = 16  # the longest label
 _SIZE, _INCHES = 7, 0.12  # font size of a label in points, and its room along the axis
 
 
@@ -77,14 +77,7 @@ def token_labels(tokens: Sequence[str], count: int, places: str) -> list[str]:
         raise InvalidInputError(
             f"There are {len(tokens)} tokens but {count} {places}. Pass one token for each of them."
         )
-    return [_label(token) for token in tokens]
-
-
-def _label(token: str) -> str:
-    if token.strip(" ") == "":
-        token = "␣" * len(token)
-    visible = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
-    return visible if len(visible) <= _CHARACTERS else visible[: _CHARACTERS - 1] + "…"
+    return [label(token) for token in tokens]
 
 
 def label_axis(axis: Axis, labels: Sequence[str], inches: float) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_ssm.metrics import conservation_gap
 from captum_ssm.models import REVIEWS
+from tests.test_howto import ELSEWHERE
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 
@@ -32,7 +33,13 @@ def probabilities_after(ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_how_to_is_run() -> None:
-    assert {path.stem for path in HOWTO.glob("*.md")} == {"inseq", "nnsight", "quantus"}
+    """Here or in the main suite, as tests/test_howto.py says; those of data sets have an environment of their own."""
+    assert {"inseq", "lora", "nnsight", "quantus"} == ELSEWHERE - {"datasets", "ray"}
+
+
+def test_lora_is_explained_as_the_merged_model(tmp_path: Path) -> None:
+    names = run("lora", tmp_path)
+    assert names["scores"].shape == names["ids"].shape
 
 
 def test_inseq_sums_to_the_difference_of_probabilities(tmp_path: Path) -> None:

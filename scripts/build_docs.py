@@ -1,0 +1,200 @@
+"""Build the documentation site, and fail if a link is broken or a docstring is missing.
+
+Run from the root of the repository, in the environment of ``constraints-docs.txt``::
+
+    python -m scripts.build_docs
+
+The sources are gathered in ``out/docs/source``: the folder ``docs``, the ``PAGES`` that stand elsewhere, a page of the
+reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link to
+another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import captum_ssm
+from scripts.house import House
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "out" / "docs"
+SOURCE = OUT / "source"
+REPOSITORY = "https://github.com/captum-ssm/captum-ssm"
+PAGES = {
+    "benchmarks/RESULTS.md": "results.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
+    "captum_ssm/models/reviews/README.md": "reviews.md",
+}
+"""Pages of the site that stand outside ``docs``, with their place in it."""
+LINK = re.compile(r"(\]\()([^)#\s]*)((?:#[^)\s]*)?\))")
+"""A link of Markdown: its beginning, its address, and its anchor."""
+REFERENCE = """# `{name}`
+
+```{{eval-rst}}
+.. automodule:: {name}
+   :members:
+   :undoc-members:
+   :exclude-members: {elsewhere}
+   :inherited-members: {others}
+   :show-inheritance:
+
+{constants}
+```
+"""
+OTHERS = (
+    "Attribution", "GradientAttribution", "InternalAttribution", "LayerGradientXActivation", "LayerAttribution",
+    "NeuronAttribution", "LLMAttributionResult", "BaseException", "Exception", "ValueError", "RuntimeError", "dict",
+    "list", "tuple", "object",
+)  # fmt: skip
+"""Classes of other packages, whose members the reference does not repeat."""
+
+
+CAPTUMS = ("compute_convergence_delta",)
+"""Methods of Captum that the reference leaves out, wherever they come from."""
+
+
+def stage() -> None:
+    """Gather the sources of the site, with their links.
+
+    Raises:
+        SystemExit: If a link leads nowhere.
+    """
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", SOURCE, ignore=shutil.ignore_patterns("__pycache__"))
+    places = {path: path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    places |= {ROOT / name: Path(place) for name, place in PAGES.items()}
+    places |= {path: Path("tutorials") / path.name for path in (ROOT / "tutorials").glob("*.ipynb")}
+    for path in [*(ROOT / "benchmarks").glob("*.png")]:
+        places[path] = Path(path.name)
+    broken: list[str] = []
+    for path, place in places.items():
+        (SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
+        linked = partial(LINK.sub, partial(_link, path=path, places=places, broken=broken))
+        if path.suffix == ".md":
+            (SOURCE / place).write_text(linked(path.read_text(encoding="utf-8")), encoding="utf-8")
+        elif path.suffix == ".ipynb":
+            notebook = json.loads(executed(path))
+            for cell in notebook["cells"]:
+                if cell["cell_type"] == "markdown":
+                    cell["source"] = linked("".join(cell["source"]))
+            (SOURCE / place).write_text(json.dumps(notebook), encoding="utf-8")
+        else:
+            shutil.copy(path, SOURCE / place)
+    if broken:
+        sys.exit("links that lead nowhere:\n" + "\n".join(broken))
+    for name in public():
+        page = SOURCE / "api" / f"{name}.md"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(reference(name), encoding="utf-8")
+
+
+def _link(link: re.Match[str], path: Path, places: dict[Path, Path], broken: list[str]) -> str:
+    """Return a link of a page as it must be in the site.
+
+    Args:
+        link: A match of ``LINK``.
+        path: The page that has it.
+        places: The place in the site of every file that has one.
+        broken: Gets the links that lead nowhere.
+    """
+    before, address, after = link.groups()
+    if not address or re.match(r"[a-z]+:", address):
+        return link.group()
+    target = (path.parent / address).resolve()
+    if target in places:
+        return f"{before}{os.path.relpath(places[target], places[path].parent)}{after}"
+    if not target.exists() or not target.is_relative_to(ROOT):
+        broken.append(f"{path.relative_to(ROOT)}: {address}")
+        return link.group()
+    return f"{before}{REPOSITORY}/blob/main/{target.relative_to(ROOT)}{after}"
+
+
+def reference(name: str) -> str:
+    """Return the page of a public module. What it takes from another public module is documented there.
+
+    Args:
+        name: The name of the module.
+    """
+    module, others = sys.modules[name], set(public()) - {name}
+    elsewhere = [member for member in getattr(module, "__all__", ()) if _module(getattr(module, member)) in others]
+    constants = [
+        member
+        for member in getattr(module, "__all__", ())
+        if not inspect.isclass(value := getattr(module, member))
+        and not inspect.isroutine(value)
+        and not inspect.ismodule(value)
+    ]
+    return REFERENCE.format(
+        name=name,
+        elsewhere=", ".join([*elsewhere, *constants, *CAPTUMS]),
+        others=", ".join(OTHERS),
+        constants="\n".join(f".. autodata:: {name}.{constant}\n   :no-value:\n" for constant in constants),
+    )
+
+
+def _module(member: object) -> str:
+    """Return the name of the module that a class or function is written in, or that a module is."""
+    return str(getattr(member, "__module__", None) or getattr(member, "__name__", ""))
+
+
+def public() -> Iterator[str]:
+    """Yield the names of the public modules, and import each."""
+    for name in House(ROOT).declared()["Public"]:
+        yield import_module(name).__name__
+
+
+def executed(path: Path) -> str:
+    """Run a notebook from top to bottom, or take the result of a run of the same sources.
+
+    Args:
+        path: The notebook.
+
+    Returns:
+        It with its outputs, as it is stored.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    from tests.test_tutorials import ThisPython
+
+    sources = [path, *(path.parent).rglob("*.py"), *Path(captum_ssm.__file__).parent.rglob("*.py")]
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()[:16]
+    stored = OUT / "executed" / f"{path.stem}-{key}.ipynb"
+    if not stored.exists():
+        print(f"running {path.name}", flush=True)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        for old in stored.parent.glob(f"{path.stem}-*.ipynb"):
+            old.unlink()
+        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path.parent}"
+        os.environ.pop("MPLBACKEND", None)  # ipykernel then draws into the notebook
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=600, kernel_manager_class=ThisPython).execute()
+        nbformat.write(notebook, stored)
+    return stored.read_text(encoding="utf-8")
+
+
+def main() -> None:
+    """Gather the sources and build the site; a warning is an error."""
+    from sphinx.cmd.build import build_main
+
+    stage()
+    arguments = ["-b", "html", "-W", "--keep-going", "-q", "-d", str(OUT / "doctrees"), str(SOURCE), str(OUT / "html")]
+    if status := build_main(arguments):
+        sys.exit(status)
+    print(f"the site is in {(OUT / 'html' / 'index.html').relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
