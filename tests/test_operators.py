@@ -608,7 +608,7 @@ def test_the_scan_is_the_written_out_sum(seed: int, dtype: torch.dtype, P: int) 
 @pytest.mark.parametrize("P", [1, 3])
 @pytest.mark.parametrize("L", [1, 2, 7, 18, 67, 131])
 def test_the_scan_is_the_recurrence_beyond_one_chunk(L: int, P: int, lag: int) -> None:
-    """The default chunks have 64 tokens (one state decay a head), 16 (more) or as many as fit the cache."""
+    """The default chunks have 32 tokens (one state decay a head), 8 (more) or as many as fit the cache."""
     for N in (1, 2):
         torch.manual_seed(L)
         a, b, c = torch.randn(3, 1, L, 2, N, dtype=torch.float64)
@@ -648,14 +648,14 @@ def test_both_ways_through_a_chunk_agree_also_in_the_state_they_hand_on(seed: in
     b, c = torch.randn(2, B, T, H, N, dtype=torch.float64)
     x, h = torch.randn(B, T, H, P, dtype=torch.float64), torch.randn(B, H, N, P, dtype=torch.float64)
     states = chunks.chunk_by_states(a, b, c, x, h, lag)
-    matrix = chunks.chunk_by_matrix(a, b, c, x, h, lag)
+    matrix = chunks.chunks_by_matrix(a, b, c, x, h, lag)
     for one, other in zip(states, matrix, strict=True):
         assert_close(one, other)
     for t in range(T):
         before = h
         h = a[:, t, :, :, None] * h + b[:, t, :, :, None] * x[:, t, :, None]
         assert_close(states[0][:, t], (c[:, t, :, :, None] * (before if lag else h)).sum(2))
-    assert_close(states[1], h)
+    assert_close(states[2], h)
 
 
 @pytest.mark.parametrize("N", [1, 3])
@@ -838,7 +838,7 @@ KINDS = ["one decay a head", "decays by state", "decays 0", "all decays 0", "neg
 @pytest.mark.parametrize("P", [1, 3])
 @pytest.mark.parametrize("L", [1, 2, 15, 16, 17, 64, 65, 131])
 def test_the_delta_rule_is_the_recurrence_beyond_one_chunk(L: int, P: int, kind: str) -> None:
-    """The default chunks have 64 tokens (one decay a head) or 16 (more)."""
+    """The default chunks have 32 tokens (one decay a head) or 8 (more)."""
     for N in (1, 4):
         values, x = delta_rule(L, N, P, kind)
         expected = oracles.delta_recurrence(**values, x=x, head_size=P)

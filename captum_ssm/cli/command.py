@@ -48,6 +48,8 @@ def explain(options: argparse.Namespace) -> None:
             two options do not go together, or a file cannot be written.
     """
     options = resolve(options)
+    if options.layers and options.html is None:
+        raise CommandError("--layers is for the HTML page; add --html FILE, or leave --layers out.")
     if options.text == STANDARD_INPUT:
         options.text = sys.stdin.read()
     if options.json:

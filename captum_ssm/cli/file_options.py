@@ -78,7 +78,10 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
         help="score of the target to explain (default: %(default)s)",
     )
     command.add_argument(
-        "--layers", action="store_true", help="relevance: also the share of the score that passes each layer"
+        "--layers",
+        action="store_true",
+        default=None,
+        help="relevance: also the share of the score that passes each layer",
     )
 
 

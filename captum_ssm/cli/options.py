@@ -162,8 +162,6 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             raise CommandError(f"--{name} is no option of the method {method}; {remedy}.")
         elif name == "gates" and options.reference != "none":
             raise CommandError("--gates is for frozen gates; add --reference none, or leave --gates out.")
-    if options.layers and options.html is None:
-        raise CommandError("--layers is for the HTML page; add --html FILE, or leave --layers out.")
     return options
 
 

@@ -57,6 +57,12 @@ class Bypass(NamedTuple):
         """
         return F.pad(t, self._sides(self.M), value=value) if self.M else t
 
+    def own(self, t: Tensor) -> Tensor:
+        """Return the D channels of the mixer, (..., D), out of all channels (..., D + M)."""
+        if not self.M:
+            return t
+        return t[..., self.M :] if self.first else t[..., : -self.M]
+
     def convolution(self, conv: CausalConv) -> CausalConv:
         """Extend a convolution of the mixer's channels by the identity of the channels beside it.
 

@@ -20,7 +20,7 @@ from captum_ssm.layers.heads import to_heads
 from captum_ssm.layers.norms import group_norm
 from captum_ssm.layers.padding import padding_mask
 from captum_ssm.layers.parameters import convolution, projection, sizes_of
-from captum_ssm.operators import Chain, Diagonal, Operator, Product, Scan
+from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Product, Scan
 
 
 class OutputNorm(NamedTuple):
@@ -63,38 +63,62 @@ def ssd_layer(x: Tensor, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor
     Source:
         Dao & Gu 2024 (arXiv 2405.21060), section 7.
     """
-    mask, into = padding_mask(kwargs, x), projection(weights, "in_proj")
+    mask = padding_mask(kwargs, x)
     H, inner = len(weights["A_log"]), sizes_of(weights, "out_proj")[1]
     GN = (sizes_of(weights, "in_proj")[0] - 2 * inner - H) // 2
     D = len(weights["conv1d.weight"]) - 2 * GN
     M = inner - D  # channels beside the recurrence, which come first
-    bypass = Bypass(M, D // H, first=True)
+    bypass, masked = Bypass(M, D // H, first=True), Chain(mask).apply(x)
 
-    read = into.apply(Chain(mask).apply(x), bias=True)
-    z0, _, z, u, low = read.split([M, M, D, D + 2 * GN, H], dim=-1)
-    conv = convolution(weights, "conv1d")
-    pre = conv.apply(u, bias=True)
-    act = Chain(mask).apply(secant(options.activation, pre))  # the bias of the convolution leaves entries at padding
-    v, b, c = (act * pre).split([D, GN, GN], dim=-1)
+    gates = projection(weights, "in_proj", lambda t: _rows_of_gates(t, M, D)).apply(masked, bias=True)  # (B, L, M + D)
+    into = projection(weights, "in_proj", lambda t: _rows_of_values(t, M, D))
+    read = projection(weights, "in_proj", lambda t: t[2 * (M + D) :])
+    u, low = read.apply(masked, bias=True).split([2 * GN, H], dim=-1)
+    conv = convolution(weights, "conv1d", lambda t: t[:D])
+    act, v = _activated(conv, bypass.own(into.apply(masked, bias=True)), options.activation, mask)
+    b, c = _activated(convolution(weights, "conv1d", lambda t: t[D:]), u, options.activation, mask)[1].chunk(2, dim=-1)
     scan = _recurrence(weights, options, bypass, low, b, c)
 
     return Chain(
         {
             "out": projection(weights, "out_proj"),
-            **_norm_and_gate(weights, options.norm, bypass, scan, v, z, z0),
+            **_norm_and_gate(weights, options.norm, bypass, scan, v, gates),
             "scan": scan,
-            "act": Diagonal(bypass.channels(act[..., :D], 1.0)),
-            "conv": bypass.convolution(conv.channels(slice(D))),
-            "in": projection(weights, "in_proj", lambda t: _input_rows(t, M, D)),
+            "act": Diagonal(bypass.channels(act, 1.0)),
+            "conv": bypass.convolution(conv),
+            "in": into,
             **mask,
         }
     )
 
 
-def _input_rows(t: Tensor, M: int, D: int) -> Tensor:
+def _rows_of_gates(t: Tensor, M: int, D: int) -> Tensor:
+    """Select the rows of the input projection, weight or bias, that make the gates of all channels."""
+    rows = t[2 * M : 2 * M + D]
+    return torch.cat([t[:M], rows]) if M else rows
+
+
+def _rows_of_values(t: Tensor, M: int, D: int) -> Tensor:
     """Select the rows of the input projection, weight or bias, that make the input of all channels."""
     rows = t[2 * M + D : 2 * (M + D)]
     return torch.cat([t[M : 2 * M], rows]) if M else rows
+
+
+def _activated(conv: CausalConv, u: Tensor, activation: str, mask: Mapping[str, Operator]) -> tuple[Tensor, Tensor]:
+    """Convolve and activate channels.
+
+    Args:
+        conv: Their convolution.
+        u: The channels (B, L, D).
+        activation: Name of the activation.
+        mask: Factor that sets padding to 0, or an empty dictionary: the convolution's bias leaves entries there.
+
+    Returns:
+        The gate that the activation puts on its input, and its product with that input, both (B, L, D).
+    """
+    pre = conv.apply(u, bias=True)
+    act = Chain(mask).apply(secant(activation, pre))
+    return act, act * pre
 
 
 def _recurrence(
@@ -128,7 +152,7 @@ def _recurrence(
 
 
 def _norm_and_gate(
-    weights: Mapping[str, Tensor], norm: OutputNorm | None, bypass: Bypass, scan: Scan, v: Tensor, z: Tensor, z0: Tensor
+    weights: Mapping[str, Tensor], norm: OutputNorm | None, bypass: Bypass, scan: Scan, v: Tensor, z: Tensor
 ) -> dict[str, Operator]:
     """Build the norm and the gate of all channels.
 
@@ -138,17 +162,16 @@ def _norm_and_gate(
         bypass: Channels beside the recurrence, which are not normed.
         scan: The recurrence of all channels.
         v: Input of the recurrence (B, L, D).
-        z: Gates of the recurrence's channels before the activation (B, L, D).
-        z0: Gates of the channels beside the recurrence before the activation (B, L, M).
+        z: Gates of all channels before the activation (B, L, M + D).
 
     Returns:
         ``norm``, if there is one, and ``gate``, in the order of the equation.
     """
     gate = F.silu(z)
-    gates: dict[str, Operator] = {"gate": Diagonal(torch.cat([F.silu(z0), gate], -1) if bypass.M else gate)}
+    gates: dict[str, Operator] = {"gate": Diagonal(gate)}
     if norm is None:
         return gates
-    y = scan.apply(bypass.channels(v, 0.0))[..., bypass.M :]
-    scale = group_norm(y if norm.before_gate else gate * y, norm.groups, norm.eps, weights["norm.weight"]).s
+    y = bypass.own(scan.apply(bypass.channels(v, 0.0)))
+    scale = group_norm(y if norm.before_gate else bypass.own(gate) * y, norm.groups, norm.eps, weights["norm.weight"]).s
     norms: dict[str, Operator] = {"norm": Diagonal(bypass.channels(scale, 1.0))}
     return {**gates, **norms} if norm.before_gate else {**norms, **gates}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from captum_ssm.operators.base import tokens_from
@@ -42,7 +41,7 @@ class Attention(HeadOperator):
 
     def mix(self, x: Tensor) -> Tensor:
         """Return the weighted sums of ``x`` (B, L, H, P), of the same shape."""
-        return torch.einsum("bhij,bjhp->bihp", self.weights, x)
+        return (self.weights @ x.transpose(1, 2)).transpose(1, 2)
 
     def transposed(self) -> Attention:
         """Return the attention with the transposed weights, with tokens in reverse order."""

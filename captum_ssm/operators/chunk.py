@@ -1,4 +1,4 @@
-"""One chunk of a scan, in two ways: through all its states, or through its (T, T) matrix."""
+"""Chunks of a scan, in two ways: one through all its states, or some at once through their (T, T) matrices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from captum_ssm.operators.prefix import states_from, suffix
 _STATES = 2**17
 """Number of states of a chunk that fit a processor's cache."""
 
+_ENTRIES = 2**17
+"""Number of entries of a tensor of several chunks that fit a processor's cache, together with some more of its size."""
+
 
 def size_by_states(states_of_a_token: int) -> int:
     """Return T, the tokens of a chunk that goes through all its states: as many as fit the cache, at least 16."""
@@ -22,10 +25,16 @@ def size_by_states(states_of_a_token: int) -> int:
 
 def size_by_matrix(a: Product) -> int:
     """Return T, the tokens of a chunk that goes through its (T, T) matrices: few if each state has its own decay."""
-    return 64 if a.shape[3] == 1 else 8
+    return 32 if a.shape[3] == 1 else 8
 
 
-def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+def together_by_matrix(a: Product, B: int, H: int, N: int, P: int) -> int:
+    """Return how many chunks go through their matrices at once: as many as fit the cache, at least 1."""
+    T = size_by_matrix(a)
+    return max(_ENTRIES // (B * H * T * max(T * a.shape[3], N, P)), 1)
+
+
+def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor, Tensor]:
     """Run one chunk through all its states: best where few channels share a state's decay.
 
     Args:
@@ -37,34 +46,56 @@ def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: 
         lag: 1 if the state is read before the current token is written, else 0.
 
     Returns:
-        Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T·H·N·P) time and memory.
+        Output (B, T, H, P), and the state before and after the chunk (B, H, N, P). Cost: O(T·H·N·P) time and memory.
     """
-    y, h = _ChunkByStates.apply(a, b, c, x, h, lag)  # type: ignore[no-untyped-call]
-    return y, h
+    y, after = _ChunkByStates.apply(a, b, c, x, h, lag)  # type: ignore[no-untyped-call]
+    return y, h, after
 
 
-def chunk_by_matrix(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-    """Run one chunk through its (T, T) attention: best where many channels or right-hand sides share it.
+def chunks_by_matrix(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run chunks through their (T, T) attention: best where many channels or right-hand sides share it.
 
     Args:
-        a: Decays (B or 1, T, H or 1, N or 1).
-        b: Weights of the input (B or 1, T, H or 1, N or 1).
-        c: Weights of the state in the output (B or 1, T, H or 1, N or 1).
-        x: (B, T, H, P).
-        h: (B, H, N, P), the state before the chunk.
+        a: Decays (B·C or 1, T, H or 1, N or 1) of C chunks that follow one another, those of an example side by side.
+        b: Weights of the input (B·C or 1, T, H or 1, N or 1).
+        c: Weights of the state in the output (B·C or 1, T, H or 1, N or 1).
+        x: (B·C, T, H, P).
+        h: (B, H, N, P), the state before the first chunk.
         lag: 1 if the state is read before the current token is written, else 0.
 
     Returns:
-        Output (B, T, H, P) and the state after the chunk (B, H, N, P). Cost: O(T²·H·(N + P) + T·H·N·P).
+        Output (B·C, T, H, P), the state before each chunk (B·C, H, N, P), and the state after the last one
+        (B, H, N, P). Cost: O(T²·H·(N + P) + T·H·N·P) a chunk.
     """
     N, P = h.shape[2:]
-    decays = chunk_decays(a)  # between (B, H, T, T, N), since_start (B, H, T, N)
-    b, c, x = (heads_first(t, size) for t, size in ((b, N), (c, N), (x, P)))  # (B, H, T, N), the same, (B, H, T, P)
-    after = decays.of_chunk() * h + (decays.until_end() * b).mT @ x  # (B, H, N, P)
+    decays = chunk_decays(a)  # between (B·C, H, T, T, N), since_start (B·C, H, T, N)
+    b, c, x = (heads_first(t, size) for t, size in ((b, N), (c, N), (x, P)))  # (B·C, H, T, N) and (B·C, H, T, P)
+    writes = (decays.until_end() * b).mT @ x  # (B·C, H, N, P)
+    before, after = states_between(h, decays.of_chunk(), writes)
     if lag:
         decays = decays.before_token()
-    y = decayed_products(c, decays.between, b) @ x + (c * decays.since_start) @ h  # (B, H, T, P)
-    return y.transpose(1, 2), after
+    y = decayed_products(c, decays.between, b) @ x + (c * decays.since_start) @ before  # (B·C, H, T, P)
+    return y.transpose(1, 2), before, after
+
+
+def states_between(h: Tensor, decay: Tensor, writes: Tensor) -> tuple[Tensor, Tensor]:
+    """Hand a state on from chunk to chunk, ``h' = decay h + writes``.
+
+    Args:
+        h: (B, H, N, P), the state before the first chunk.
+        decay: Decay of the state over each chunk, (B·C or 1, H or 1, N or 1, 1).
+        writes: What each chunk adds, (B·C, H, N, P).
+
+    Returns:
+        The state before each chunk (B·C, H, N, P), and the state after the last one (B, H, N, P).
+    """
+    if len(writes) == len(h):
+        return h, torch.addcmul(writes, decay, h)
+    by_chunk = writes.unflatten(0, (len(h), -1))  # (B, C, H, N, P)
+    C = by_chunk.shape[1]
+    decay = decay.unflatten(0, (-1, C)) if len(decay) > 1 else decay.unsqueeze(1).expand(-1, C, -1, -1, -1)
+    states = states_from(h, decay, by_chunk)  # (B, C + 1, H, N, P)
+    return states[:, :-1].flatten(0, 1), states[:, -1]
 
 
 class _ChunkByStates(torch.autograd.Function):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from captum_ssm.operators.chunk import size_by_matrix
-from captum_ssm.operators.coefficient import Coefficient, DeltaCoefficients
+from captum_ssm.operators.chunk import size_by_matrix, together_by_matrix
+from captum_ssm.operators.coefficient import Coefficient, Coefficients, DeltaCoefficients
 from captum_ssm.operators.decays import chunk_decays, decayed_products, heads_first
 from captum_ssm.operators.recurrence import Recurrence
 
@@ -69,55 +69,85 @@ class DeltaScan(Recurrence):
 
     def chunk_size(self, x: Tensor) -> int:
         """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
-        return self.chunk or min(size_by_matrix(self.products.a), x.shape[1])
+        return min(self.chunk or size_by_matrix(self.products.a), x.shape[1])
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the recurrence chunk by chunk.
+    def chunks_at_once(self, x: Tensor) -> int:
+        """Return C, the largest number of chunks that are run at once for ``x`` (B, L, H, P)."""
+        B, _, H, P = x.shape
+        return together_by_matrix(self.products.a, B, H, self.states, P)
+
+    def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run chunks that follow one another, those of an example side by side.
 
         Args:
-            x: (B, L, H, P).
+            coefficients: Each (B·C or 1, T, H or 1, N or 1).
+            x: (B·C, T, H, P).
+            h: The state before the first chunk (B, H, N, P).
 
-        Yields:
-            The outputs of a chunk (B, T, H, P), and the state before it (B, H, N, P).
+        Returns:
+            The outputs (B·C, T, H, P), the state before each chunk (B·C, H, N, P), and after the last one (B, H, N, P).
         """
-        B, L, H, P = x.shape
-        products, T = self.products, self.chunk_size(x)
-        h = x.new_zeros(B, H, self.states, P)
-        for start in range(0, L, T):
-            stop = min(start + T, L)
-            coefficients = DeltaCoefficients(*(product.tokens(start, stop) for product in products))
-            before = h
-            y, h = _delta_chunk(coefficients, x[:, start:stop], h)
-            yield y, before
+        N, P = h.shape[2:]
+        decays = chunk_decays(coefficients.a)  # between (B·C, H, T, T, N), since_start (B·C, H, T, N)
+        before_token = decays.before_token()
+        b, c, recall, erase = (heads_first(t, N) for t in coefficients[1:])  # (B·C, H, T, N)
+        x = heads_first(x, P)  # (B·C, H, T, P)
+
+        # w_t = <recall_t, h_{t-1}>, its own writes in h_{t-1}: (I + R) w = recall before h + recall before b x
+        of_writes = decayed_products(recall, before_token.between, b) @ x  # (B·C, H, T, P)
+        R = decayed_products(recall, before_token.between, erase)  # (B·C, H, T, T), strictly lower triangular
+        until_end = decays.until_end()  # (B·C, H, T, N)
+        writes, erased = (until_end * b).mT @ x, (until_end * erase).mT  # (B·C, H, N, P) and (B·C, H, N, T)
+        of_state = recall * before_token.since_start  # (B·C, H, T, N)
+        w, before, after = hand_on_with_erasures(h, decays.of_chunk(), (R, of_writes, of_state), erased, writes)
+        y = (
+            (c * decays.since_start) @ before
+            + decayed_products(c, decays.between, b) @ x
+            - decayed_products(c, decays.between, erase) @ w
+        )  # (B·C, H, T, P)
+        return y.transpose(1, 2), before, after
 
 
-def _delta_chunk(coefficients: DeltaCoefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one chunk of the delta rule.
+def hand_on_with_erasures(
+    h: Tensor,
+    decay: Tensor,
+    equation: tuple[Tensor, Tensor, Tensor],
+    erased: Tensor,
+    writes: Tensor,
+    *,
+    upper: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hand a state on from chunk to chunk, ``h' = decay h + writes - erased w``, with ``(I + R) w = own + of_state h``.
 
     Args:
-        coefficients: Each (B or 1, T, H or 1, N or 1).
-        x: (B, T, H, P).
-        h: (B, H, N, P), the state before the chunk.
+        h: (B, H, N, P), the state before the first chunk.
+        decay: Decay of the state over each chunk, (B·C or 1, H or 1, N or 1, 1).
+        equation: R, strictly triangular (B·C or 1, H, T, T), own (B·C, H, T, P), and of_state (B·C or 1, H, T, N).
+        erased: (B·C or 1, H, N, T).
+        writes: What each chunk adds besides, (B·C, H, N, P).
+        upper: Whether R is an upper triangle.
 
     Returns:
-        Output (B, T, H, P) and the state after the chunk (B, H, N, P).
+        w (B·C, H, T, P), the state before each chunk (B·C, H, N, P), and the state after the last one (B, H, N, P).
     """
-    N, P = h.shape[2:]
-    decays = chunk_decays(coefficients.a)  # between (B, H, T, T, N), since_start (B, H, T, N)
-    before = decays.before_token()
-    b, c, recall, erase = (heads_first(t, N) for t in coefficients[1:])  # (B, H, T, N)
-    x = heads_first(x, P)  # (B, H, T, P)
+    R, own, of_state = equation
+    P = own.shape[-1]
+    if len(own) == len(h):
+        w = unit_triangular_solution(R, own + of_state @ h, upper=upper)
+        return w, h, torch.addcmul(writes, decay, h) - erased @ w
+    of_both = torch.cat([own, of_state.expand(*own.shape[:-1], -1)], dim=-1)  # (B·C, H, T, P + N)
+    of_both = unit_triangular_solution(R, of_both, upper=upper)
+    own, of_state = of_both[..., :P], of_both[..., P:]  # w = own + of_state h
+    parts = (decay.expand(*writes.shape[:-1], 1), erased @ of_state, writes - erased @ own)
+    steps = zip(*(part.unflatten(0, (len(h), -1)).unbind(1) for part in parts))
+    *before, after = accumulate(steps, lambda h, step: torch.addcmul(step[2], step[0], h) - step[1] @ h, initial=h)
+    of_chunks = torch.stack(before, 1).flatten(0, 1)
+    return own + of_state @ of_chunks, of_chunks, after
 
-    # w_t = <recall_t, h_{t-1}> with the chunk's own writes in h_{t-1}: (I + R) w = recall before h + recall before b x
-    looked_up = (recall * before.since_start) @ h + decayed_products(recall, before.between, b) @ x  # (B, H, T, P)
-    R = decayed_products(recall, before.between, erase)  # (B, H, T, T), strictly lower triangular
-    w = torch.linalg.solve_triangular(R, looked_up, upper=False, unitriangular=True)  # (B, H, T, P); it adds the I
 
-    y = (
-        (c * decays.since_start) @ h
-        + decayed_products(c, decays.between, b) @ x
-        - decayed_products(c, decays.between, erase) @ w
-    )  # (B, H, T, P)
-    until_end = decays.until_end()  # (B, H, T, N)
-    h = decays.of_chunk() * h + (until_end * b).mT @ x - (until_end * erase).mT @ w  # (B, H, N, P)
-    return y.transpose(1, 2), h
+def unit_triangular_solution(R: Tensor, y: Tensor, *, upper: bool = False) -> Tensor:
+    """Return w of ``(I + R) w = y``, (..., T, P), for a strictly triangular R (..., T, T).
+
+    It is solved transposed, ``w^T (I + R)^T = y^T``, as LAPACK has the rows where torch has the columns: no copies.
+    """
+    return torch.linalg.solve_triangular(R.mT, y.mT, upper=not upper, left=False, unitriangular=True).mT

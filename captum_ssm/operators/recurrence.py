@@ -1,4 +1,4 @@
-"""The common part of all linear recurrences: their coefficients, and the walk in chunks."""
+"""The common part of all linear recurrences: their coefficients, and the walk in chunks, some of them at once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,50 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from captum_ssm.operators.base import tokens_from
-from captum_ssm.operators.coefficient import Coefficients, Product, as_product, record, shared_shape
+from captum_ssm.operators.coefficient import Coefficients, Product, as_product, each, record, shared_shape
 from captum_ssm.operators.heads import HeadOperator
+
+
+class Span(NamedTuple):
+    """Some tokens of a sequence that are C whole chunks."""
+
+    start: int
+    """The first token."""
+    T: int
+    """Tokens of a chunk."""
+    C: int
+    """The number of chunks."""
+
+    @property
+    def tokens(self) -> slice:
+        """The tokens."""
+        return slice(self.start, self.start + self.C * self.T)
+
+    def folded(self, tensor: Tensor, B: int) -> Tensor:
+        """Return the chunks of a tensor (B or 1, L, ...) as examples, (B·C, T, ...); of one chunk also (1, T, ...)."""
+        tokens = tensor[:, self.tokens]
+        if self.C == 1:
+            return tokens
+        return tokens.expand(B, *[-1] * (tokens.dim() - 1)).reshape(B * self.C, self.T, *tokens.shape[2:])
+
+    def unfolded(self, tensor: Tensor, B: int) -> Tensor:
+        """Return the tokens (B, C·T, ...) of chunks (B·C, T, ...)."""
+        return tensor.reshape(B, self.C * tensor.shape[1], *tensor.shape[2:])
 
 
 @dataclass(frozen=True)
 class Recurrence(HeadOperator):
     """A linear recurrence whose coefficients differ by token, head and state.
 
-    Subclasses name their coefficients, and walk through the sequence in chunks, each of which hands its state on to
-    the next.
+    Subclasses name their coefficients. The walk goes through the sequence in chunks, each of which hands its state on
+    to the next. All but that is done for several chunks at once, as if they were examples.
 
     Args:
         chunk: T, tokens of a chunk; None chooses by size. It changes speed and memory, never the result.
@@ -82,20 +109,63 @@ class Recurrence(HeadOperator):
         """Return the outputs of the recurrence for ``x`` (B, L, H, P), of the same shape."""
         return recur(self, x, self.factors)
 
-    @abstractmethod
     def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the recurrence chunk by chunk.
+        """Run the recurrence span by span.
 
         Args:
             x: (B, L, H, P).
 
         Yields:
-            The outputs of a chunk (B, T, H, P), and the state before it (B, H, N, P).
+            The outputs of the C chunks of a span (B, C·T, H, P), and the state before each (B·C, H, N, P).
+        """
+        B, _, H, P = x.shape
+        h = x.new_zeros(B, H, self.states, P)
+        for span in self.spans(x):
+            coefficients = self.folded(span, B).coefficients_of_tokens(span.T)
+            y, before, h = self.run_chunks(coefficients, span.folded(x, B), h)
+            yield span.unfolded(y, B), before
+
+    def coefficients_of_tokens(self, T: int) -> Coefficients[Tensor]:
+        """Evaluate the coefficients at the first T tokens, each (B or 1, T, H or 1, N or 1)."""
+        return each(lambda product: product.tokens(0, T), self.products)
+
+    @abstractmethod
+    def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run chunks that follow one another, those of an example side by side.
+
+        Args:
+            coefficients: Each (B·C or 1, T, H or 1, N or 1).
+            x: (B·C, T, H, P).
+            h: The state before the first chunk (B, H, N, P).
+
+        Returns:
+            The outputs (B·C, T, H, P), the state before each chunk (B·C, H, N, P), and after the last one (B, H, N, P).
         """
 
     @abstractmethod
     def chunk_size(self, x: Tensor) -> int:
         """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
+
+    @abstractmethod
+    def chunks_at_once(self, x: Tensor) -> int:
+        """Return C, the largest number of chunks that are run at once for ``x`` (B, L, H, P)."""
+
+    def spans(self, x: Tensor) -> list[Span]:
+        """Cut the tokens of ``x`` (B, L, H, P) into spans; the last one may be a shorter chunk."""
+        L, T, C = x.shape[1], self.chunk_size(x), self.chunks_at_once(x)
+        whole = L - L % T
+        spans = [Span(start, T, min(C, (whole - start) // T)) for start in range(0, whole, C * T)]
+        return spans if whole == L else [*spans, Span(whole, L - whole, 1)]
+
+    def folded(self, span: Span, B: int) -> Self:
+        """Return the recurrence of a span's chunks, as a batch of B·C short sequences."""
+
+        def fold(factor: Tensor) -> Tensor:
+            if factor.shape[1] > 1:
+                return span.folded(factor, B)
+            return factor if len(factor) == 1 or span.C == 1 else factor.repeat_interleave(span.C, 0)
+
+        return self.with_factors([fold(factor) for factor in self.factors])
 
     def head_diagonal(self, like: Tensor) -> Tensor:
         """Return ``<c_t, b_t>``, (B or 1, L, H): the part of a token's output that it has just written."""

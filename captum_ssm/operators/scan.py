@@ -8,8 +8,14 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-from captum_ssm.operators.chunk import chunk_by_matrix, chunk_by_states, size_by_matrix, size_by_states
-from captum_ssm.operators.coefficient import Coefficient, Product, ScanCoefficients
+from captum_ssm.operators.chunk import (
+    chunk_by_states,
+    chunks_by_matrix,
+    size_by_matrix,
+    size_by_states,
+    together_by_matrix,
+)
+from captum_ssm.operators.coefficient import Coefficient, Coefficients, Product, ScanCoefficients
 from captum_ssm.operators.recurrence import Recurrence
 from captum_ssm.operators.scan_rows import rows_of_matrix
 
@@ -99,26 +105,26 @@ class Scan(Recurrence):
     def chunk_size(self, x: Tensor) -> int:
         """Return T, the tokens of a chunk for ``x`` (B, L, H, P)."""
         if self.chunk:
-            return self.chunk
+            return min(self.chunk, x.shape[1])
         B, L, H, P = x.shape
         T = size_by_states(B * H * self.states * P) if self.by_states(x) else size_by_matrix(self.products.a)
         return min(T, L)
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the recurrence chunk by chunk.
+    def chunks_at_once(self, x: Tensor) -> int:
+        """Return C, the largest number of chunks that are run at once: 1 if they go through their states."""
+        B, _, H, P = x.shape
+        return 1 if self.by_states(x) else together_by_matrix(self.products.a, B, H, self.states, P)
+
+    def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run chunks that follow one another, those of an example side by side.
 
         Args:
-            x: (B, L, H, P).
+            coefficients: Each (B·C or 1, T, H or 1, N or 1).
+            x: (B·C, T, H, P).
+            h: The state before the first chunk (B, H, N, P).
 
-        Yields:
-            The outputs of a chunk (B, T, H, P), and the state before it (B, H, N, P).
+        Returns:
+            The outputs (B·C, T, H, P), the state before each chunk (B·C, H, N, P), and after the last one (B, H, N, P).
         """
-        B, L, H, P = x.shape
-        run_chunk, T = chunk_by_states if self.by_states(x) else chunk_by_matrix, self.chunk_size(x)
-        h = x.new_zeros(B, H, self.states, P)
-        for start in range(0, L, T):
-            stop = min(start + T, L)
-            a, b, c = (product.tokens(start, stop) for product in self.products)  # (B or 1, T, H or 1, N or 1)
-            before = h
-            y, h = run_chunk(a, b, c, x[:, start:stop], h, self.lag)
-            yield y, before
+        run = chunk_by_states if self.by_states(x) else chunks_by_matrix
+        return run(coefficients.a, coefficients.b, coefficients.c, x, h, self.lag)

@@ -9,7 +9,7 @@ from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.averages import TracedAverages
 from captum_ssm.relevance.call import Call, references, substitute, values
 from captum_ssm.relevance.exponentials import difference_of_logsumexp, difference_of_softmax
-from captum_ssm.relevance.multipliers import with_multiplier, with_value
+from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import difference_of_scans
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
@@ -94,9 +94,7 @@ class Difference(Rule):
     def _with_means(self, call: Call, for_x: Tensor, for_y: Tensor) -> Tensor:
         """Return a product of two with these means of the other factor as the multipliers of the first and second."""
         x, y = call.traced
-        value, reference = call.at(x.value.detach(), y.value.detach()), call.at(x.reference, y.reference)
-        linear = call.at(x.value, for_x) + call.at(for_y, y.value)
-        return self.pair(with_value(linear, value), reference)
+        return self.pair(self.with_means(call, for_x, for_y), call.at(x.reference, y.reference))
 
 
 def _weighed_shares(p: float, q: float, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

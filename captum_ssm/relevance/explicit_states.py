@@ -13,7 +13,7 @@ from captum_ssm.operators.coefficient import Coefficients
 from captum_ssm.operators.decays import heads_first
 from captum_ssm.operators.prefix import states_from, suffix
 from captum_ssm.relevance.stacked import Stacked
-from captum_ssm.relevance.states import BackwardStates, ForwardStates, States
+from captum_ssm.relevance.states import BackwardStates, ForwardStates, Mean, States
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class ExplicitStates(States):
 
     h: Tensor
 
-    def over_channels(self, v: Tensor) -> Tensor:
+    def over_channels(self, v: Tensor | Mean) -> Tensor:
         """Return ``sum_p state_np v_p``, (B, H, T, N), for ``v`` (B, H, T, P)."""
+        v = v.tensor if isinstance(v, Mean) else v
         return _sum(self.h * v.unsqueeze(-2), -1)
 
     def over_states(self, q: Tensor) -> Tensor:
@@ -37,6 +38,17 @@ class ExplicitStates(States):
     def inner(self, other: ExplicitStates) -> Tensor:
         """Return ``sum_p state_np other_np``, (B, H, T, N)."""
         return _sum(self.h * other.h, -1)
+
+
+@dataclass(frozen=True)
+class ExplicitPair:
+    """The states of the value and of the reference.
+
+    Args:
+        h: Stacked, (2B, H, T, N, P).
+    """
+
+    h: Tensor
 
     def mean(self, function: Callable[[ExplicitStates], Tensor], share: float = 0.5) -> Tensor:
         """Return the function of the mean states: it is linear."""
@@ -52,13 +64,13 @@ def explicit_states(coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) ->
         h: State before the chunk, stacked, (2B, H, N, P).
 
     Returns:
-        The states after and before each token, as :class:`ExplicitStates`.
+        The states after and before each token, as :class:`ExplicitPair`.
     """
     decay = heads_first(coefficients.a, coefficients.a.shape[3]).unsqueeze(-1)  # (2B, H, T, N or 1, 1)
     b = heads_first(coefficients.b, h.shape[2])  # (2B, H, T, N)
     writes = b.unsqueeze(-1) * x.unsqueeze(-2)  # (2B, H, T, N, P)
     states = _along_tokens(partial(states_from, h), decay, writes)  # (2B, H, T + 1, N, P)
-    return ForwardStates(ExplicitStates(states[:, :, 1:]), ExplicitStates(states[:, :, :-1]), None)
+    return ForwardStates(ExplicitPair(states[:, :, 1:]), ExplicitPair(states[:, :, :-1]), None)
 
 
 def explicit_multipliers(coefficients: Coefficients[Tensor], dy: Tensor, G: Tensor, lag: int) -> BackwardStates:
@@ -82,8 +94,8 @@ def explicit_multipliers(coefficients: Coefficients[Tensor], dy: Tensor, G: Tens
         writes = reads
         writes[:, :, -1] += G
     g = _along_tokens(suffix, decay, writes)  # (B, H, T, N, P)
-    before_chunk = decay[:, :, 0] * g[:, :, 0] + (reads[:, :, 0] if lag else 0)
-    return BackwardStates(ExplicitStates(g), None, before_chunk)
+    before_chunks = decay[:, :, 0] * g[:, :, 0] + (reads[:, :, 0] if lag else 0)
+    return BackwardStates(ExplicitStates(g), None, before_chunks)
 
 
 def _along_tokens(recurrence: Callable[[Tensor, Tensor], Tensor], decay: Tensor, writes: Tensor) -> Tensor:

@@ -53,9 +53,8 @@ class Frozen(Rule):
         if self.gates == "value" and x.origin != y.origin:
             share = float(y.origin is not None)
         for_x, for_y = share * b, (1 - share) * a
-        linear = call.at(x.value, for_x) + call.at(for_y, y.value)
         reference = call.at(x.reference, for_x) + call.at(for_y, y.reference)
-        return self.pair(linear, reference)
+        return self.pair(self.with_means(call, for_x, for_y), reference)
 
     def quotient(self, call: Call, denominator: int) -> Tensor:
         """Return the product with each factor's share: one over something is a factor like any other."""

@@ -1,18 +1,41 @@
-"""The states of a chunk as decayed sums of outer products: best where many channels share a state's decay."""
+"""The states of chunks as decayed sums of outer products: best where many channels share a state's decay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from captum_ssm.operators.chunk import states_between
 from captum_ssm.operators.coefficient import Coefficients, DeltaCoefficients
-from captum_ssm.operators.decays import chunk_decays, decayed_products, heads_first
+from captum_ssm.operators.decays import ChunkDecays, chunk_decays, decayed_products, heads_first
+from captum_ssm.operators.delta import hand_on_with_erasures, unit_triangular_solution
 from captum_ssm.relevance.stacked import Stacked
-from captum_ssm.relevance.states import BackwardStates, ForwardStates, States
+from captum_ssm.relevance.states import BackwardStates, ForwardStates, Mean, States
+
+
+class InnerProducts:
+    """The products ``u v^T`` over channels of the tensors of some chunks, each computed once.
+
+    The multipliers of several coefficients are contractions of the same inputs, outputs and states.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, u: Tensor | Mean, v: Tensor) -> Tensor:
+        """Return ``u v^T``, (..., T, S), for ``u`` (..., T, P) and ``v`` (..., S, P)."""
+        if isinstance(u, Mean):
+            return torch.lerp(self(u.reference, v), self(u.value, v), u.share)
+        if (id(v), id(u)) in self._known:
+            return self._known[id(v), id(u)][0].mT
+        if (id(u), id(v)) not in self._known:
+            self._known[id(u), id(v)] = u @ v.mT, u, v  # which keeps the tensors, and their numbers
+        return self._known[id(u), id(v)][0]
 
 
 class OuterProducts(NamedTuple):
@@ -34,24 +57,26 @@ class ImplicitStates(States):
         terms: The sums over the tokens of the chunk.
         edge_decay: (B, H, T, N), or (B, H, T, 1) if all n share one: between token t and the edge of the chunk.
         edge: (B, H, N, P), the state at the edge of the chunk: before it for states, after it for multipliers.
+        products: Of the values and edges, in all states of the chunks.
     """
 
     terms: Sequence[OuterProducts]
     edge_decay: Tensor
     edge: Tensor
+    products: InnerProducts
 
-    def over_channels(self, v: Tensor) -> Tensor:
+    def over_channels(self, v: Tensor | Mean) -> Tensor:
         """Return ``sum_p state_np v_p``, (B, H, T, N), for ``v`` (B, H, T, P)."""
-        total = self.edge_decay * (v @ self.edge.mT)  # (B, H, T, N)
+        total = self.edge_decay * self.products(v, self.edge)  # (B, H, T, N)
         for decay, keys, values in self.terms:
-            total = total + _decayed_sum(decay, keys, weights=v @ values.mT)
+            total += _decayed_sum(decay, keys, weights=self.products(v, values))
         return total
 
     def over_states(self, q: Tensor) -> Tensor:
         """Return ``sum_n q_n state_np``, (B, H, T, P), for ``q`` (B, H, T, N)."""
         total = (q * self.edge_decay) @ self.edge  # (B, H, T, P)
         for decay, keys, values in self.terms:
-            total = total + decayed_products(q, decay, keys) @ values
+            total += decayed_products(q, decay, keys) @ values
         return total
 
     def inner(self, other: ImplicitStates) -> Tensor:
@@ -65,106 +90,145 @@ class ImplicitStates(States):
         total = self.edge_decay * other.edge_decay * (edges if by_state else edges.sum(-1, keepdim=True))
         for one, two in ((self, other), (other, self)):
             for decay, keys, values in one.terms:
-                crossed = keys * (values @ two.edge.mT)  # (B, H, S, N)
+                crossed = keys * self.products(values, two.edge)  # (B, H, S, N)
                 summed = (
                     _decayed_sum(decay, crossed) if by_state else decay.squeeze(-1) @ crossed.sum(-1, keepdim=True)
                 )  # (B, H, T, N or 1)
                 total = total + summed * two.edge_decay
         for one_term in self.terms:
             for other_term in other.terms:
-                total = total + _inner_of_terms(one_term, other_term, by_state)
+                total = total + self._inner_of_terms(one_term, other_term, by_state)
         return total
+
+    def _inner_of_terms(self, one: OuterProducts, two: OuterProducts, by_state: bool) -> Tensor:
+        """Return the product of two states over p, (B, H, T, N) by state, else its sum over n too, (B, H, T, 1)."""
+        of_values = self.products(one.values, two.values)  # (B, H, S, S)
+        if by_state:
+            shared = torch.einsum("...ij,...jn,...tjn->...tin", of_values, two.keys, two.decay)
+            return torch.einsum("...tin,...in,...tin->...tn", one.decay, one.keys, shared)
+        pairs = (one.keys @ two.keys.mT) * of_values
+        return ((one.decay.squeeze(-1) @ pairs) * two.decay.squeeze(-1)).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class ImplicitPair:
+    """The states of the value, and the states of the reference.
+
+    Args:
+        value: Of B examples.
+        reference: The same.
+    """
+
+    value: ImplicitStates
+    reference: ImplicitStates
 
     def mean(self, function: Callable[[ImplicitStates], Tensor], share: float = 0.5) -> Tensor:
         """Return the mean of the function of the value's states, with this share, and of the reference's."""
-        value, reference = map(function, self._unstacked())  # each with B examples
-        return torch.lerp(reference, value, share)
-
-    def _unstacked(self) -> list[ImplicitStates]:
-        """Return the states of the value, and the states of the reference."""
-        terms = [[Stacked(t).pair for t in term] for term in self.terms]
-        edge_decay, edge = Stacked(self.edge_decay).pair, Stacked(self.edge).pair
-        return [
-            ImplicitStates([OuterProducts(*(t[side] for t in term)) for term in terms], edge_decay[side], edge[side])
-            for side in range(2)
-        ]
+        return torch.lerp(function(self.reference), function(self.value), share)
 
 
-def implicit_states(coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> ForwardStates:
-    """Return the states of a chunk of a recurrence.
+def implicit_states(coefficients: Coefficients[Tensor], x: Mean, h: Tensor, products: InnerProducts) -> ForwardStates:
+    """Return the states of chunks of a recurrence.
 
     Args:
         coefficients: Of value and reference, stacked, each (2B or 1, T, H or 1, N or 1).
-        x: Input, stacked, (2B, H, T, P).
-        h: State before the chunk, stacked, (2B, H, N, P).
+        x: Input, (B, H, T, P) on each side.
+        h: State before each chunk, stacked, (2B, H, N, P).
+        products: Of the tensors of these chunks.
 
     Returns:
-        The states after and before each token, as :class:`ImplicitStates`, and with a delta rule the recalled values.
+        The states after and before each token, as :class:`ImplicitPair`, and with a delta rule the recalled values.
     """
-    N = h.shape[2]
+    N, stacked_x = h.shape[2], torch.cat([x.value, x.reference])
     decays = chunk_decays(coefficients.a)  # between (2B, H, T, T, N or 1), since_start (2B, H, T, N or 1)
     before_token = decays.before_token()
     b = heads_first(coefficients.b, N)  # (2B, H, T, N)
-    after = [OuterProducts(decays.between, b, x)]
-    before = [OuterProducts(before_token.between, b, x)]
-    w = None
+    terms, w = [(Stacked(b).pair, (x.value, x.reference))], None
     if isinstance(coefficients, DeltaCoefficients):  # w depends on itself: the chunk's own erasures are in h_{t-1}
         recall, erase = heads_first(coefficients.recall, N), heads_first(coefficients.erase, N)  # (2B, H, T, N)
         R = decayed_products(recall, before_token.between, erase)  # (2B, H, T, T), strictly lower triangular
-        without_erasures = ImplicitStates(before, before_token.since_start, h).over_states(recall)  # (2B, H, T, P)
-        w = torch.linalg.solve_triangular(R, without_erasures, upper=False, unitriangular=True)  # (2B, H, T, P)
-        after.append(OuterProducts(decays.between, -erase, w))
-        before.append(OuterProducts(before_token.between, -erase, w))
-    return ForwardStates(
-        ImplicitStates(after, decays.since_start, h),
-        ImplicitStates(before, before_token.since_start, h),
-        w if w is None else Stacked(w),
-    )
+        writes = [OuterProducts(before_token.between, b, stacked_x)]
+        without_erasures = ImplicitStates(writes, before_token.since_start, h, products).over_states(recall)
+        w = Mean(*Stacked(unit_triangular_solution(R, without_erasures)).pair)
+        terms.append((Stacked(-erase).pair, (w.value, w.reference)))  # (B, H, T, N) and (B, H, T, P)
+    edges = Stacked(h).pair
+
+    def pair(decays: ChunkDecays) -> ImplicitPair:
+        between, since_start = Stacked(decays.between).pair, Stacked(decays.since_start).pair
+        sides = (
+            ImplicitStates(
+                [OuterProducts(between[side], keys[side], values[side]) for keys, values in terms],
+                since_start[side],
+                edges[side],
+                products,
+            )
+            for side in range(2)
+        )
+        return ImplicitPair(*sides)
+
+    return ForwardStates(pair(decays), pair(before_token), w)
 
 
-def implicit_multipliers(coefficients: Coefficients[Tensor], dy: Tensor, G: Tensor, lag: int) -> BackwardStates:
-    """Return the multipliers of the states of a chunk of a recurrence.
+def implicit_multipliers(
+    coefficients: Coefficients[Tensor], dy: Tensor, G: Tensor, lag: int, products: InnerProducts
+) -> BackwardStates:
+    """Return the multipliers of the states of chunks of a recurrence, those of an example side by side.
 
     Args:
-        coefficients: Means over value and reference, each (B or 1, T, H or 1, N or 1).
-        dy: Multipliers of the output (B, H, T, P).
-        G: Multipliers of the state after the chunk (B, H, N, P).
+        coefficients: Means over value and reference, each (B·C or 1, T, H or 1, N or 1).
+        dy: Multipliers of the output (B·C, H, T, P).
+        G: Multipliers of the state after the last chunk (B, H, N, P).
         lag: 1 if the state is read before the current token is written, else 0.
+        products: Of the tensors of these chunks.
 
     Returns:
         The multipliers of the state after each token, as :class:`ImplicitStates`, with a delta rule k, and the
-        multipliers of the state before the chunk.
+        multipliers of the state before the first chunk.
     """
     N = G.shape[2]
-    decays = chunk_decays(coefficients.a)  # between (B, H, T, T, N or 1), since_start (B, H, T, N or 1)
-    before_token = decays.before_token()
-    # [t, s]: from the state after token t to the state after, or before, a later token s; (B, H, T, T, N or 1)
+    decays = chunk_decays(coefficients.a)  # between (B·C, H, T, T, N or 1), since_start (B·C, H, T, N or 1)
+    before_token, of_chunk = decays.before_token(), decays.of_chunk()
+    # [t, s]: from the state after token t to the state after, or before, a later token s; (B·C, H, T, T, N or 1)
     to_after, to_before = (d.between.transpose(2, 3) for d in (decays, before_token))
-    c = heads_first(coefficients.c, N)  # (B, H, T, N)
+    c = heads_first(coefficients.c, N)  # (B·C, H, T, N)
     terms = [OuterProducts(to_before if lag else to_after, c, dy)]
-    from_start = (before_token if lag else decays).since_start * c  # (B, H, T, N): c_t, until the chunk's start
-    reads_of_start = [(from_start, dy)]
-    k = None
+    from_start = (before_token if lag else decays).since_start * c  # (B·C, H, T, N): c_t, until the chunk's start
+    reads = from_start.mT @ dy  # (B·C, H, N, P), of the state before each chunk
+    until_end, k = decays.until_end(), None
     if isinstance(coefficients, DeltaCoefficients):  # k depends on itself: later recalls are in g_t
-        recall, erase = heads_first(coefficients.recall, N), heads_first(coefficients.erase, N)  # (B, H, T, N)
-        R = decayed_products(recall, before_token.between, erase)  # (B, H, T, T), strictly lower triangular
-        without_recalls = ImplicitStates(terms, decays.until_end(), G).over_states(erase)  # (B, H, T, P)
-        k = torch.linalg.solve_triangular(R.mT, without_recalls, upper=True, unitriangular=True)  # (B, H, T, P)
+        recall, erase = heads_first(coefficients.recall, N), heads_first(coefficients.erase, N)  # (B·C, H, T, N)
+        R = decayed_products(recall, before_token.between, erase)  # (B·C, H, T, T), strictly lower triangular
+        of_reads = decayed_products(erase, terms[0].decay, c) @ dy  # (B·C, H, T, P)
+        recalled = (before_token.since_start * recall).mT  # (B·C, H, N, T)
+        equation = (R.mT, of_reads, erase * until_end)  # k = of_reads + <erase, G>, less what later tokens recall
+        hand_on = partial(hand_on_with_erasures, upper=True)
+        k, after, before_chunks = _in_reverse(hand_on, G, of_chunk, equation, recalled, reads)
         terms.append(OuterProducts(to_before, -recall, k))
-        reads_of_start.append((-before_token.since_start * recall, k))
-    before_chunk = decays.of_chunk() * G  # (B, H, N, P)
-    for keys, values in reads_of_start:
-        before_chunk = before_chunk + keys.mT @ values
-    return BackwardStates(ImplicitStates(terms, decays.until_end(), G), k, before_chunk)
+    else:
+        after, before_chunks = _in_reverse(states_between, G, of_chunk, reads)
+    return BackwardStates(ImplicitStates(terms, until_end, after, products), k, before_chunks)
 
 
-def _inner_of_terms(one: OuterProducts, two: OuterProducts, by_state: bool) -> Tensor:
-    """Return ``sum_p`` of the product of two states, (B, H, T, N) by state, else its sum over n too, (B, H, T, 1)."""
-    if by_state:
-        shared = torch.einsum("...ij,...jn,...tjn->...tin", one.values @ two.values.mT, two.keys, two.decay)
-        return torch.einsum("...tin,...in,...tin->...tn", one.decay, one.keys, shared)
-    pairs = (one.keys @ two.keys.mT) * (one.values @ two.values.mT)  # (B, H, S, S)
-    return ((one.decay.squeeze(-1) @ pairs) * two.decay.squeeze(-1)).sum(-1, keepdim=True)
+def _in_reverse(hand_on: Callable[..., tuple[Tensor, ...]], G: Tensor, *of_chunks: Any) -> tuple[Tensor, ...]:
+    """Hand multipliers on from the last chunk to the first.
+
+    Args:
+        hand_on: Hands states on from the first chunk to the last.
+        G: Multipliers of the state after the last chunk (B, H, N, P).
+        *of_chunks: Its further arguments, each (B·C or 1, ...), or several of these.
+
+    Returns:
+        The results of each chunk (B·C, ...), the last one of them the multipliers of the state after it, and then those
+        before the first one (B, H, N, P).
+    """
+
+    def reverse(t: Any) -> Any:
+        if isinstance(t, tuple):
+            return tuple(map(reverse, t))
+        return t if len(t) <= len(G) else t.unflatten(0, (len(G), -1)).flip(1).flatten(0, 1)
+
+    *results, before = hand_on(G, *map(reverse, of_chunks))
+    return *map(reverse, results), before
 
 
 def _decayed_sum(decay: Tensor, keys: Tensor, weights: Tensor | None = None) -> Tensor:

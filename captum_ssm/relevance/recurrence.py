@@ -45,8 +45,8 @@ multiplier goes on to the factors, and ``b x`` is one product of x and the facto
 :mod:`captum_ssm.relevance.shares`.
 
 **Chunks.** The forward run stores the state before each chunk. The backward run takes the chunks from the last to the
-first, each of which hands its first ``g`` on to the one before; the contractions of h and g within a chunk are in
-:mod:`captum_ssm.relevance.states`.
+first, each of which hands its first ``g`` on to the one before; all else is done for several chunks at once, as if they
+were examples. The contractions of h and g within a chunk are in :mod:`captum_ssm.relevance.states`.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ from captum_ssm.operators import Recurrence, Scan
 from captum_ssm.operators.coefficient import Coefficients, DeltaCoefficients, ScanCoefficients, each
 from captum_ssm.operators.decays import heads_first
 from captum_ssm.relevance.explicit_states import explicit_multipliers, explicit_states
-from captum_ssm.relevance.implicit_states import implicit_multipliers, implicit_states
+from captum_ssm.relevance.implicit_states import InnerProducts, implicit_multipliers, implicit_states
 from captum_ssm.relevance.shares import ChunkCoefficient
 from captum_ssm.relevance.stacked import Stacked
-from captum_ssm.relevance.states import BackwardStates, ForwardStates
+from captum_ssm.relevance.states import BackwardStates, ForwardStates, Mean
 
 
 def linear_scan(scan: Recurrence, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,45 +137,40 @@ class _Difference(torch.autograd.Function):
         ctx: Any, scan: Recurrence, state_share: float, x: Stacked, factors: Sequence[Stacked], *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         tensors = [factor.tensor for factor in factors]  # each (2B or 1, L or 1, H or 1, N or 1)
-        ys, before = zip(*scan.with_factors(tensors).chunks(x.tensor))  # by chunk: (2B, T, H, P) and (2B, H, N, P)
+        ys, before = zip(*scan.with_factors(tensors).chunks(x.tensor))  # by span: (2B, C·T, H, P), (2B·C, H, N, P)
         ctx.structure = scan.with_factors([x.tensor.new_empty((0,) * 4)] * len(factors))
         ctx.shapes, ctx.state_share = [t.shape for t in inputs], state_share
-        ctx.save_for_backward(torch.stack(before), x.tensor, *tensors)
+        ctx.save_for_backward(x.tensor, *tensors, *before)
         y, other = torch.cat(ys, dim=1).chunk(2)
         ctx.mark_non_differentiable(other)
         return y, other
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        before, x, *factors = ctx.saved_tensors
-        scan = ctx.structure.with_factors(factors)
+        x, *others = ctx.saved_tensors
+        factors, before = others[: len(ctx.shapes) - 1], others[len(ctx.shapes) - 1 :]
+        scan, B = ctx.structure.with_factors(factors), len(dy)
         of_x, *of_factors = (dy.new_zeros(shape) for shape in ctx.shapes)
-        T = scan.chunk_size(x)
-        G = torch.zeros_like(Stacked(before[0]).mean())  # (B, H, N, P), of the state after the chunk
-        for number in reversed(range(len(before))):
-            tokens = slice(number * T, min((number + 1) * T, x.shape[1]))
-            chunk = _Chunk(
-                scan.map(lambda factor, tokens=tokens: factor[:, tokens], axis=1),
-                x[:, tokens].transpose(1, 2),
-                before[number],
-            )
-            multipliers = _chunk_multipliers(chunk, dy[:, tokens].transpose(1, 2), G, ctx.state_share)
-            of_x[:, tokens], G = multipliers.of_x.transpose(1, 2), multipliers.before_chunk
+        G = dy.new_zeros(B, *before[0].shape[1:])  # (B, H, N, P), of the state after the span
+        for span, h in reversed([*zip(scan.spans(x), before)]):
+            chunks = _Chunks(scan.folded(span, 2 * B), span.folded(x, 2 * B).transpose(1, 2), h)
+            multipliers = _multipliers_of_chunks(chunks, span.folded(dy, B).transpose(1, 2), G, ctx.state_share)
+            of_x[:, span.tokens], G = span.unfolded(multipliers.of_x.transpose(1, 2), B), multipliers.before_chunks
             for total, multiplier in zip(of_factors, multipliers.of_factors):
                 if multiplier is not None:
-                    entries = total[:, tokens] if total.shape[1] > 1 else total
-                    entries += multiplier.sum_to_size(entries.shape)
+                    entries = total[:, span.tokens] if total.shape[1] > 1 else total
+                    entries += span.unfolded(multiplier, B).sum_to_size(entries.shape)
         return None, None, None, None, of_x, *of_factors
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """One chunk of the recurrence of value and reference.
+class _Chunks:
+    """Chunks that follow one another of the recurrence of value and reference, those of an example side by side.
 
     Args:
-        scan: The recurrence; its factors are stacked, (2B or 1, T or 1, H or 1, N or 1).
-        x: Input, stacked, (2B, H, T, P).
-        h: State before the chunk, stacked, (2B, H, N, P).
+        scan: The recurrence; its factors are stacked, (2B·C or 1, T or 1, H or 1, N or 1).
+        x: Input, stacked, (2B·C, H, T, P).
+        h: State before each chunk, stacked, (2B·C, H, N, P).
     """
 
     scan: Recurrence
@@ -189,52 +184,54 @@ class _Chunk:
 
     @property
     def by_states(self) -> bool:
-        """Whether the chunk goes through explicit states, see :meth:`Scan.by_states`."""
+        """Whether the chunks go through explicit states, see :meth:`Scan.by_states`."""
         return isinstance(self.scan, Scan) and self.scan.by_states(self.x.transpose(1, 2))
 
 
 class _Multipliers(NamedTuple):
-    """The result of a chunk's backward run."""
+    """The result of the chunks' backward run."""
 
     of_x: Tensor
-    """(B, H, T, P)."""
+    """(B·C, H, T, P)."""
     of_factors: list[Tensor | None]
-    """Of every factor of every coefficient, in the factor's shape with B examples; None of a constant."""
-    before_chunk: Tensor
-    """Of the state before the chunk, (B, H, N, P)."""
+    """Of every factor of every coefficient, in the factor's shape with B·C examples; None of a constant."""
+    before_chunks: Tensor
+    """Of the state before the first chunk, (B, H, N, P)."""
 
 
-def _chunk_multipliers(chunk: _Chunk, dy: Tensor, G: Tensor, state_share: float) -> _Multipliers:
-    """Run one chunk backwards.
+def _multipliers_of_chunks(chunks: _Chunks, dy: Tensor, G: Tensor, state_share: float) -> _Multipliers:
+    """Run chunks that follow one another backwards.
 
     Args:
-        chunk: The chunk.
-        dy: Multipliers of the output (B, H, T, P).
-        G: Multipliers of the state after the chunk (B, H, N, P).
+        chunks: The chunks.
+        dy: Multipliers of the output (B·C, H, T, P).
+        G: Multipliers of the state after the last chunk (B, H, N, P).
         state_share: Of the joint change of the state and c, the part that is the state's.
 
     Returns:
-        The multipliers of the input, the factors and the state before the chunk.
+        The multipliers of the input, the factors and the state before the first chunk.
     """
-    T, N = dy.shape[2], G.shape[2]
-    products = chunk.scan.products
+    T, N, x = dy.shape[2], G.shape[2], Mean(*Stacked(chunks.x).pair)
+    products = chunks.scan.products
     coefficients = each(lambda product: ChunkCoefficient(product, T), products)._replace(
         b=ChunkCoefficient(products.b, T, further_factors=1),  # x shares the product of b's factors
         c=ChunkCoefficient(products.c, T, share=state_share),
     )
-    stacked = each(lambda coefficient: coefficient.evaluated.tensor, coefficients)  # (2B or 1, T, H or 1, N or 1)
-    means = each(ChunkCoefficient.mean, coefficients)  # (B or 1, T, H or 1, N or 1)
+    stacked = each(lambda coefficient: coefficient.evaluated.tensor, coefficients)  # (2B·C or 1, T, H or 1, N or 1)
+    means = each(ChunkCoefficient.mean, coefficients)  # (B·C or 1, T, H or 1, N or 1)
 
-    if chunk.by_states:
-        h, backward = explicit_states(stacked, chunk.x, chunk.h), explicit_multipliers(means, dy, G, chunk.lag)
+    if chunks.by_states:
+        h, backward = explicit_states(stacked, chunks.x, chunks.h), explicit_multipliers(means, dy, G, chunks.lag)
     else:
-        h, backward = implicit_states(stacked, chunk.x, chunk.h), implicit_multipliers(means, dy, G, chunk.lag)
-    of_coefficients = _multipliers_of_coefficients(chunk, h, backward, dy, state_share)
+        known = InnerProducts()
+        h = implicit_states(stacked, x, chunks.h, known)
+        backward = implicit_multipliers(means, dy, G, chunks.lag, known)
+    of_coefficients = _multipliers_of_coefficients(x, chunks.lag, h, backward, dy, state_share)
     of_factors = (c.multipliers_of_factors(m) for c, m in zip(coefficients, of_coefficients))
     return _Multipliers(
         of_x=backward.g.over_states(heads_first(means.b, N)),
         of_factors=[multiplier for multipliers in of_factors for multiplier in multipliers],
-        before_chunk=backward.before_chunk,
+        before_chunks=backward.before_chunks,
     )
 
 
@@ -244,32 +241,33 @@ depends on the point, because x is one of the factors of the product."""
 
 
 def _multipliers_of_coefficients(
-    chunk: _Chunk, states: ForwardStates, multipliers: BackwardStates, dy: Tensor, state_share: float
+    x: Mean, lag: int, states: ForwardStates, multipliers: BackwardStates, dy: Tensor, state_share: float
 ) -> Coefficients[_Multiplier]:
     """Return the multipliers of the coefficients as contractions of states: the table of this module.
 
     Args:
-        chunk: The chunk.
-        states: The chunk's states, h and w.
-        multipliers: The multipliers of its states, g and k.
-        dy: Multipliers of the output (B, H, T, P).
+        x: Input (B·C, H, T, P).
+        lag: 1 if the state is read before the current token is written, else 0.
+        states: The states of the chunks, h and w.
+        multipliers: The multipliers of their states, g and k.
+        dy: Multipliers of the output (B·C, H, T, P).
         state_share: Of the joint change of the state and c, the part that is the state's.
 
     Returns:
         One function for each coefficient.
     """
-    g, k, x = multipliers.g, multipliers.k, Stacked(chunk.x)
-    before, read = states.before, states.before if chunk.lag else states.after
+    g, k = multipliers.g, multipliers.k
+    before, read = states.before, states.before if lag else states.after
     of_scan: ScanCoefficients[_Multiplier] = ScanCoefficients(
         a=lambda _: before.mean(g.inner),
-        b=lambda point: g.over_channels(x.mean(point)),
+        b=lambda point: g.over_channels(x._replace(share=point)),
         c=lambda _: read.mean(lambda h: h.over_channels(dy), share=1 - state_share),
     )
     if states.recalled is None or k is None:
         return of_scan
-    mean_w = states.recalled.mean()  # (B, H, T, P)
+    w = states.recalled
     return DeltaCoefficients(
         *of_scan,
         recall=lambda _: -before.mean(lambda h: h.over_channels(k)),
-        erase=lambda _: -g.over_channels(mean_w),
+        erase=lambda _: -g.over_channels(w),
     )

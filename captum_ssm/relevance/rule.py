@@ -23,6 +23,7 @@ from captum_ssm.layers.precision import autocast_here, full_precision
 from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
+from captum_ssm.relevance.multipliers import with_factors, with_value
 from captum_ssm.relevance.shared_results import SharedResults
 from captum_ssm.relevance.traced import Traced
 
@@ -94,6 +95,15 @@ class Rule(ABC):
     def upper_bound(self, x: Traced) -> Tensor:
         """Return a constant at or above the value and the reference."""
         return torch.maximum(x.value.detach(), x.reference)
+
+    def with_means(self, call: Call, for_x: Tensor, for_y: Tensor) -> Tensor:
+        """Return the value of a product of two traced tensors with these as the multipliers of the first and second."""
+        x, y = call.traced
+        adjoint = call.row.adjoint
+        if adjoint is not None and not call.kwargs and min(x.value.dim(), y.value.dim()) >= 2:
+            return with_factors(x.value, y.value, for_x, for_y, call.at, adjoint)
+        linear = call.at(x.value, for_x) + call.at(for_y, y.value)
+        return with_value(linear, call.at(x.value.detach(), y.value.detach()))
 
     def secant(self, name: str, u: Traced) -> Tensor:
         """Return the gate that an activation puts on its own input."""

@@ -17,18 +17,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor
 
-from captum_ssm.relevance.stacked import Stacked
+
+class Mean(NamedTuple):
+    """A mean of a value and its reference, ``share * value + (1 - share) * reference``, that is not computed yet."""
+
+    value: Tensor
+    reference: Tensor
+    share: float = 0.5
+
+    @property
+    def tensor(self) -> Tensor:
+        """The mean."""
+        return torch.lerp(self.reference, self.value, self.share)
 
 
 class States(ABC):
     """A state (N, P) for each token of a chunk."""
 
     @abstractmethod
-    def over_channels(self, v: Tensor) -> Tensor:
+    def over_channels(self, v: Tensor | Mean) -> Tensor:
         """Return ``sum_p state_np v_p``, (B, H, T, N), for ``v`` (B, H, T, P)."""
 
     @abstractmethod
@@ -39,12 +51,19 @@ class States(ABC):
     def inner(self, other: Self) -> Tensor:
         """Return ``sum_p state_np other_np``, (B, H, T, N), or its sum over n too, (B, H, T, 1)."""
 
-    @abstractmethod
-    def mean(self, function: Callable[[Self], Tensor], share: float = 0.5) -> Tensor:
-        """Return the mean of a linear function of stacked states: of the value's, with this share, and the reference's.
+
+Contraction = Callable[[Any], Tensor]
+"""From states (B, ...) to a contraction of them that is linear."""
+
+
+class StatesOfBoth(Protocol):
+    """The states of the value and of the reference."""
+
+    def mean(self, function: Contraction, share: float = 0.5) -> Tensor:
+        """Return the mean of a linear function: of the value's states, with this share, and of the reference's.
 
         Args:
-            function: A contraction, from states of B examples.
+            function: A contraction.
             share: Weight of the value; the reference has the rest.
 
         Returns:
@@ -53,14 +72,14 @@ class States(ABC):
 
 
 class ForwardStates(NamedTuple):
-    """The states of a chunk, of the value and the reference, stacked."""
+    """The states of a chunk, of the value and the reference."""
 
-    after: States
+    after: StatesOfBoth
     """The state after each token, h_t."""
-    before: States
+    before: StatesOfBoth
     """The state before each token, h_{t-1}."""
-    recalled: Stacked | None
-    """The value that each token looks up, w_t, (2B, H, T, P); None without a delta rule."""
+    recalled: Mean | None
+    """The mean of the values that each token looks up, w_t, (B, H, T, P); None without a delta rule."""
 
 
 class BackwardStates(NamedTuple):
@@ -70,5 +89,5 @@ class BackwardStates(NamedTuple):
     """Of the state after each token, g_t, :class:`States` of the same class as the chunk's."""
     k: Tensor | None
     """``<erase_t, g_t>``, (B, H, T, P): the multiplier of w_t is -k_t. None without a delta rule."""
-    before_chunk: Tensor
-    """Of the state before the chunk, (B, H, N, P)."""
+    before_chunks: Tensor
+    """Of the state before the first chunk, (B, H, N, P)."""

@@ -20,6 +20,7 @@ from captum_ssm.relevance.functions.order import clamped, largest, median, nanme
 from captum_ssm.relevance.functions.powers import power
 from captum_ssm.relevance.functions.sums_of_products import einsum
 from captum_ssm.relevance.functions.table import FUNCTIONS, Function, Kind, OtherKind
+from captum_ssm.relevance.multipliers import adjoint_of_matmul, adjoint_of_mul
 from captum_ssm.relevance.slopes import (
     slope_of_abs,
     slope_of_clamp,
@@ -94,8 +95,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 FUNCTIONS.declare(
-    Function("mul", "product", aliases=("rmul",), in_place=("imul",), shared=True),
-    Function("matmul", "product", aliases=("rmatmul",), contraction=True),
+    Function("mul", "product", aliases=("rmul",), in_place=("imul",), adjoint=adjoint_of_mul, shared=True),
+    Function("matmul", "product", contraction=True, adjoint=adjoint_of_matmul),
+    Function("mm", "product", contraction=True, adjoint=adjoint_of_matmul),
+    Function("bmm", "product", contraction=True, adjoint=adjoint_of_matmul),
+    Function("rmatmul", "product", contraction=True),
     Function("linear", "product", contraction=True, composition=_linear, factors=1, shared=True),
     Function("einsum", "product", contraction=True, composition=einsum),
     Function("linalg_matmul", "product", contraction=True),
@@ -103,7 +107,7 @@ FUNCTIONS.declare(
     Function("causal_convolution", "product", shared=True),  # of captum_ssm.operators
 )
 _declare("product", "conv_tbc", contraction=True, factors=1)
-_declare("product", "mm bmm mv dot vdot inner tensordot linalg_vecdot grouped_mm grouped_mm_fallback", contraction=True)
+_declare("product", "mv dot vdot inner tensordot linalg_vecdot grouped_mm grouped_mm_fallback", contraction=True)
 _declare("product", "trapz trapezoid cumulative_trapezoid", contraction=True)
 _declare("product", "multiply outer ger kron cross")
 

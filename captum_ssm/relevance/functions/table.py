@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from captum_ssm.relevance.multipliers import Adjoint
+
 Kind = Literal["linear", "product", "elementwise", "constant"]
 """The kinds of functions that can be registered by their kind alone."""
 
@@ -54,6 +56,7 @@ class Function:
         origin: For an elementwise function: the origin of its result, which a product with the result reads.
         contraction: Whether the result mixes entries, so that it no longer has the origin of its argument.
         factors: For a product: how many of its arguments may be traced at once, 1 or 2.
+        adjoint: For a product: the gradient of each factor in closed form; None: that of the function itself.
         linear_in: For a linear function that is linear in one argument alone: the position of this argument.
         constants_from: Position of the first argument of which only the shape or the type is read.
         axis: For a selection: position of its argument ``dim``.
@@ -72,6 +75,7 @@ class Function:
     origin: Origin = "activated"
     contraction: bool = False
     factors: int = 2
+    adjoint: Adjoint | None = None
     linear_in: int | None = None
     constants_from: int | None = None
     axis: int | None = None
