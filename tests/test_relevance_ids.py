@@ -209,6 +209,16 @@ def test_a_rule_whose_reference_is_not_the_models_own_is_refused() -> None:
         unregister_rule(torch.special.bessel_j0)
 
 
+def test_an_elementwise_function_without_a_derivative_is_refused() -> None:
+    register_rule(torch.special.bessel_j0, "elementwise")
+    try:
+        model = text(after=lambda h: h + torch.special.bessel_j0(h))
+        with pytest.raises(UnsupportedModelError, match="no derivative in torch"):
+            ImplicitAttentionRelevance(model).attribute(IDS, 1, baselines=IDS)
+    finally:
+        unregister_rule(torch.special.bessel_j0)
+
+
 LOST: dict[str, More] = {
     "lists": lambda m, ids: m.other(torch.tensor([[(7 * t + 1) % V for t in row] for row in ids.tolist()])),
     "one hot": lambda m, ids: F.one_hot(ids, V).float() @ m.tok.weight,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from captum_ssm.errors import UnsupportedModelError
+
 ElementwiseFunction = Callable[[Tensor], Tensor]
 
 
@@ -26,6 +28,12 @@ def difference_quotient(
         y: The function of the value.
         z: The function of the reference.
         of_one_tensor: Whether the function reads no other tensor, so that it can be evaluated at selected entries.
+
+    Returns:
+        The quotient, of the shape of ``x``.
+
+    Raises:
+        UnsupportedModelError: If a slope is needed, and torch has no derivative of the function.
     """
     difference = x - r
     slope = (y - z) / difference
@@ -45,7 +53,14 @@ def _simpson(function: ElementwiseFunction, x: Tensor, r: Tensor) -> tuple[Tenso
     """Return the mean derivative between ``x`` and ``r``, and an estimate of its error, 0 where there is none."""
     at = torch.stack([x, (x + r) / 2, r]).detach().requires_grad_()
     with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):  # a checkpoint would run all again
-        (slopes,) = torch.autograd.grad(function(at).sum(), at)
+        y = function(at)
+        if not y.requires_grad:
+            raise UnsupportedModelError(
+                "A function that is registered as elementwise has no derivative in torch, which relevance needs where "
+                "value and reference are close. Register it as a composition of functions that have one: "
+                "@captum_ssm.register_rule(function)."
+            )
+        (slopes,) = torch.autograd.grad(y.sum(), at)
     first, middle, last = slopes
     mean = (first + 4 * middle + last) / 6
     error = (mean - middle).square() / mean.abs()  # the next order, by the size of this one

@@ -18,7 +18,7 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
         what: A torch function; or the name of a class of modules, or of a function as the code of a module calls it,
             with or without the name of that module in front, ``"package.module.function"``.
         kind: Of a torch function: ``"linear"`` in its tensors together; ``"product"``: linear in each of two;
-            ``"elementwise"``: each entry of the result depends on one entry; or ``"constant"``: only the shape of its
+            ``"elementwise"``: each entry of the result depends on one entry, and torch has its derivative; or ``"constant"``: only the shape of its
             argument is read. None if the function is written in other functions.
 
     Returns:
@@ -31,7 +31,9 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
 
     Example:
         >>> import torch
-        >>> register_rule(torch.special.bessel_j0, "elementwise")
+        >>> @register_rule(torch.special.bessel_j0)
+        ... def bessel_j0(x):  # where |x| is below 0.5, to 1e-4
+        ...     return 1 - x.square() / 4 + x.square().square() / 64
         >>> unregister_rule(torch.special.bessel_j0)
         >>> @register_rule("FusedSquare")
         ... def fused_square(module, x):
