@@ -119,7 +119,7 @@ def entry(notebook: dict[str, Any], place: Path) -> str:
     shown = ""
     if picture is not None:
         (SOURCE / place).with_suffix(".png").write_bytes(b64decode("".join(picture)))
-        shown = f"\n\n[![{title.lstrip('# ')}]({place.with_suffix('.png')})]({place})"
+        shown = f"\n\n[![{title.lstrip('# ')}]({place.with_suffix('.png')}){{height=240px}}]({place})"
     return f"\n#{title}\n\n{text} [Read it]({place}).{shown}\n"
 
 
