@@ -32,7 +32,7 @@ exclude_patterns = ["conf.py"]
 
 nb_execution_mode = "off"  # scripts/build_docs.py runs them, in the interpreter that builds the site
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_enable_extensions = ["attrs_inline", "dollarmath"]
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -18,10 +18,12 @@ import os
 import re
 import shutil
 import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import captum_ssm
 from scripts.house import House
@@ -79,6 +81,7 @@ def stage() -> None:
     for path in [*(ROOT / "benchmarks").glob("*.png")]:
         places[path] = Path(path.name)
     broken: list[str] = []
+    entries: dict[str, str] = {}
     for path, place in places.items():
         (SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
         linked = partial(LINK.sub, partial(_link, path=path, places=places, broken=broken))
@@ -90,14 +93,34 @@ def stage() -> None:
                 if cell["cell_type"] == "markdown":
                     cell["source"] = linked("".join(cell["source"]))
             (SOURCE / place).write_text(json.dumps(notebook), encoding="utf-8")
+            entries[path.stem] = entry(notebook, place)
         else:
             shutil.copy(path, SOURCE / place)
     if broken:
         sys.exit("links that lead nowhere:\n" + "\n".join(broken))
+    with (SOURCE / "tutorials.md").open("a", encoding="utf-8") as gallery:
+        gallery.writelines(entries[name] for name in sorted(entries))
     for name in public():
         page = SOURCE / "api" / f"{name}.md"
         page.parent.mkdir(exist_ok=True)
         page.write_text(reference(name), encoding="utf-8")
+
+
+def entry(notebook: dict[str, Any], place: Path) -> str:
+    """Return a notebook's entry in the gallery: its title, its first paragraph, and its first picture.
+
+    Args:
+        notebook: The notebook with its outputs; a picture of them is stored beside it.
+        place: Its place in the site.
+    """
+    title, text, *_ = notebook["cells"][0]["source"].split("\n\n")
+    outputs = (output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ()))
+    picture = next((data["image/png"] for data in outputs if "image/png" in data), None)
+    shown = ""
+    if picture is not None:
+        (SOURCE / place).with_suffix(".png").write_bytes(b64decode("".join(picture)))
+        shown = f"\n\n[![{title.lstrip('# ')}]({place.with_suffix('.png')}){{height=240px}}]({place})"
+    return f"\n#{title}\n\n{text} [Read it]({place}).{shown}\n"
 
 
 def _link(link: re.Match[str], path: Path, places: dict[Path, Path], broken: list[str]) -> str:

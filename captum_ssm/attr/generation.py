@@ -26,21 +26,29 @@ class AnswerAttribution(LLMAttributionResult):
     """Captum's result, which a notebook shows as a text whose written tokens show where they come from.
 
     Args:
-        texts: The characters that each token of prompt and answer adds to the text.
+        tokenizer: The model's tokenizer, asked only when the result is shown.
+        ids: The ids of prompt and answer.
         **result: The arguments of Captum's result; ``token_attr`` is one of them.
     """
 
-    def __init__(self, *, texts: Sequence[str], **result: Any) -> None:
+    def __init__(self, *, tokenizer: Any, ids: Sequence[int], **result: Any) -> None:
         super().__init__(**result)
-        self.texts = list(texts)
+        self.tokenizer = tokenizer
+        self.ids = list(ids)
+
+    @property
+    def texts(self) -> list[str]:
+        """The characters that each token of prompt and answer adds to the text."""
+        return token_texts(self.tokenizer, self.ids)
 
     @property
     def views(self) -> Views:
         """One view of the text for each written token, and their sum; ``views_html(result.views)`` is a page."""
         count = len(self.output_tokens)
         names = [*self.input_tokens, self.output_tokens[-1]]
-        answer = "".join(self.texts[-count:]).strip()
-        return Views.of_answer(self.texts, names, cast(Tensor, self.token_attr), f"Where {answer!r} comes from")
+        texts = self.texts
+        answer = "".join(texts[-count:]).strip()
+        return Views.of_answer(texts, names, cast(Tensor, self.token_attr), f"Where {answer!r} comes from")
 
     def _repr_html_(self) -> str:
         """Show the result in a notebook."""
@@ -149,7 +157,8 @@ class LLMImplicitAttention:
             token_attr=scores,
             input_tokens=tokens[:-1],
             output_tokens=tokens[prompt.shape[1] :],
-            texts=token_texts(self.tokenizer, ids[0].tolist()),
+            tokenizer=self.tokenizer,
+            ids=ids[0].tolist(),
         )
 
     def explain(
