@@ -145,6 +145,31 @@ def test_the_root_adds_up_the_squares_of_what_each_channel_writes(seed: int, P: 
         assert_close(fuse(cut, "root").dense(), expected)
 
 
+@pytest.mark.parametrize("shared", ["nothing", "decay over tokens", "decay over states", "all weights over channels"])
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("L", [1, 16, 37])
+def test_rows_of_a_scan_pass_from_chunk_to_chunk(L: int, lag: int, K: int, shared: str) -> None:
+    torch.manual_seed(L)
+    B, D, N = 2, 3, 2
+    a, b, c = torch.rand(3, B, L, D, N, dtype=torch.float64)
+    steps, rates = -torch.rand(B, L, D, 1, dtype=torch.float64), torch.rand(1, 1, D, N, dtype=torch.float64)
+    if shared == "decay over tokens":
+        a = a[:, :1]
+    elif shared == "decay over states":
+        a = a[..., :1]
+    elif shared == "all weights over channels":
+        b, c = b[:, :, :1], c[:, :, :1]
+    decay = Product((a, steps, rates), exponential=True) if shared == "nothing" else Product((a,))
+    w, skip, u, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((D, K), (D,), (B, L, D), (B, L, D)))
+    core = Chain({"scan": Scan(decay, b, c, lag=lag, skip=skip), "conv": CausalConv(w)})
+    before = [factor.clone() for factor in (a, b, c)]
+    alpha = oracles.scan_alpha(decay.tokens(0, L), b, c, lag, skip) @ oracles.conv_matrix(w, L)
+    expected = oracles.weighted(alpha, u, v).square().sum(1)
+    assert_close(CoreMatrix(core, u, v).dense(SQUARE), expected)
+    assert all(torch.equal(*pair) for pair in zip(before, (a, b, c), strict=True))
+
+
 @pytest.mark.parametrize(("block", "channels"), BLOCKS)
 @every_head_size
 @every_seed
@@ -156,6 +181,7 @@ def test_how_the_work_is_cut_never_changes_the_result(
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
     monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
@@ -170,6 +196,7 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
@@ -277,6 +304,7 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
     monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
@@ -302,6 +330,7 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
@@ -438,6 +467,7 @@ class Largest(TorchDispatchMode):
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(entries_module, "_BLOCK", 2**9)
+        patch.setattr(entries_module, "_STATES", {"cpu": 2**9})
         patch.setattr(entries_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", {"cpu": 2**9})
         patch.setattr(heads_module, "_MATRICES", 2**9)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import add
 from typing import Any, Literal
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_ssm.attr.base import ImplicitAttentionMethod
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.matrices.core_matrix import CoreMatrix
+from captum_ssm.matrices.core_matrix import CoreMatrix, FusedMatrix
 from captum_ssm.matrices.entrywise import POSITIVE
 from captum_ssm.matrices.rollout import LayersOnStream, rollout
 from captum_ssm.matrices.split_layer import SplitLayer
@@ -88,8 +86,8 @@ class ImplicitAttentionAttribution(ImplicitAttentionMethod):
     def _weighted_attention(self, layer: SplitLayer) -> TokenMatrix:
         """Return the gradient-weighted attention ``C`` of a layer."""
         if self.rectify == "channel":
-            parts = (CoreMatrix(s.core, s.u / s.channels, s.v).dense(POSITIVE) for s in layer.splits)
-            return DenseMatrix(reduce(add, parts))
+            weighted = (CoreMatrix(s.core, s.u / s.channels, s.v) for s in layer.splits)
+            return MatrixSum(tuple(FusedMatrix(matrix, POSITIVE) for matrix in weighted))
         attention = MatrixSum(tuple(CoreMatrix(s.core, s.u, s.v) for s in layer.splits))
         return DenseMatrix(attention.dense().relu()) if self.rectify == "token" else attention
 

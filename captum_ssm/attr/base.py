@@ -36,6 +36,7 @@ from captum_ssm.network.inputs import (
 )
 from captum_ssm.network.interface import is_language_model
 from captum_ssm.network.recording import record_mixers
+from captum_ssm.network.token_loops import linear_time_loops
 from captum_ssm.network.turns import unchanged
 
 
@@ -245,7 +246,8 @@ class ImplicitAttentionMethod(ModelMethod):
         """Run the model forward and back; return the mixers' calls, free of the graph, and the gradients there."""
         hold = self.gradient_at == "last layer"
         with torch.enable_grad(), record_mixers(self.model, hold=hold, on_call=on_call) as calls:
-            output = run_model(self.forward_func, inputs, *args)
+            with linear_time_loops(0 if hold else max(inputs.shape, default=0)):
+                output = run_model(self.forward_func, inputs, *args)
             score = self.explained_score(output, target, contrast)
             gradients = self._gradients(score, calls)
         return together(calls), gradients

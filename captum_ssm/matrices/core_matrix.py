@@ -7,9 +7,9 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
@@ -18,7 +18,14 @@ from torch import Tensor
 from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
 from captum_ssm.matrices.entrywise import IDENTITY, Entrywise
 from captum_ssm.matrices.shared_heads import SharedHeads
+from captum_ssm.matrices.token_matrix import DenseMatrix, SomeRows
 from captum_ssm.operators import Chain, Operator
+
+_FEW_ROWS = 8
+"""Rows up to which each is made by a product of its own."""
+
+_SHARE_OF_ROWS = 8
+"""How many times as many rows there must be in all."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ class CoreMatrix:
 
         Returns:
             (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, or O(L²·D) if heads of several
-            channels share a matrix; O(L²) memory.
+            channels share a matrix, or O(L·D·N) a row if ``u`` is 0 in all rows but a few; O(L²) memory.
         """
         core = self.core
+        if (rows := self.few_rows(entrywise)) is not None:
+            return rows.dense()
         summands = core.summands().values() if isinstance(core, Chain) else [core]
         parts = [replace(self, core=summand) for summand in summands]
         if len(parts) > 1 and (entrywise == IDENTITY or _in_two_directions(parts)):
@@ -78,6 +87,34 @@ class CoreMatrix:
             fused.diagonal(dim1=-2, dim2=-1).add_(correction.sum(-1))
         return fused
 
+    def on_rows(self, rows: Tensor) -> CoreMatrix:
+        """Return the matrix that is 0 in all rows but these, (B, L) of booleans."""
+        return replace(self, u=self.u * rows.unsqueeze(-1))
+
+    def few_rows(self, entrywise: Entrywise = IDENTITY) -> SomeRows | None:
+        """Return ``sum_d f(u_id A^d_ij v_jd)`` by one transposed product a row, if ``u`` is 0 in all rows but a few.
+
+        Args:
+            entrywise: f.
+
+        Returns:
+            The rows i, or None if they are too many, or the core mixes channels. Cost: O(L·D·N) a row.
+        """
+        if self.core.mixes_channels:
+            return None
+        *further, B, L, D = self.u.shape
+        numbers = self.u.ne(0).any(-1).reshape(-1, L).any(0).nonzero().squeeze(-1)
+        if len(numbers) > _FEW_ROWS or len(numbers) * _SHARE_OF_ROWS > L:
+            return None
+        entries = self.u.new_zeros(*further, B, len(numbers), L)
+        for number, row in enumerate(numbers.tolist()):
+            one = torch.zeros_like(self.v)
+            one[:, row] = 1
+            of_channels = (self.core.adjoint(one) * self.v).mT.unsqueeze(2)  # (B, D, 1, L)
+            weights = self.u.reshape(-1, B, L, D)[:, :, row].unsqueeze(2)  # (M, B, 1, D)
+            entries[..., number, :] = _weighed(weights, of_channels, entrywise).view(*further, B, L)
+        return SomeRows(numbers, entries)
+
     def lengths(self, output: Chain) -> Tensor:
         """Return the length of each token's contribution to each other token, ``|output(A_ij v_j)|``.
 
@@ -97,6 +134,44 @@ class CoreMatrix:
             after = output.after(rows.start) if output.causal else output
             fused[:, rows, tokens] = after.apply(columns).norm(dim=-1).permute(1, 2, 0)
         return fused
+
+
+@dataclass(frozen=True)
+class FusedMatrix:
+    """The token matrix ``C_ij = g(sum_d f(u_id A^d_ij v_jd))``, made when it is first needed.
+
+    Args:
+        weighted: The matrix of the weighted entries.
+        entrywise: f.
+        finish: g, a function of a tensor of sums that keeps 0.
+    """
+
+    weighted: CoreMatrix
+    entrywise: Entrywise
+    finish: Callable[[Tensor], Tensor] = lambda sums: sums
+
+    @cached_property
+    def _entries(self) -> DenseMatrix | SomeRows:
+        rows = self.weighted.few_rows(self.entrywise)
+        if rows is not None:
+            return replace(rows, entries=self.finish(rows.entries))
+        return DenseMatrix(self.finish(self.weighted.dense(self.entrywise)))
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s``. Cost: O(L²) but for the first product."""
+        return self._entries.apply(s)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r``. Cost: O(L²) but for the first product."""
+        return self._entries.adjoint(r)
+
+    def dense(self) -> Tensor:
+        """Return the entries (..., B, L, L). Cost: see :meth:`CoreMatrix.dense`."""
+        return self._entries.dense()
+
+    def on_rows(self, rows: Tensor) -> FusedMatrix:
+        """Return the matrix that is 0 in all rows but these, (B, L) of booleans."""
+        return replace(self, weighted=self.weighted.on_rows(rows))
 
 
 def channel_matrices(core: Operator, like: Tensor) -> Tensor:

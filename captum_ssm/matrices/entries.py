@@ -17,6 +17,12 @@ from captum_ssm.operators import CausalConv, Chain, Operator, Scan
 _BLOCK = 2**21
 """Entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
 
+_STATES = {"cpu": 2**18}
+"""By type of device, entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
+
+_MORE_STATES = 2**24
+"""The same for all other devices, which are fast on many entries alone."""
+
 _CHANNELS = 8
 """Channels of a block, if more columns than the memory bound allows would fit."""
 
@@ -57,7 +63,7 @@ def _by_rows(core: Operator, v: Tensor) -> Iterator[EntryBlock] | None:
     if len(mixing) > 2 or not all(isinstance(leaf, CausalConv) for leaf in mixing[1:]):
         return None
     B, L, D = v.shape
-    width = max(_CHANNELS, _BLOCK // (B * L * max(p.shape[3] for p in scan.products)))
+    width = max(_CHANNELS, _STATES.get(v.device.type, _MORE_STATES) // (B * L * scan.states))
     return _rows(leaves, v, leaves.index(scan), [slice(d, min(d + width, D)) for d in range(0, D, width)])
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from captum_ssm.errors import InvalidInputError
-from captum_ssm.matrices.core_matrix import CoreMatrix
+from captum_ssm.matrices.core_matrix import CoreMatrix, FusedMatrix
 from captum_ssm.matrices.entrywise import ABSOLUTE, POSITIVE, SQUARE
 from captum_ssm.matrices.split_layer import Split, SplitLayer
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixProduct, MatrixSum, TokenMatrix
@@ -67,7 +67,7 @@ def _fuse(split: Split, mask: Tensor, fusion: Fusion) -> TokenMatrix:
         return DenseMatrix(lengths * mask)
     if fusion == "root":
         weights = _squared_column_norms(split).sqrt() * mask  # (B, L, D)
-        return DenseMatrix(CoreMatrix(split.core, weights, split.v).dense(SQUARE).clamp(min=0).sqrt())
+        return FusedMatrix(CoreMatrix(split.core, weights, split.v), SQUARE, lambda sums: sums.clamp(min=0).sqrt())
     return MatrixProduct(tuple(_fuse_channels(core, mask, fusion) for core in split.core.channelwise()))
 
 
@@ -92,4 +92,4 @@ def _fuse_channels(core: Chain, mask: Tensor, fusion: Fusion) -> TokenMatrix:
     matrix = CoreMatrix(core, u=one / channels, v=one)
     if fusion == "mean":
         return matrix
-    return DenseMatrix(matrix.dense(ABSOLUTE if fusion == "absolute" else POSITIVE))
+    return FusedMatrix(matrix, ABSOLUTE if fusion == "absolute" else POSITIVE)

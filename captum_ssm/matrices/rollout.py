@@ -28,6 +28,10 @@ class RolloutLayer:
     keep: Tensor
     embedding_share: Tensor
 
+    def on_rows(self, rows: Tensor) -> RolloutLayer:
+        """Return the layer for relevance in those rows alone, (B, L) of booleans."""
+        return replace(self, matrix=self.matrix.on_rows(rows))
+
     def in_order_of_inputs(self, order: Tensor | None) -> RolloutLayer:
         """Return the layer with its tokens in the order of the inputs.
 
@@ -105,7 +109,8 @@ def rollout(layers: RolloutLayers, graph: ResidualGraph, query: Tensor) -> Tenso
     for junction in graph.junctions():
         if junction.stream not in relevance:
             continue
-        parallel = [layers[number].in_order_of_inputs(graph.order(number)) for number in junction.mixers]
+        rows = _with_relevance(relevance[junction.stream])
+        parallel = [layers[number].in_order_of_inputs(graph.order(number)).on_rows(rows) for number in junction.mixers]
         row_sums = torch.stack([layer.matrix.apply(one) for layer in parallel]).sum(0)
         keep = parallel[0].keep if junction.base is not None else torch.zeros_like(query)
         total = keep + row_sums.abs()
@@ -121,5 +126,10 @@ def rollout(layers: RolloutLayers, graph: ResidualGraph, query: Tensor) -> Tenso
 
 def mean_row(layers: Iterable[TokenMatrix], query: Tensor) -> Tensor:
     """Return the explained positions' row of the mean matrix of the layers, (B, L)."""
-    rows = [matrix.adjoint(query) for matrix in layers]
+    rows = [matrix.on_rows(_with_relevance(query)).adjoint(query) for matrix in layers]
     return torch.stack(rows).mean(0)
+
+
+def _with_relevance(relevance: Tensor) -> Tensor:
+    """Return where any of several relevances (..., B, L) is not 0, (B, L)."""
+    return relevance.ne(0).reshape(-1, *relevance.shape[-2:]).any(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Protocol
@@ -22,6 +22,9 @@ class TokenMatrix(Protocol):
 
     def dense(self) -> Tensor:
         """Return the entries (B, L, L); row i is the query, column j the key."""
+
+    def on_rows(self, rows: Tensor) -> TokenMatrix:
+        """Return a matrix that is this one in those rows, (B, L) of booleans, and may be 0 in all others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,43 @@ class DenseMatrix:
     def dense(self) -> Tensor:
         """Return the entries."""
         return self.matrix
+
+    def on_rows(self, rows: Tensor) -> DenseMatrix:
+        """Return the matrix itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class SomeRows:
+    """A token matrix that is 0 in all rows but a few.
+
+    Args:
+        rows: Their numbers, (R,).
+        entries: Their entries (..., B, R, L).
+    """
+
+    rows: Tensor
+    entries: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return ``C s``. Cost: O(R·L)."""
+        product = self.entries.new_zeros(*self.entries.shape[:-2], self.entries.shape[-1])
+        product[..., self.rows] = torch.einsum("...rj,...j->...r", self.entries, s)
+        return product
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return ``C^T r``. Cost: O(R·L)."""
+        return torch.einsum("...rj,...r->...j", self.entries, r[..., self.rows])
+
+    def dense(self) -> Tensor:
+        """Return the entries of all rows."""
+        matrix = self.entries.new_zeros(*self.entries.shape[:-2], *2 * self.entries.shape[-1:])
+        matrix[..., self.rows, :] = self.entries
+        return matrix
+
+    def on_rows(self, rows: Tensor) -> SomeRows:
+        """Return the matrix itself."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -73,6 +113,10 @@ class MatrixProduct:
         """Return the product's entries. Cost: O(L³) a factor."""
         return reduce(torch.matmul, (matrix.dense() for matrix in self.matrices))
 
+    def on_rows(self, rows: Tensor) -> MatrixProduct:
+        """Return the product whose first factor is needed on these rows."""
+        return MatrixProduct((self.matrices[0].on_rows(rows), *self.matrices[1:]))
+
 
 @dataclass(frozen=True)
 class MatrixSum:
@@ -95,6 +139,10 @@ class MatrixSum:
     def dense(self) -> Tensor:
         """Return the sum's entries."""
         return reduce(add, (matrix.dense() for matrix in self.matrices))
+
+    def on_rows(self, rows: Tensor) -> MatrixSum:
+        """Return the sum of the matrices on these rows."""
+        return MatrixSum(tuple(matrix.on_rows(rows) for matrix in self.matrices))
 
 
 @dataclass(frozen=True)
@@ -122,6 +170,10 @@ class RearrangedMatrix:
         place = self.order.argsort(-1).unsqueeze(-2)  # (B, 1, L)
         columns = rearranged(self.matrix.dense(), place)
         return rearranged(columns.transpose(-1, -2), place).transpose(-1, -2)
+
+    def on_rows(self, rows: Tensor) -> RearrangedMatrix:
+        """Return the matrix on these tokens of the inputs."""
+        return replace(self, matrix=self.matrix.on_rows(rearranged(rows, self.order)))
 
 
 def rearranged(values: Tensor, order: Tensor) -> Tensor:
@@ -156,3 +208,7 @@ class ScaledMatrix:
             torch.as_tensor(self.factor, device=matrix.device).to(matrix).expand(matrix.shape[:2]).unsqueeze(-1)
             * matrix
         )
+
+    def on_rows(self, rows: Tensor) -> ScaledMatrix:
+        """Return the scaled matrix on these rows."""
+        return replace(self, matrix=self.matrix.on_rows(rows))

@@ -36,13 +36,21 @@ class Patches:
         Returns:
             (B, C, H, W); an image's entries sum to the scores of the tokens that read pixels.
         """
-        shares = self.fields.to(scores) / self.fields.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1, 1)
-        return torch.einsum("bl,lchw->bchw", scores, shares)
+        token, pixel = self._readings.to(scores.device)
+        shares = scores[:, token] / token.bincount()[token]
+        images = scores.new_zeros(len(scores), self.fields[0].numel())
+        return images.index_add_(1, pixel, shares).unflatten(1, self.fields.shape[1:])
 
     def collect(self, images: Tensor) -> Tensor:
         """Return the scores (B, L) of tokens by those of pixels (B, C, H, W): a pixel's is shared by all its tokens."""
-        shares = self.fields.to(images) / self.fields.sum(0).clamp_min(1)
-        return torch.einsum("bchw,lchw->bl", images, shares)
+        token, pixel = self._readings.to(images.device)
+        shares = images.flatten(1)[:, pixel] / pixel.bincount()[pixel]
+        return images.new_zeros(len(images), len(self.fields)).index_add_(1, token, shares)
+
+    @cached_property
+    def _readings(self) -> Tensor:
+        """The token and the entry of the image of each reading, (2, readings)."""
+        return self.fields.flatten(1).nonzero().T
 
     @cached_property
     def places(self) -> Tensor:

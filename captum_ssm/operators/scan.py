@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
 from captum_ssm.operators.chunk import chunk_by_matrix, chunk_by_states, size_by_matrix, size_by_states
-from captum_ssm.operators.coefficient import Coefficient, ScanCoefficients
+from captum_ssm.operators.coefficient import Coefficient, Product, ScanCoefficients
 from captum_ssm.operators.recurrence import Recurrence
 from captum_ssm.operators.scan_rows import rows_of_matrix
 
@@ -88,8 +88,8 @@ class Scan(Recurrence):
         Cost: O(L²·D·N) time; memory for the states of all columns, B·D·N·L.
         """
         direct = [path for path in (self.skip, self.bonus) if path is not None]
-        a, b, c = (product.tokens(0, band.shape[2]) for product in self.products)
-        yield from rows_of_matrix(a, b, c, direct, self.lag, band)
+        products = cast(ScanCoefficients[Product], self.products)
+        yield from rows_of_matrix(products, direct, self.lag, band)
 
     def by_states(self, x: Tensor) -> bool:
         """Whether ``x`` (B, L, H, P) goes through all states: a matrix pays off where many columns share it."""
