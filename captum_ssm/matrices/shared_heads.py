@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_ssm.matrices.banded import convolved, tokenwise
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import CausalConv, Chain, HeadOperator, Operator, Scan
 
@@ -106,9 +107,9 @@ class SharedHeads:
         heads, direct, factor, band = None, None, v.new_ones(1, 1, 1), {0: v}
         for leaf in reversed(core.leaves() if isinstance(core, Chain) else [core]):
             if heads is None and isinstance(leaf, CausalConv):
-                band = _convolved(leaf, band)
+                band = convolved(leaf, band)
             elif heads is None and not leaf.mixes_tokens:
-                band = {lag: leaf.apply(weight) for lag, weight in band.items()}
+                band = tokenwise(leaf, band)
             elif heads is None and isinstance(leaf, HeadOperator) and not _has_single_channels(leaf):
                 paths = [path for path in (leaf.skip, leaf.bonus) if path is not None]
                 heads, direct = replace(leaf, skip=None, bonus=None), reduce(add, paths) if paths else None
@@ -182,15 +183,6 @@ def _by_head(t: Tensor, heads: HeadOperator) -> Tensor:
 def _earlier(t: Tensor, lag: int) -> Tensor:
     """Return (B, L, D) with the entry of token t + lag at token t, 0 behind the end."""
     return F.pad(t, (0, 0, 0, lag))[:, lag:]
-
-
-def _convolved(conv: CausalConv, band: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Return the product of a convolution and a banded matrix."""
-    product: dict[int, Tensor] = {}
-    for lag, weight in band.items():
-        for tap, part in enumerate(conv.band(weight)):
-            product[lag + tap] = product[lag + tap] + part if lag + tap in product else part
-    return product
 
 
 def _has_single_channels(heads: HeadOperator) -> bool:
