@@ -5,7 +5,7 @@ Its matrices are banded: their entries (t, t - lag) are not 0 for a few lags alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,12 +32,10 @@ class Banded:
             core: Channelwise, or with projections among its factors.
             v: Input-side weights (B, L, input channels).
         """
-        lags: Mapping[int, Tensor] = {0: v}
-        for leaf in reversed(core.leaves() if isinstance(core, Chain) else [core]):
-            if leaf.mixes_tokens and not isinstance(leaf, CausalConv):
-                return None
-            lags = convolved(leaf, lags) if isinstance(leaf, CausalConv) else tokenwise(leaf, lags)
-        return cls(lags)
+        leaves = core.leaves() if isinstance(core, Chain) else [core]
+        if not are_banded(leaves):
+            return None
+        return cls(product(leaves, v))
 
     def fused(self, u: Tensor, entrywise: Entrywise) -> Tensor:
         """Return ``sum_d f(u_id A^d_ij v_jd)``.
@@ -72,15 +70,41 @@ class Banded:
         return lengths
 
 
-def tokenwise(operator: Operator, lags: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Return the product of an operator that mixes no tokens and a banded matrix, (B, L, D) by lag."""
-    return {lag: operator.apply(weight) for lag, weight in lags.items()}
+def parts(core: Operator) -> tuple[list[Operator], Operator | None, list[Operator]]:
+    """Return the factors after the last one that mixes tokens, that factor, or None, and the factors before it."""
+    leaves = core.leaves() if isinstance(core, Chain) else [core]
+    at = next((number for number, leaf in enumerate(leaves) if leaf.mixes_tokens), None)
+    return (leaves, None, []) if at is None else (leaves[:at], leaves[at], leaves[at + 1 :])
 
 
-def convolved(conv: CausalConv, lags: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def are_banded(operators: Sequence[Operator]) -> bool:
+    """Whether the product of operators reads a few tokens back: all are convolutions or mix no tokens."""
+    return all(isinstance(operator, CausalConv) or not operator.mixes_tokens for operator in operators)
+
+
+def product(operators: Sequence[Operator], v: Tensor) -> dict[int, Tensor]:
+    """Return the contributions of single tokens to the output of a product of banded operators.
+
+    Args:
+        operators: The operators, the first applied last.
+        v: Values (B, L, input channels).
+
+    Returns:
+        By lag from 0 on, (B, L, D): what token t - lag contributes to token t.
+    """
+    lags = {0: v}
+    for operator in reversed(operators):
+        if isinstance(operator, CausalConv):
+            lags = _convolved(operator, lags)
+        else:
+            lags = {lag: operator.apply(weight) for lag, weight in lags.items()}
+    return lags
+
+
+def _convolved(conv: CausalConv, lags: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Return the product of a convolution and a banded matrix, (B, L, D) by lag."""
-    product: dict[int, Tensor] = {}
+    convolved: dict[int, Tensor] = {}
     for lag, weight in lags.items():
         for tap, part in enumerate(conv.band(weight)):
-            product[lag + tap] = product[lag + tap] + part if lag + tap in product else part
-    return product
+            convolved[lag + tap] = convolved[lag + tap] + part if lag + tap in convolved else part
+    return convolved

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_ssm.matrices.banded import convolved, tokenwise
+from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.operators import CausalConv, Chain, HeadOperator, Operator, Scan
+from captum_ssm.operators import HeadOperator, Operator, Scan
 
 _MATRICES = 2**23
 """Entries of the matrices of the heads that are treated at once: bounds their memory to some tens of megabytes."""
@@ -104,20 +104,15 @@ class SharedHeads:
             core: Channelwise, or with projections before its heads alone.
             v: Input-side weights (B, L, input channels).
         """
-        heads, direct, factor, band = None, None, v.new_ones(1, 1, 1), {0: v}
-        for leaf in reversed(core.leaves() if isinstance(core, Chain) else [core]):
-            if heads is None and isinstance(leaf, CausalConv):
-                band = convolved(leaf, band)
-            elif heads is None and not leaf.mixes_tokens:
-                band = tokenwise(leaf, band)
-            elif heads is None and isinstance(leaf, HeadOperator) and not _has_single_channels(leaf):
-                paths = [path for path in (leaf.skip, leaf.bonus) if path is not None]
-                heads, direct = replace(leaf, skip=None, bonus=None), reduce(add, paths) if paths else None
-            elif heads is not None and not leaf.mixes_tokens and not leaf.mixes_channels:
-                factor = leaf.apply(factor)
-            else:
-                return None
-        return None if heads is None else cls(heads, direct, factor, band)
+        after, heads, before = parts(core)
+        if not isinstance(heads, HeadOperator) or _has_single_channels(heads) or not are_banded(before):
+            return None
+        if any(leaf.mixes_channels for leaf in after):
+            return None
+        paths = [path for path in (heads.skip, heads.bonus) if path is not None]
+        factor = reduce(lambda weight, leaf: leaf.apply(weight), reversed(after), v.new_ones(1, 1, 1))
+        without = replace(heads, skip=None, bonus=None)
+        return cls(without, reduce(add, paths) if paths else None, factor, product(before, v))
 
     def fused(self, u: Tensor, entrywise: Entrywise) -> Tensor:
         """Return ``sum_d f(u_id A^d_ij v_jd)``.
