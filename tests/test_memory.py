@@ -87,10 +87,10 @@ def test_no_tensor_has_a_matrix_for_every_channel(
 ) -> None:
     """The bounds of blocks, made for large models, are lowered for a tiny one."""
     model, ids = model_of(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(entries, "_BLOCK", 2**15)
+    monkeypatch.setattr(entries, "_BLOCK", {"cpu": 2**15})
     monkeypatch.setattr(entries, "_CHANNELS", 1)
     monkeypatch.setattr(shared_heads, "_BLOCK", {"cpu": 2**15})
-    monkeypatch.setattr(shared_heads, "_MATRICES", 2**15)
+    monkeypatch.setattr(shared_heads, "_MATRICES", {"cpu": 2**15})
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

@@ -15,8 +15,11 @@ from torch import Tensor
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.operators import Operator, Scan
 
-_BLOCK = 2**21
-"""Entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+_BLOCK = {"cpu": 2**21}
+"""By type of device, entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+
+_LARGE_BLOCK = 2**26
+"""The same for all other devices, where a pass over few columns costs as much as one over many."""
 
 _STATES = {"cpu": 2**18}
 """By type of device, entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
@@ -105,8 +108,9 @@ def column_blocks(like: Tensor, all_channels: bool = False) -> Iterator[tuple[sl
         The tokens (columns) and the channels of a block.
     """
     B, L, D = like.shape
-    width = D if all_channels else min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
-    count = min(L, max(1, _BLOCK // (B * L * width)))
+    block = _BLOCK.get(like.device.type, _LARGE_BLOCK)
+    width = D if all_channels else min(D, max(_CHANNELS, block // (B * L * L)))
+    count = min(L, max(1, block // (B * L * width)))
     for d in range(0, D, width):
         for j in range(0, L, count):
             yield slice(j, min(j + count, L)), slice(d, min(d + width, D))

@@ -24,8 +24,17 @@ from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import HeadOperator, Operator, Scan
 
-_MATRICES = 2**23
-"""Entries of the matrices of the heads that are treated at once: bounds their memory to some tens of megabytes."""
+_MATRICES = {"cpu": 2**23}
+"""By type of device, entries of the heads' matrices that are treated at once: bounds them to some tens of megabytes."""
+
+_MORE_MATRICES = 2**27
+"""The same for all other devices, so that long texts are not cut into many small products."""
+
+_ROWS = {"cpu": 64}
+"""By type of device, rows of a block at most: each block leaves out the columns behind it, which are 0."""
+
+_MORE_ROWS = 512
+"""The same for all other devices."""
 
 _BLOCK = {"cpu": 2**20}
 """By type of device, entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
@@ -132,12 +141,13 @@ class SharedHeads:
         lags = list(self.band)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        for group in torch.arange(self.heads.heads).split(max(1, _MATRICES // (B * L * L))):
+        entries = _MATRICES.get(u.device.type, _MORE_MATRICES)
+        for group in torch.arange(self.heads.heads).split(max(1, entries // (B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
             S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
             terms = Terms(S, V[:, :, heads], U[:, :, heads])
-            for rows, columns in self._blocks(B, L):
+            for rows, columns in self._blocks(u):
                 block = Terms(terms.S[..., rows, columns], terms.V[..., columns, :], terms.U[..., rows, :])
                 fused[..., rows, columns] += _fused(block, entrywise)
             if self.direct is not None:
@@ -145,9 +155,11 @@ class SharedHeads:
                 self._add_direct_paths(fused, terms, direct, entrywise)
         return fused
 
-    def _blocks(self, B: int, L: int) -> Iterator[tuple[slice, slice]]:
+    def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
-        count = max(8, min(64, _MATRICES // (B * L * self.heads.head_size)))
+        (_, B, L, _), device = u.shape, u.device.type
+        entries = _MATRICES.get(device, _MORE_MATRICES)
+        count = max(8, min(_ROWS.get(device, _MORE_ROWS), entries // (B * L * self.heads.head_size)))
         for start in range(0, L, count):
             stop = min(start + count, L)
             yield slice(start, stop), slice(0, stop if self.heads.causal else L)
