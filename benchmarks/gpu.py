@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.speed.figures import ROOT, shown
 from benchmarks.speed.models import HEADS, TARGET, last_logits, mamba, mamba2, random_ids, random_model
-from benchmarks.speed.rollouts import ABSOLUTE, CHANNEL, MEAN, METHODS, SIGNED, TOKEN
+from benchmarks.speed.rollouts import ABSOLUTE, CHANNEL, MEAN, METHODS, NORM, SIGNED, TOKEN
 from benchmarks.speed.rollouts import ROOT as ROLLOUT
 from captum_ssm import ImplicitAttentionRelevance, LLMImplicitAttention
 
@@ -105,6 +105,7 @@ def calls(model: Any, ids: Tensor) -> Iterator[tuple[str, Callable[[], object]]]
     for name in (SIGNED, CHANNEL):
         explain = LLMImplicitAttention(METHODS[name](model), None).explain
         yield f"{WRITTEN} written tokens, {name}", partial(explain, ids, ids.shape[1] - WRITTEN)
+    yield NORM, partial(METHODS[NORM](model).attribute, ids, target=TARGET)
 
 
 def measure(name: str, model: Any, L: int, device: torch.device, rounds: int) -> None:

@@ -180,11 +180,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
     output = Chain({"out": Projection(torch.randn(3, u.shape[-1], dtype=torch.float64))})
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
-    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
+    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
     implicit = CoreMatrix(core, u, v)
     assert_close(channel_matrices(core, u), matrices)
     assert_close(implicit.dense(ABSOLUTE), oracles.weighted(matrices, u, v).abs().sum(1))
@@ -195,11 +195,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
 def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
+    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
         covered = torch.zeros(L, D)
         for tokens, part in entries_module.column_blocks(torch.empty(B, L, D)):
@@ -303,11 +303,11 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
     seed: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
-    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
+    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
     core, entries, u, v = tangled(seed)
     assert core.mixes_channels
     added = torch.einsum("bidje,bje->bdij", entries, v)
@@ -329,11 +329,11 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries_module, "_BLOCK", block)
+    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
     monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", 20 * block)
+    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
     torch.manual_seed(seed)
     B, L, H = 2, 6, 2
     weights = torch.rand(B, H, L, L, dtype=torch.float64).softmax(-1)
@@ -466,11 +466,11 @@ class Largest(TorchDispatchMode):
 @contextmanager
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(entries_module, "_BLOCK", 2**9)
+        patch.setattr(entries_module, "_BLOCK", {"cpu": 2**9})
         patch.setattr(entries_module, "_STATES", {"cpu": 2**9})
         patch.setattr(entries_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", {"cpu": 2**9})
-        patch.setattr(heads_module, "_MATRICES", 2**9)
+        patch.setattr(heads_module, "_MATRICES", {"cpu": 2**9})
         yield
 
 

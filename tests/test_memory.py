@@ -1,7 +1,7 @@
 """No explanation ever holds a matrix between tokens for every channel."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from tests.families import VOCABULARY
 
 L = 96
 FAMILIES = ["mamba", "mamba2", "qwen3_5", "rwkv"]
+model_of = cache(build)
 
 
 def generated(model: Any, ids: Tensor) -> Tensor:
@@ -85,11 +86,11 @@ def test_no_tensor_has_a_matrix_for_every_channel(
     name: str, explain: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bounds of blocks, made for large models, are lowered for a tiny one."""
-    model, ids = build(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(entries, "_BLOCK", 2**15)
+    model, ids = model_of(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(entries, "_BLOCK", {"cpu": 2**15})
     monkeypatch.setattr(entries, "_CHANNELS", 1)
     monkeypatch.setattr(shared_heads, "_BLOCK", {"cpu": 2**15})
-    monkeypatch.setattr(shared_heads, "_MATRICES", 2**15)
+    monkeypatch.setattr(shared_heads, "_MATRICES", {"cpu": 2**15})
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

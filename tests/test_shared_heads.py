@@ -123,7 +123,7 @@ def test_a_projection_before_the_heads_leaves_their_matrices_shared(entrywise: E
 def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
     monkeypatch.setattr(module, "_BLOCK", {"cpu": size})
-    monkeypatch.setattr(module, "_MATRICES", size)
+    monkeypatch.setattr(module, "_MATRICES", {"cpu": size})
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -16,16 +16,21 @@ from benchmarks.speed.figures import Figure, better, joined, read, report, slowe
 from benchmarks.speed.groups import GROUPS
 
 
-def measured(groups: Collection[str], quick: bool) -> list[Figure]:
-    """Measure groups and print their figures."""
-    figures = []
+def measured(
+    groups: Collection[str], quick: bool, on_group: Callable[[list[Figure]], object] = lambda figures: None
+) -> list[Figure]:
+    """Measure groups and print their figures, and call a function with those of each group."""
+    figures: list[Figure] = []
     for group in groups:
-        start = time.perf_counter()
+        start = sum(os.times()[:4])  # of this process and those that it starts
         print(f"\n{group}", flush=True)
+        of_group = []
         for figure in GROUPS[group](quick):
             print(figure, flush=True)
-            figures.append(figure)
-        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+            of_group.append(figure)
+        on_group(of_group)
+        figures += of_group
+        print(f"({sum(os.times()[:4]) - start:.0f} s)", flush=True)
     return figures
 
 
@@ -60,9 +65,12 @@ def main() -> None:
     logging.set_verbosity_error()  # that kernels are not installed
     logging.disable_progress_bar()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
-    found = measured(options.only, options.quick)
-    if options.json:
-        store(joined(read(options.json) if options.json.exists() else [], found), options.json)
+
+    def keep(figures: list[Figure]) -> None:
+        if options.json:
+            store(joined(read(options.json) if options.json.exists() else [], figures), options.json)
+
+    found = measured(options.only, options.quick, keep)
     if options.readme:
         write_readme(options.json)
     if options.check and not check(read(options.check), found, options.quick):

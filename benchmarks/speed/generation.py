@@ -42,7 +42,7 @@ def generation(quick: bool) -> Iterator[Figure]:
             method = LLMImplicitAttention(METHODS[name](model), None)
             method.explain(ids, ids.shape[1] - 1)  # a model is examined once for each length
             explain = partial(method.explain, ids, prompt)
-            value = ratios({"": explain}, forward_pass(model, ids), 2)[""] / written
+            value = ratios({name: explain}, forward_pass(model, ids), 2)[name] / written
             what = f"a written token of {written} after {prompt}, {name}"
             yield Figure("generation", what, FORWARD, of, wanted, value)
     yield from against_captum(prompt, written)

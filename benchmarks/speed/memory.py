@@ -30,9 +30,9 @@ FROZEN, REFERENCE = "relevance, frozen gates", "relevance with a reference"
 GENERATION = f"a generation of 4 tokens, {CHANNEL}"
 RELEVANCE: dict[str, Any] = {FROZEN: None, REFERENCE: 0.0}
 MODELS: dict[str, Callable[[], Any]] = {
-    "Mamba-2, 2 × 512": partial(mamba2, 2, 512),
-    "gated delta, 4 × 256": partial(gated_delta, 4, 256),
-    "Mamba, 2 × 256": partial(mamba, 2, 256),
+    "Mamba-2, 2 × 256": partial(mamba2, 2, 256),
+    "gated delta, 2 × 256": partial(gated_delta, 2, 256),
+    "Mamba, 1 × 256": partial(mamba, 1, 256),
     "the shipped model": lambda: AutoModelForCausalLM.from_pretrained(REVIEWS).eval(),
 }
 
@@ -80,7 +80,7 @@ def memory(quick: bool) -> Iterator[Figure]:
     L, long = (256, 512) if quick else (2048, 16384)
     matrices = [ROOT, CHANNEL, ROWS, TOKEN, SIGNED, ABSOLUTE, MEAN, GENERATION]
     # transformers' own passes of a Mamba take a time that grows with the square of L
-    asked = {"Mamba, 2 × 256": [ROOT, CHANNEL, SIGNED, MEAN]}
+    asked = {"Mamba, 1 × 256": [ROOT, CHANNEL, SIGNED, MEAN]}
     for model in MODELS:
         own = in_a_process(model, OWN, L)
         for what in [*([] if "shipped" in model else asked.get(model, matrices)), *RELEVANCE]:
@@ -91,8 +91,8 @@ def memory(quick: bool) -> Iterator[Figure]:
     for what in RELEVANCE:
         value = in_a_process(model, what, long) / own
         yield Figure("memory", f"peak memory, {what}", FORWARD, f"{model}, L {long}", 1.2, value)
-    own, norm = (in_a_process("gated delta, 4 × 256", what, L // 2) for what in (OWN, NORM))
-    yield Figure("memory", f"peak memory, {NORM}", OWN, f"gated delta, 4 × 256, L {L // 2}", 2, norm / own)
+    own, norm = (in_a_process("gated delta, 2 × 256", what, L // 2) for what in (OWN, NORM))
+    yield Figure("memory", f"peak memory, {NORM}", OWN, f"gated delta, 2 × 256, L {L // 2}", 2, norm / own)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def published(quick: bool) -> Iterator[Figure]:
         Case(f"Mamba, {size}, L {L}", of_one, L, of_many),
     ]
     yield from _measured("rollouts", short, 3)
-    yield from _measured("rollouts", [Case(f"L {long}, Mamba-2", of_two, long, {ROOT: 12, CHANNEL: 20})], 2)
+    yield from _measured("rollouts", [Case(f"Mamba-2, {size}, L {long}", of_two, long, {ROOT: 12, CHANNEL: 20})], 2)
 
 
 def kernels(quick: bool) -> Iterator[Figure]:

@@ -15,6 +15,7 @@ from operator import add
 import torch
 from torch import Tensor
 
+from captum_ssm.matrices.banded import Banded
 from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
 from captum_ssm.matrices.entrywise import IDENTITY, Entrywise
 from captum_ssm.matrices.shared_heads import SharedHeads
@@ -73,8 +74,8 @@ class CoreMatrix:
             return flipped.dense(entrywise).flip(-2, -1)
         further = self.u.shape[:-3]
         u = self.u.flatten(0, -4) if further else self.u.unsqueeze(0)  # (M, B, L, D)
-        heads = SharedHeads.of(core, self.v)
-        fused = _fused_by_entries(core, u, self.v, entrywise) if heads is None else heads.fused(u, entrywise)
+        form = Banded.of(core, self.v) or SharedHeads.of(core, self.v)
+        fused = _fused_by_entries(core, u, self.v, entrywise) if form is None else form.fused(u, entrywise)
         return fused.unflatten(0, further) if further else fused.squeeze(0)
 
     def _dense_sum(self, parts: Sequence[CoreMatrix], entrywise: Entrywise) -> Tensor:
@@ -127,6 +128,9 @@ class CoreMatrix:
         Source:
             Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, for softmax attention.
         """
+        banded = Banded.of(self.core, self.v)
+        if banded is not None:
+            return banded.lengths(output)
         B, L, _ = self.v.shape
         fused = self.v.new_zeros(B, L, L)
         for tokens, channels in column_blocks(self.v, all_channels=True):

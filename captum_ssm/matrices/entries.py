@@ -1,21 +1,25 @@
 """Walk through the entries of a core's matrices in blocks of bounded size.
 
-A core of single channels, a scan perhaps after convolutions, is walked by rows, which keeps the state of every column;
-any other core by columns, which needs nothing but its products.
+A core of single channels, a scan perhaps behind convolutions and projections, is walked by rows, which keeps the state
+of every column; any other core by columns, which needs nothing but its products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import CausalConv, Chain, Operator, Scan
+from captum_ssm.matrices.banded import are_banded, parts, product
+from captum_ssm.operators import Operator, Scan
 
-_BLOCK = 2**21
-"""Entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+_BLOCK = {"cpu": 2**21}
+"""By type of device, entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+
+_LARGE_BLOCK = 2**26
+"""The same for all other devices, where a pass over few columns costs as much as one over many."""
 
 _STATES = {"cpu": 2**18}
 """By type of device, entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
@@ -54,39 +58,33 @@ def entry_blocks(core: Operator, v: Tensor) -> Iterator[EntryBlock]:
 
 
 def _by_rows(core: Operator, v: Tensor) -> Iterator[EntryBlock] | None:
-    """Walk through the entries by rows, if the core is a scan of single channels, perhaps after convolutions."""
-    leaves = core.leaves() if isinstance(core, Chain) else [core]
-    mixing = [leaf for leaf in leaves if leaf.mixes_tokens]
-    scan = mixing[0] if mixing else None
-    if core.mixes_channels or not isinstance(scan, Scan) or scan.head_size > 1:
+    """Walk through the entries by rows, if the core is a scan of single channels behind banded factors."""
+    after, scan, before = parts(core)
+    if not isinstance(scan, Scan) or scan.head_size > 1 or not are_banded(before):
         return None
-    if len(mixing) > 2 or not all(isinstance(leaf, CausalConv) for leaf in mixing[1:]):
-        return None
-    B, L, D = v.shape
-    width = max(_CHANNELS, _STATES.get(v.device.type, _MORE_STATES) // (B * L * scan.states))
-    return _rows(leaves, v, leaves.index(scan), [slice(d, min(d + width, D)) for d in range(0, D, width)])
+    return None if any(leaf.mixes_channels for leaf in after) else _rows(after, scan, product(before, v))
 
 
-def _rows(leaves: list[Operator], v: Tensor, at: int, blocks: list[slice]) -> Iterator[EntryBlock]:
+def _rows(after: list[Operator], scan: Scan, lags: Mapping[int, Tensor]) -> Iterator[EntryBlock]:
     """Walk through the rows of a product of operators.
 
     Args:
-        leaves: The operators, the first applied last.
-        v: Input-side weights (B, L, D).
-        at: Number of the scan among the operators.
-        blocks: The channels of each block.
+        after: The factors after the scan, the first applied last.
+        scan: The scan.
+        lags: By lag, (B, L, D): what token t - lag contributes to the scan's input at token t.
 
     Yields:
         Blocks of some rows and all columns up to the last of these.
     """
-    for channels in blocks:
-        operators = [leaf.channels(channels) for leaf in leaves]
-        factor, band = torch.ones_like(v[..., channels]), v[..., channels].unsqueeze(0)  # (B, L, D), (K, B, L, D)
-        for operator in reversed(operators[at + 1 :]):
-            band = operator.band(band[0]) if isinstance(operator, CausalConv) else operator.apply(band)
-        for operator in reversed(operators[:at]):
-            factor = operator.apply(factor)
-        for rows, entries in cast(Scan, operators[at]).rows(band):
+    band = torch.stack([lags[lag] for lag in range(len(lags))])  # (K, B, L, D)
+    _, B, L, D = band.shape
+    width = max(_CHANNELS, _STATES.get(band.device.type, _MORE_STATES) // (B * L * scan.states))
+    for start in range(0, D, width):
+        channels = slice(start, min(start + width, D))
+        factor = torch.ones_like(band[0, ..., channels])  # (B, L, channels)
+        for operator in reversed(after):
+            factor = operator.channels(channels).apply(factor)
+        for rows, entries in scan.channels(channels).rows(band[..., channels]):
             yield EntryBlock(rows, slice(0, rows.stop), channels, factor[:, rows], entries)
 
 
@@ -110,8 +108,9 @@ def column_blocks(like: Tensor, all_channels: bool = False) -> Iterator[tuple[sl
         The tokens (columns) and the channels of a block.
     """
     B, L, D = like.shape
-    width = D if all_channels else min(D, max(_CHANNELS, _BLOCK // (B * L * L)))
-    count = min(L, max(1, _BLOCK // (B * L * width)))
+    block = _BLOCK.get(like.device.type, _LARGE_BLOCK)
+    width = D if all_channels else min(D, max(_CHANNELS, block // (B * L * L)))
+    count = min(L, max(1, block // (B * L * width)))
     for d in range(0, D, width):
         for j in range(0, L, count):
             yield slice(j, min(j + count, L)), slice(d, min(d + width, D))

@@ -20,11 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.operators import CausalConv, Chain, HeadOperator, Operator, Scan
+from captum_ssm.operators import HeadOperator, Operator, Scan
 
-_MATRICES = 2**23
-"""Entries of the matrices of the heads that are treated at once: bounds their memory to some tens of megabytes."""
+_MATRICES = {"cpu": 2**23}
+"""By type of device, entries of the heads' matrices that are treated at once: bounds them to some tens of megabytes."""
+
+_MORE_MATRICES = 2**27
+"""The same for all other devices, so that long texts are not cut into many small products."""
+
+_ROWS = {"cpu": 64}
+"""By type of device, rows of a block at most: each block leaves out the columns behind it, which are 0."""
+
+_MORE_ROWS = 512
+"""The same for all other devices."""
 
 _BLOCK = {"cpu": 2**20}
 """By type of device, entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
@@ -103,20 +113,15 @@ class SharedHeads:
             core: Channelwise, or with projections before its heads alone.
             v: Input-side weights (B, L, input channels).
         """
-        heads, direct, factor, band = None, None, v.new_ones(1, 1, 1), {0: v}
-        for leaf in reversed(core.leaves() if isinstance(core, Chain) else [core]):
-            if heads is None and isinstance(leaf, CausalConv):
-                band = _convolved(leaf, band)
-            elif heads is None and not leaf.mixes_tokens:
-                band = {lag: leaf.apply(weight) for lag, weight in band.items()}
-            elif heads is None and isinstance(leaf, HeadOperator) and not _has_single_channels(leaf):
-                paths = [path for path in (leaf.skip, leaf.bonus) if path is not None]
-                heads, direct = replace(leaf, skip=None, bonus=None), reduce(add, paths) if paths else None
-            elif heads is not None and not leaf.mixes_tokens and not leaf.mixes_channels:
-                factor = leaf.apply(factor)
-            else:
-                return None
-        return None if heads is None else cls(heads, direct, factor, band)
+        after, heads, before = parts(core)
+        if not isinstance(heads, HeadOperator) or _has_single_channels(heads) or not are_banded(before):
+            return None
+        if any(leaf.mixes_channels for leaf in after):
+            return None
+        paths = [path for path in (heads.skip, heads.bonus) if path is not None]
+        factor = reduce(lambda weight, leaf: leaf.apply(weight), reversed(after), v.new_ones(1, 1, 1))
+        without = replace(heads, skip=None, bonus=None)
+        return cls(without, reduce(add, paths) if paths else None, factor, product(before, v))
 
     def fused(self, u: Tensor, entrywise: Entrywise) -> Tensor:
         """Return ``sum_d f(u_id A^d_ij v_jd)``.
@@ -136,12 +141,13 @@ class SharedHeads:
         lags = list(self.band)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        for group in torch.arange(self.heads.heads).split(max(1, _MATRICES // (B * L * L))):
+        entries = _MATRICES.get(u.device.type, _MORE_MATRICES)
+        for group in torch.arange(self.heads.heads).split(max(1, entries // (B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
             S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
             terms = Terms(S, V[:, :, heads], U[:, :, heads])
-            for rows, columns in self._blocks(B, L):
+            for rows, columns in self._blocks(u):
                 block = Terms(terms.S[..., rows, columns], terms.V[..., columns, :], terms.U[..., rows, :])
                 fused[..., rows, columns] += _fused(block, entrywise)
             if self.direct is not None:
@@ -149,9 +155,11 @@ class SharedHeads:
                 self._add_direct_paths(fused, terms, direct, entrywise)
         return fused
 
-    def _blocks(self, B: int, L: int) -> Iterator[tuple[slice, slice]]:
+    def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
-        count = max(8, min(64, _MATRICES // (B * L * self.heads.head_size)))
+        (_, B, L, _), device = u.shape, u.device.type
+        entries = _MATRICES.get(device, _MORE_MATRICES)
+        count = max(8, min(_ROWS.get(device, _MORE_ROWS), entries // (B * L * self.heads.head_size)))
         for start in range(0, L, count):
             stop = min(start + count, L)
             yield slice(start, stop), slice(0, stop if self.heads.causal else L)
@@ -182,15 +190,6 @@ def _by_head(t: Tensor, heads: HeadOperator) -> Tensor:
 def _earlier(t: Tensor, lag: int) -> Tensor:
     """Return (B, L, D) with the entry of token t + lag at token t, 0 behind the end."""
     return F.pad(t, (0, 0, 0, lag))[:, lag:]
-
-
-def _convolved(conv: CausalConv, band: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Return the product of a convolution and a banded matrix."""
-    product: dict[int, Tensor] = {}
-    for lag, weight in band.items():
-        for tap, part in enumerate(conv.band(weight)):
-            product[lag + tap] = product[lag + tap] + part if lag + tap in product else part
-    return product
 
 
 def _has_single_channels(heads: HeadOperator) -> bool:
