@@ -141,7 +141,7 @@ def test_a_model_under_a_device_map_in_an_actor(tmp_path: Path, cluster: Cluster
         np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-6)
 
 
-# --- Ray Data itself ----------------------------------------------------------------------------------------------------
+# --- Ray Data itself --------------------------------------------------------------------------------------------
 
 
 def test_the_callable_is_the_class_of_an_actor_pool(cluster: Cluster) -> None:

@@ -220,7 +220,7 @@ def test_a_real_disk_without_space(reviews: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="cannot write into .*file"):
+    with pytest.raises(InvalidInputError, match=r"cannot write into .*file"):
         explain_file(Explain(REVIEWS), source(reviews), tmp_path / "file" / "out")
     with pytest.raises(InvalidInputError, match="cannot write into '/proc/out'"):
         explain_file(Explain(REVIEWS), source(reviews), "/proc/out")
