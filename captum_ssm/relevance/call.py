@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.network.lookups import TokenIds
+from captum_ssm.relevance.blockwise import blockwise
 from captum_ssm.relevance.difference_quotient import difference_quotient
 from captum_ssm.relevance.functions import Function
 from captum_ssm.relevance.traced import Traced
@@ -80,9 +81,10 @@ class Call(NamedTuple):
         """
         closed_form = self.row.slope
         if closed_form is not None and self.args and isinstance(self.args[0], Traced):
-            slope = closed_form(x, r, y, z, *self.args[1:], **self.kwargs)
+            further, options = self.args[1:], self.kwargs
+            slope = blockwise(lambda *tensors: _finite(closed_form(*tensors, *further, **options)), x, r, y, z)
             if slope is not None:
-                return torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+                return slope
         arguments = [*self.args, *self.kwargs.values()]
         others = any(isinstance(t, Tensor) and t.dim() and not isinstance(t, Traced) for t in arguments)
         return difference_quotient(self.at, x, r, y, z, of_one_tensor=not others)
@@ -98,6 +100,11 @@ class Call(NamedTuple):
         traced = [arg for arg in self.args[:position] if isinstance(arg, Traced)]
         args = self.args[:position] + substitute(self.args[position:], constant_of)
         return Call.of(self.function, self.row, args, self.kwargs, traced)
+
+
+def _finite(slope: Tensor | None) -> Tensor | None:
+    """Return slopes with 0 where there is none; None if they have no closed form."""
+    return None if slope is None else torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _widest_type(traced: list[Traced]) -> torch.dtype:

@@ -8,9 +8,12 @@ side and on ``d = log(s / s')``, and these are computed without c.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from captum_ssm.relevance.blockwise import blockwise
 from captum_ssm.relevance.multipliers import with_value
 from captum_ssm.relevance.slopes import slope_of_exp
 
@@ -30,11 +33,29 @@ def difference_of_softmax(x: Tensor, r: Tensor, axis: int) -> tuple[Tensor, Tens
         Both softmaxes, of the shape of ``x``.
     """
     value, reference = x.detach().softmax(axis), r.softmax(axis)
-    d = x.detach().logsumexp(axis, keepdim=True) - r.logsumexp(axis, keepdim=True)
-    slopes = _slopes(x, r, 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference)
-    change = slopes * x
-    linear = change - (value + reference) / 2 * change.sum(axis, keepdim=True)
-    return with_value(linear, value), reference
+    d = _log_of_sum(x.detach(), value, axis) - _log_of_sum(r, reference, axis)
+    slopes = blockwise(_slopes, x.detach(), r, 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference)
+    return _Softmax.apply(x, value, slopes, torch.lerp(value, reference, 0.5), axis), reference  # type: ignore[no-untyped-call]
+
+
+class _Softmax(torch.autograd.Function):
+    """The softmax ``value`` of x with the gradient of ``slopes_j x_j - m_j sum_k slopes_k x_k``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slopes: Tensor, m: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(slopes, m)
+        ctx.axis = axis
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, m = ctx.saved_tensors
+        return slopes * (g - (g * m).sum(ctx.axis, keepdim=True)), None, None, None, None
+
+
+def _log_of_sum(x: Tensor, softmax: Tensor, axis: int) -> Tensor:
+    """Compute the logarithm of the sum of exponentials from the largest of them and its part of the sum."""
+    return x.amax(axis, keepdim=True) - softmax.amax(axis, keepdim=True).log()
 
 
 def difference_of_logsumexp(x: Tensor, r: Tensor, axis: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -41,12 +41,12 @@ def with_factors(
 
 def adjoint_of_mul(g: Tensor, other: Tensor, position: int) -> Tensor:
     """Return the gradient of a factor of ``x * y``."""
-    return g * other.conj()
+    return g * other
 
 
 def adjoint_of_matmul(g: Tensor, other: Tensor, position: int) -> Tensor:
     """Return the gradient of a factor of ``x @ y``, each with at least two axes."""
-    return g @ other.mH if position == 0 else other.mH @ g
+    return g @ other.mT if position == 0 else other.mT @ g
 
 
 class _Multiplied(torch.autograd.Function):

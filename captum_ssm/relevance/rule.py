@@ -100,7 +100,8 @@ class Rule(ABC):
         """Return the value of a product of two traced tensors with these as the multipliers of the first and second."""
         x, y = call.traced
         adjoint = call.row.adjoint
-        if adjoint is not None and not call.kwargs and min(x.value.dim(), y.value.dim()) >= 2:
+        plain = all(t.value.is_floating_point() and t.value.dim() >= 2 for t in call.traced)
+        if adjoint is not None and plain and not call.kwargs:
             return with_factors(x.value, y.value, for_x, for_y, call.at, adjoint)
         linear = call.at(x.value, for_x) + call.at(for_y, y.value)
         return with_value(linear, call.at(x.value.detach(), y.value.detach()))

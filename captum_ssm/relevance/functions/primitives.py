@@ -99,10 +99,11 @@ FUNCTIONS.declare(
     Function("matmul", "product", contraction=True, adjoint=adjoint_of_matmul),
     Function("mm", "product", contraction=True, adjoint=adjoint_of_matmul),
     Function("bmm", "product", contraction=True, adjoint=adjoint_of_matmul),
-    Function("rmatmul", "product", contraction=True),
     Function("linear", "product", contraction=True, composition=_linear, factors=1, shared=True),
     Function("einsum", "product", contraction=True, composition=einsum),
-    Function("linalg_matmul", "product", contraction=True),
+    Function(
+        "linalg_matmul", "product", aliases=("rmatmul",), contraction=True
+    ),  # whose factors are the other way round
     Function("linalg_cross", "product"),
     Function("causal_convolution", "product", shared=True),  # of captum_ssm.operators
 )

@@ -56,7 +56,8 @@ class Function:
         origin: For an elementwise function: the origin of its result, which a product with the result reads.
         contraction: Whether the result mixes entries, so that it no longer has the origin of its argument.
         factors: For a product: how many of its arguments may be traced at once, 1 or 2.
-        adjoint: For a product: the gradient of each factor in closed form; None: that of the function itself.
+        adjoint: For a product: the gradient of each factor in closed form, of real factors with at least two axes;
+            None: that of the function itself.
         linear_in: For a linear function that is linear in one argument alone: the position of this argument.
         constants_from: Position of the first argument of which only the shape or the type is read.
         axis: For a selection: position of its argument ``dim``.

@@ -8,10 +8,11 @@ know is refused if it is passed, but for those that change no more than the spee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NoReturn
+from functools import cached_property, partial
+from types import FunctionType
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -68,17 +69,20 @@ class Kernel:
         if isinstance(code, partial):
             inner = self.of(code.func)
             return None if inner is None else partial(inner, *code.args, **code.keywords)
-        signature = _signature(code)
-        if signature is None:
+        names = _names(code)
+        if names is None or self._needed - {self.aliases.get(name, name) for name in names}:
             return None
-        own = inspect.signature(self.rule).parameters.values()
-        needed = {parameter.name for parameter in own if parameter.default is parameter.empty}
-        if needed - {self.aliases.get(name, name) for name in signature.parameters}:
-            return None
-        return partial(self._call, signature)
+        return partial(self._call, code)
 
-    def _call(self, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the rule's result for arguments of this signature."""
+    @cached_property
+    def _needed(self) -> frozenset[str]:
+        """Names of the rule's arguments that have no default."""
+        own = inspect.signature(self.rule).parameters.values()
+        return frozenset(parameter.name for parameter in own if parameter.default is parameter.empty)
+
+    def _call(self, code: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the rule's result for arguments of this function."""
+        signature = cast(inspect.Signature, _signature(code))
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given: dict[str, Any] = {}
@@ -159,6 +163,16 @@ class Unfollowed(Tensor):
             "follows the first result alone. Run the model without a cache (use_cache=False), or register a rule of "
             "your own (captum_ssm.register_rule)."
         )
+
+
+def _names(code: Callable[..., Any]) -> Sequence[str] | None:
+    """Return the names of a function's arguments, far faster than its signature does; None if it has none."""
+    if type(code) is not FunctionType or vars(code):  # such as a method, or a function with another one's signature
+        signature = _signature(code)
+        return None if signature is None else list(signature.parameters)
+    own = code.__code__
+    count = own.co_argcount + own.co_kwonlyargcount + bool(own.co_flags & inspect.CO_VARKEYWORDS)
+    return None if own.co_flags & inspect.CO_VARARGS else own.co_varnames[:count]
 
 
 def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
