@@ -18,8 +18,8 @@ def register_rule(what: Callable[..., Any] | str, kind: Kind | None = None) -> A
         what: A torch function; or the name of a class of modules, or of a function as the code of a module calls it,
             with or without the name of that module in front, ``"package.module.function"``.
         kind: Of a torch function: ``"linear"`` in its tensors together; ``"product"``: linear in each of two;
-            ``"elementwise"``: each entry of the result depends on one entry, and torch has its derivative; or ``"constant"``: only the shape of its
-            argument is read. None if the function is written in other functions.
+            ``"elementwise"``: each entry of the result depends on one entry, and torch has its derivative; or
+            ``"constant"``: only the shape of its argument is read. None if the function is written in other functions.
 
     Returns:
         None if a kind is passed; otherwise a decorator for the same function, written in functions that have a rule.
