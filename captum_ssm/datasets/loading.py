@@ -99,7 +99,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _content(name: str, tensor: Any) -> Iterator[bytes | memoryview]:
-    """Yield all that tells a weight from others; of one that is made of tensors, as a shard or a quantised one, of each.
+    """Yield all that tells a weight from others; of one made of tensors, as a shard or a quantised one, of each.
 
     Args:
         name: Its name.
