@@ -180,8 +180,8 @@ def test_the_output_layer_runs_on_the_last_token_alone(shipped: tuple[Any, Any])
     model, _ = shipped
     last, seen = LastToken(model), []
     ids, mask = (
-        torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0], [5, 6, 7, 8]]),
-        torch.tensor([[1] * 4, [1, 1, 0, 0], [1] * 4]),
+        torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [9, 10, 0, 0]]),
+        torch.tensor([[1] * 4, [1] * 4, [1, 1, 0, 0]]),
     )
     expected = run_model(model, ids, mask)
     handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,12 +37,14 @@ class Work:
         source: The file.
         kept: The input columns to keep by name, with their types of Arrow; None: as text.
         done: The digests of the rows of blocks that are done, by number.
+        identity: The identity of the model.
     """
 
     explain: Explain
     source: Source
     kept: Mapping[str, Any]
     done: Mapping[int, str]
+    identity: Mapping[str, Any]
 
     def blocks(self) -> Iterator[Block]:
         """Read the blocks that are not done yet.
@@ -75,6 +78,9 @@ class Work:
 class Engine(Protocol):
     """Where the blocks are explained."""
 
+    def opened(self) -> AbstractContextManager[None]:
+        """Return the context in which the engine is used."""
+
     def identity(self, explain: Explain) -> dict[str, Any]:
         """Return the model's identity: class, digests of weights and vocabulary, layers."""
 
@@ -84,6 +90,10 @@ class Engine(Protocol):
 
 class Local:
     """Explains block after block in this process."""
+
+    def opened(self) -> AbstractContextManager[None]:
+        """Return the context in which the engine is used: any."""
+        return nullcontext()
 
     def identity(self, explain: Explain) -> dict[str, Any]:
         """Return the model's identity: class, digests of weights and vocabulary, layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -93,13 +93,27 @@ def weights_digest(model: nn.Module) -> str:
     """
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0]):
-        digest.update(repr((name, type(tensor).__name__)).encode())
-        if isinstance(tensor, torch.Tensor):
-            digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
-            if not tensor.is_meta and tensor.numel():
-                flat = tensor.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
+        for content in _content(name, tensor):
+            digest.update(content)
     return digest.hexdigest()
+
+
+def _content(name: str, tensor: Any) -> Iterator[bytes | memoryview]:
+    """Yield all that tells a weight from others; of one made of tensors, as a shard or a quantised one, of each.
+
+    Args:
+        name: Its name.
+        tensor: The weight.
+    """
+    yield repr((name, type(tensor).__name__)).encode()
+    if not isinstance(tensor, torch.Tensor):
+        return
+    yield repr((str(tensor.dtype), tuple(tensor.shape))).encode()
+    if hasattr(tensor, "__tensor_flatten__"):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _content(part, getattr(tensor, part))
+    elif not tensor.is_meta and tensor.numel():
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -18,12 +18,11 @@ from captum_ssm.datasets.tables import to_bytes
 from captum_ssm.errors import ModelStateError
 
 
-def explained_blocks(work: Work, identity: Mapping[str, Any], workers: int, resources: Mapping[str, float]) -> Dataset:
+def explained_blocks(work: Work, workers: int, resources: Mapping[str, float]) -> Dataset:
     """Return the blocks explained, as a data set that does nothing until it is read.
 
     Args:
         work: Which blocks, and how.
-        identity: The identity of the model.
         workers: How many actors.
         resources: CPUs or GPUs of each.
 
@@ -41,7 +40,7 @@ def explained_blocks(work: Work, identity: Mapping[str, Any], workers: int, reso
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        fn_constructor_args=(work, dict(identity)),
+        fn_constructor_args=(work,),
         **resources,
     )
 
@@ -79,19 +78,18 @@ class _Worker:
     """Explains blocks, with the model that was loaded once.
 
     Args:
-        work: How.
-        identity: The identity of the model.
+        work: How, and the identity of the model.
 
     Raises:
         ModelStateError: If the model here is another one.
     """
 
-    def __init__(self, work: Work, identity: Mapping[str, Any]) -> None:
+    def __init__(self, work: Work) -> None:
         own = work.explain.ready().identity()
-        if own != identity:
+        if own != work.identity:
             raise ModelStateError(
                 f"the model on {ray.util.get_node_ip_address()} is another one than that of the first worker: {own}, "
-                f"not {identity}. Put the same model on each machine."
+                f"not {work.identity}. Put the same model on each machine."
             )
         self._work = work
 

@@ -45,7 +45,7 @@ class Ray:
             InvalidInputError: If ray is not installed, or the model cannot be loaded there.
         """
         ray = needed("ray")
-        with self._connected(), _told():
+        with self.opened(), _told():
             return dict(ray.get(ray.remote(**self._resources(explain))(_identity).remote(explain)))
 
     def parts(self, work: Work, on_rows: Callable[[int], object]) -> Iterator[Part]:
@@ -62,13 +62,12 @@ class Ray:
             InvalidInputError: If ray is not installed, or the rows of a block that is done have changed.
             ModelStateError: If a worker fails, or has another model.
         """
-        with self._connected(), _told():
+        with self.opened(), _told():
             from captum_ssm.datasets.ray_blocks import explained_blocks
 
-            identity = self.identity(work.explain)
             source = replace(work.source, path=str(Path(work.source.path).resolve()))
             blocks = explained_blocks(
-                replace(work, source=source), identity, self._workers(work.explain), self._resources(work.explain)
+                replace(work, source=source), self._workers(work.explain), self._resources(work.explain)
             )
             for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in batch.to_pylist():
@@ -94,7 +93,7 @@ class Ray:
         return workers
 
     @contextmanager
-    def _connected(self) -> Iterator[None]:
+    def opened(self) -> Iterator[None]:
         """Be connected to the cluster while the context is open; one that was connected before stays so.
 
         Yields:

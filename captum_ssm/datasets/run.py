@@ -55,16 +55,18 @@ def explain_file(
     with source.on_disk() as file, output.held():
         kept = file.kept()
         output.refuse_begun(resume)
-        done = output.begin(
-            {
-                "model": engine.identity(explain),
-                "settings": explain.settings(),
-                "columns": list(kept),
-                "rows of a part": file.block_rows,
-            }
-        )
-        total = file.count() if show_progress else 0
-        with progress_bar("explain", total, show_progress, "row", output.count()) as on_rows:
-            for part in engine.parts(Work(explain, file, kept, done), on_rows):
-                output.write(part.number, part.table, part.digest)
+        with engine.opened():
+            identity = engine.identity(explain)
+            done = output.begin(
+                {
+                    "model": identity,
+                    "settings": explain.settings(),
+                    "columns": list(kept),
+                    "rows of a part": file.block_rows,
+                }
+            )
+            total = file.count() if show_progress else 0
+            with progress_bar("explain", total, show_progress, "row", output.count()) as on_rows:
+                for part in engine.parts(Work(explain, file, kept, done, identity), on_rows):
+                    output.write(part.number, part.table, part.digest)
         return Report.of(output)

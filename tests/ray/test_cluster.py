@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_ssm import ImplicitAttentionRelevance, InvalidInputError, ModelStateError, cli
@@ -128,11 +130,25 @@ def spread(offload: str | None = None) -> Any:
     return model, AutoTokenizer.from_pretrained(REVIEWS)
 
 
-@pytest.mark.parametrize("offloaded", [False, True], ids=["cpu", "disk"])
-def test_a_model_under_a_device_map_in_an_actor(tmp_path: Path, cluster: Cluster, offloaded: bool) -> None:
+def sharded() -> Any:
+    """Load the model under FSDP2, whose parameters are gathered for each layer's run."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    model = AutoModelForCausalLM.from_pretrained(REVIEWS)
+    for layer in model.backbone.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model, AutoTokenizer.from_pretrained(REVIEWS)
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk", "FSDP"])
+def test_a_model_under_a_device_map_or_in_shards_in_an_actor(tmp_path: Path, cluster: Cluster, way: str) -> None:
     path, out, plain = tmp_path / "a.txt", tmp_path / "out", tmp_path / "plain"
     path.write_text("\n".join(TEXTS[:12]))
-    explain = Explain(partial(spread, str(tmp_path / "weights") if offloaded else None))
+    explain = Explain(
+        sharded if way == "FSDP" else partial(spread, str(tmp_path / "weights") if way == "disk" else None)
+    )
     explain_file(explain, source(path, 6), out, engine=Ray(workers=2))
     explain_file(Explain(REVIEWS), source(path, 6), plain)
     assert len(rows_of(out)) == 12
