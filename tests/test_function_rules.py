@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.relevance import blockwise as blocks
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.difference_quotient import difference_quotient
 from captum_ssm.relevance.frozen import Frozen
@@ -594,6 +595,15 @@ def test_a_slope_of_float32_is_about_the_quotient_of_float64(name: str, distance
     v, w = x.detach().double(), r.double()
     wide = torch.where(v == w, derivative(function, v), (function(v) - function(w)) / (v - w))
     assert ((found - wide).abs() <= 2e-5 * wide.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("entries", [1, 3, 7])
+def test_blocks_of_entries_never_change_a_result(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ENTRIES", entries)
+    x, r = torch.randn(2, 4, 5)
+    for one, other in ((x, r), (x.T, r.T), (x, r.double())):
+        assert torch.equal(blocks.blockwise(torch.maximum, one, other), torch.maximum(one, other))
+    assert blocks.blockwise(lambda x, r: None, x, r) is None
 
 
 @pytest.mark.parametrize("name", CLOSED)

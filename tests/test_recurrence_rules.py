@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.layers.averages import averages
-from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan
+from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan, chunk
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
@@ -82,12 +82,12 @@ def factors_of(case: Case) -> list[list[tuple[Tensor, Tensor]]]:
     return found
 
 
-def scan_of(case: Case, factors: list[list[tuple[Tensor, Tensor]]], chunk: int | None) -> Recurrence:
+def scan_of(case: Case, factors: list[list[tuple[Tensor, Tensor]]], tokens: int | None) -> Recurrence:
     coefficients: list[Any] = [Product(tuple(v for v, _ in pairs)) for pairs in factors]
     coefficients[0] = Product(coefficients[0].factors, exponential=case.exponential)
     if case.delta:
-        return DeltaScan(*coefficients, head_size=case.channels, chunk=chunk)
-    return Scan(*coefficients, lag=case.lag, head_size=case.channels, chunk=chunk)
+        return DeltaScan(*coefficients, head_size=case.channels, chunk=tokens)
+    return Scan(*coefficients, lag=case.lag, head_size=case.channels, chunk=tokens)
 
 
 def flat(factors: list[list[tuple[Tensor, Tensor]]], side: int) -> tuple[Tensor, ...]:
@@ -117,6 +117,24 @@ def test_the_multipliers_are_those_of_every_product_of_every_token(case: Case, c
         torch.autograd.grad((y * dy).sum(), leaves), torch.autograd.grad((expected * dy).sum(), leaves), strict=True
     ):
         assert_exact(found, wanted)
+
+
+@every_case
+@pytest.mark.parametrize("entries", [1, 200])
+def test_the_number_of_chunks_at_once_never_changes_the_result(
+    case: Case, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk at a time, two or three, or all, each of which hands its state on to the next."""
+    factors, x = factors_of(case), random(B, L, case.heads, case.channels)
+    leaves = [x[0], *flat(factors, 0)]
+    dy, results = torch.randn(B, L, case.heads, case.channels, dtype=torch.float64), []
+    for limit in (10**9, entries):
+        monkeypatch.setattr(chunk, "_ENTRIES", limit)
+        scan = scan_of(case, factors, 1)
+        y, reference = difference_of_scans(scan, (x[0], flat(factors, 0)), (x[1], flat(factors, 1)), 0.75)
+        results.append([y, reference, scan.mix(x[0]), *torch.autograd.grad((y * dy).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert_exact(one, other)
 
 
 @every_case

@@ -101,9 +101,7 @@ FUNCTIONS.declare(
     Function("bmm", "product", contraction=True, adjoint=adjoint_of_matmul),
     Function("linear", "product", contraction=True, composition=_linear, factors=1, shared=True),
     Function("einsum", "product", contraction=True, composition=einsum),
-    Function(
-        "linalg_matmul", "product", aliases=("rmatmul",), contraction=True
-    ),  # whose factors are the other way round
+    Function("linalg_matmul", "product", aliases=("rmatmul",), contraction=True),  # the second's factors are reversed
     Function("linalg_cross", "product"),
     Function("causal_convolution", "product", shared=True),  # of captum_ssm.operators
 )
