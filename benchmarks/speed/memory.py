@@ -30,9 +30,9 @@ FROZEN, REFERENCE = "relevance, frozen gates", "relevance with a reference"
 GENERATION = f"a generation of 4 tokens, {CHANNEL}"
 RELEVANCE: dict[str, Any] = {FROZEN: None, REFERENCE: 0.0}
 MODELS: dict[str, Callable[[], Any]] = {
-    "Mamba-2, 2 × 256": partial(mamba2, 2, 256),
+    "Mamba-2, 2 × 384": partial(mamba2, 2, 384),
     "gated delta, 2 × 256": partial(gated_delta, 2, 256),
-    "Mamba, 1 × 256": partial(mamba, 1, 256),
+    "Mamba, 1 × 128": partial(mamba, 1, 128),
     "the shipped model": lambda: AutoModelForCausalLM.from_pretrained(REVIEWS).eval(),
 }
 
@@ -80,7 +80,7 @@ def memory(quick: bool) -> Iterator[Figure]:
     L, long = (256, 512) if quick else (2048, 16384)
     matrices = [ROOT, CHANNEL, ROWS, TOKEN, SIGNED, ABSOLUTE, MEAN, GENERATION]
     # transformers' own passes of a Mamba take a time that grows with the square of L
-    asked = {"Mamba, 1 × 256": [ROOT, CHANNEL, SIGNED, MEAN]}
+    asked = {"Mamba, 1 × 128": [ROOT, CHANNEL, SIGNED, MEAN]}
     for model in MODELS:
         own = in_a_process(model, OWN, L)
         for what in [*([] if "shipped" in model else asked.get(model, matrices)), *RELEVANCE]:

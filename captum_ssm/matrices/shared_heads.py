@@ -25,7 +25,7 @@ from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import HeadOperator, Operator, Scan
 
 _MATRICES = {"cpu": 2**23}
-"""By type of device, entries of the heads' matrices that are treated at once: bounds them to some tens of megabytes."""
+"""By type of device, entries of the heads' matrices, for all lags, that are treated at once: some tens of megabytes."""
 
 _MORE_MATRICES = 2**27
 """The same for all other devices, so that long texts are not cut into many small products."""
@@ -142,7 +142,7 @@ class SharedHeads:
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
         entries = _MATRICES.get(u.device.type, _MORE_MATRICES)
-        for group in torch.arange(self.heads.heads).split(max(1, entries // (B * L * L))):
+        for group in torch.arange(self.heads.heads).split(max(1, entries // (len(lags) * B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
             S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
