@@ -34,6 +34,13 @@ BAD: list[Any] = ["", None, "word " * 600, [5, 99999], 7]
 """Rows that cannot be explained."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run all tests that start a cluster: two of them would starve each other."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()) or item.path.stem in ("test_howto", "test_tutorial"):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
     """A file of 80 texts and five bad rows among them, a line that is no JSON, and a row of ids."""

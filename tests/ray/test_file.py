@@ -269,7 +269,7 @@ def test_other_files_beside_the_parts(reviews: Path, tmp_path: Path) -> None:
         (["--target-column", "label"], "there is no column 'label'"),
         (["--engine", "local", "--workers", "2"], "--workers is of the engine ray"),
         (["--target", "positive", "--target-column", "number"], "leave one of them out"),
-        (["--method", "raw", "--layers"], "layers= takes the shares of a relevance"),
+        (["--method", "raw", "--layers"], "--layers is no option of the method raw"),
         (["--method", "raw", "--reference", "pad"], "--reference is no option of the method raw"),
         (["--batch-tokens", "0"], "batch_tokens must be a number"),
         (["--part-rows", "0"], "a part has at least one row"),
