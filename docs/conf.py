@@ -46,7 +46,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!captum_ssm).*"),  # other packages, and type variables
     (r"py:.*", r"captum_ssm\.(_captum|attr|cli|layers|matrices|network|pages|relevance)\..*"),  # internal: plain code
-    (r"py:.*", r"captum_ssm\.(metrics|operators|visualization)\.\w+\.\w+"),  # a public name by its module
+    (r"py:.*", r"captum_ssm\.(datasets|metrics|operators|visualization)\.\w+\.\w+"),  # a public name by its module
+    (r"py:mod", r"captum_ssm\.datasets\.\w+"),
     (r"py:.*", r"captum_ssm\.errors\._\w+"),
 ]
 

@@ -37,9 +37,9 @@ def rollout_steps(matrices: Sequence[Matrix] | Matrix) -> Array:
             :class:`~captum_ssm.LayerImplicitAttention` with ``fusion="root"``, the default of the rollout.
 
     Returns:
-        (layers, L, L): the share of its relevance that token i (row) after layer l passes on to token j (column) before
-        the layer. Row i is divided by ``1 + |sum_j C_ij|``, like the rows of the rollout. A model that scales its
-        residual path or runs layers side by side has other matrices, which :func:`flow_figure` can draw, too.
+        The share, (layers, L, L), of its relevance that token i (row) after layer l passes on to token j (column)
+        before the layer. Row i is divided by ``1 + |sum_j C_ij|``, like the rows of the rollout. A model that scales
+        its residual path or runs layers side by side has other matrices, which :func:`flow_figure` can draw, too.
 
     Raises:
         InvalidInputError: If the shapes do not fit.
