@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from captum_ssm import (
     ImplicitAttentionAttribution,
@@ -24,6 +22,7 @@ from captum_ssm.matrices import entries as entries_module
 from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices import shared_heads as heads_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
+from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.fusion import fuse
 from captum_ssm.matrices.rollout import RolloutLayer
@@ -33,6 +32,7 @@ from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
 from tests import oracles
 from tests.families import FAMILIES
+from tests.tensors_made import Largest
 
 SEEDS = range(6)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -180,11 +180,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
     output = Chain({"out": Projection(torch.randn(3, u.shape[-1], dtype=torch.float64))})
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
-    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
+    monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
-    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
+    monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     implicit = CoreMatrix(core, u, v)
     assert_close(channel_matrices(core, u), matrices)
     assert_close(implicit.dense(ABSOLUTE), oracles.weighted(matrices, u, v).abs().sum(1))
@@ -195,11 +195,11 @@ def test_how_the_work_is_cut_never_changes_the_result(
 def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
+    monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
-    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
+    monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
         covered = torch.zeros(L, D)
         for tokens, part in entries_module.column_blocks(torch.empty(B, L, D)):
@@ -303,11 +303,11 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
     seed: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
-    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
+    monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
-    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
+    monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     core, entries, u, v = tangled(seed)
     assert core.mixes_channels
     added = torch.einsum("bidje,bje->bdij", entries, v)
@@ -329,11 +329,11 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(entries_module, "_STATES", {"cpu": block})
+    monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
-    monkeypatch.setattr(heads_module, "_BLOCK", {"cpu": block})
-    monkeypatch.setattr(heads_module, "_MATRICES", {"cpu": 20 * block})
+    monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
+    monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     torch.manual_seed(seed)
     B, L, H = 2, 6, 2
     weights = torch.rand(B, H, L, L, dtype=torch.float64).softmax(-1)
@@ -450,27 +450,14 @@ def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
 # --- Memory -------------------------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Record the most numbers that any tensor made while the mode is on holds in memory (views hold none more)."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 @contextmanager
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(entries_module, "_BLOCK", {"cpu": 2**9})
-        patch.setattr(entries_module, "_STATES", {"cpu": 2**9})
+        patch.setattr(entries_module, "_BLOCK", DeviceSize(2**9, 2**9))
+        patch.setattr(entries_module, "_STATES", DeviceSize(2**9, 2**9))
         patch.setattr(entries_module, "_CHANNELS", 1)
-        patch.setattr(heads_module, "_BLOCK", {"cpu": 2**9})
-        patch.setattr(heads_module, "_MATRICES", {"cpu": 2**9})
+        patch.setattr(heads_module, "_BLOCK", DeviceSize(2**9, 2**9))
+        patch.setattr(heads_module, "_MATRICES", DeviceSize(2**9, 2**9))
         yield
 
 

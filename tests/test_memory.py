@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from captum_ssm import (
     ImplicitAttentionAttribution,
@@ -19,10 +17,12 @@ from captum_ssm import (
 )
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.matrices import entries, shared_heads
+from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Recurrence
 from tests.conftest import build
 from tests.families import VOCABULARY
+from tests.tensors_made import Largest
 
 L = 96
 FAMILIES = ["mamba", "mamba2", "qwen3_5", "rwkv"]
@@ -57,21 +57,6 @@ METHODS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-class Largest(TorchDispatchMode):
-    """Record the most entries that a tensor made while the mode is on holds; a view holds those of its base."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 def channels_of(model: Any, ids: Tensor) -> int:
     """Return D, the fewest channels of any recurrence of a model."""
     with torch.no_grad(), record_mixers(model) as calls:
@@ -87,10 +72,10 @@ def test_no_tensor_has_a_matrix_for_every_channel(
 ) -> None:
     """The bounds of blocks, made for large models, are lowered for a tiny one."""
     model, ids = model_of(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(entries, "_BLOCK", {"cpu": 2**15})
+    monkeypatch.setattr(entries, "_BLOCK", DeviceSize(2**15, 2**15))
     monkeypatch.setattr(entries, "_CHANNELS", 1)
-    monkeypatch.setattr(shared_heads, "_BLOCK", {"cpu": 2**15})
-    monkeypatch.setattr(shared_heads, "_MATRICES", {"cpu": 2**15})
+    monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**15, 2**15))
+    monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**15, 2**15))
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

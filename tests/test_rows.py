@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from captum_ssm import ImplicitAttentionAttribution, ImplicitAttentionRollout, RawImplicitAttention
 from captum_ssm.matrices import core_matrix
@@ -16,6 +11,7 @@ from captum_ssm.matrices.core_matrix import CoreMatrix, FusedMatrix
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixProduct, MatrixSum, RearrangedMatrix, ScaledMatrix
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Scan, Sum
+from tests.tensors_made import Entries
 
 B, L, D = 2, 24, 4
 
@@ -68,17 +64,6 @@ def test_rows_of_matrices_made_of_matrices_are_those_of_the_whole() -> None:
         torch.testing.assert_close(on_rows.adjoint(r), matrix.adjoint(r), rtol=1e-12, atol=1e-12)
         one = torch.ones(B, L, dtype=torch.float64)
         torch.testing.assert_close(on_rows.apply(one)[rows], matrix.apply(one)[rows], rtol=1e-12, atol=1e-12)
-
-
-class Entries(TorchDispatchMode):
-    """Counts the entries that operations write."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.count += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor) and not t._is_view())
-        return result
 
 
 METHODS = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_ssm.matrices import shared_heads as module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
+from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.shared_heads import SharedHeads
 from captum_ssm.operators import (
@@ -122,8 +123,8 @@ def test_a_projection_before_the_heads_leaves_their_matrices_shared(entrywise: E
 @pytest.mark.parametrize("size", [1, 2**5, 2**10])
 def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
-    monkeypatch.setattr(module, "_BLOCK", {"cpu": size})
-    monkeypatch.setattr(module, "_MATRICES", {"cpu": size})
+    monkeypatch.setattr(module, "_BLOCK", DeviceSize(size, size))
+    monkeypatch.setattr(module, "_MATRICES", DeviceSize(size, size))
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)
 

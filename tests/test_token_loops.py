@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from captum_ssm import ImplicitAttentionAttribution
 from captum_ssm.network.token_loops import linear_time_loops
+from tests.tensors_made import Entries
 
 L = 40
 
@@ -88,17 +86,6 @@ def test_indices_without_an_entry_are_left_to_torch() -> None:
                 x[:, L]
             with pytest.raises(IndexError):
                 x[0, :, :, 1]
-
-
-class Entries(TorchDispatchMode):
-    """Counts the entries that operations write."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.count += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor) and not t._is_view())
-        return result
 
 
 def entries_of_gradient(length: int, tokens: int) -> int:

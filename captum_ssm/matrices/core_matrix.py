@@ -59,19 +59,33 @@ class CoreMatrix:
             entrywise: f, applied to every channel's entries before the sum.
 
         Returns:
-            (..., B, L, L): row i is the query, column j the key. Cost: O(L²·D·N) time, or O(L²·D) if heads of several
-            channels share a matrix, or O(L·D·N) a row if ``u`` is 0 in all rows but a few; O(L²) memory.
+            (..., B, L, L): row i is the query, column j the key. Cost: see :meth:`made`; O(L²) memory.
         """
+        return self.made(entrywise).dense()
+
+    def made(self, entrywise: Entrywise = IDENTITY) -> DenseMatrix | SomeRows:
+        """Return ``sum_d f(u_id A^d_ij v_jd)`` by its entries, which are made once.
+
+        Args:
+            entrywise: f, applied to every channel's entries before the sum.
+
+        Returns:
+            (..., B, L, L). Cost: O(L·D·N) a row if ``u`` is 0 in all rows but a few, and the core mixes no channels;
+            else O(L²·D·N), or O(L²·D) if heads of several channels share a matrix.
+        """
+        rows = self._few_rows()
+        return DenseMatrix(self._every_row(entrywise)) if rows is None else self._some_rows(rows, entrywise)
+
+    def _every_row(self, entrywise: Entrywise) -> Tensor:
+        """Return ``sum_d f(u_id A^d_ij v_jd)``, (..., B, L, L)."""
         core = self.core
-        if (rows := self.few_rows(entrywise)) is not None:
-            return rows.dense()
         summands = core.summands().values() if isinstance(core, Chain) else [core]
         parts = [replace(self, core=summand) for summand in summands]
         if len(parts) > 1 and (entrywise == IDENTITY or _in_two_directions(parts)):
             return self._dense_sum(parts, entrywise)
         if core.anticausal and not core.causal:
             flipped = replace(self, core=core.flipped(), u=self.u.flip(-2), v=self.v.flip(-2))
-            return flipped.dense(entrywise).flip(-2, -1)
+            return flipped._every_row(entrywise).flip(-2, -1)
         further = self.u.shape[:-3]
         u = self.u.flatten(0, -4) if further else self.u.unsqueeze(0)  # (M, B, L, D)
         form = Banded.of(core, self.v) or SharedHeads.of(core, self.v)
@@ -80,7 +94,7 @@ class CoreMatrix:
 
     def _dense_sum(self, parts: Sequence[CoreMatrix], entrywise: Entrywise) -> Tensor:
         """Return the matrix of a sum from those of its summands, two directions if f is not the identity."""
-        fused = reduce(add, (part.dense(entrywise) for part in parts))
+        fused = reduce(add, (part._every_row(entrywise) for part in parts))
         if entrywise != IDENTITY:  # two directions have nothing but the diagonal in common
             diagonals = [self.u * part.core.diagonal(self.v) * self.v for part in parts]  # (..., B, L, D)
             separate = reduce(add, [entrywise(diagonal) for diagonal in diagonals])
@@ -89,32 +103,28 @@ class CoreMatrix:
         return fused
 
     def on_rows(self, rows: Tensor) -> CoreMatrix:
-        """Return the matrix that is 0 in all rows but these, (B, L) of booleans."""
-        return replace(self, u=self.u * rows.unsqueeze(-1))
+        """Return the matrix itself, whose products cost the same."""
+        return self
 
-    def few_rows(self, entrywise: Entrywise = IDENTITY) -> SomeRows | None:
-        """Return ``sum_d f(u_id A^d_ij v_jd)`` by one transposed product a row, if ``u`` is 0 in all rows but a few.
-
-        Args:
-            entrywise: f.
-
-        Returns:
-            The rows i, or None if they are too many, or the core mixes channels. Cost: O(L·D·N) a row.
-        """
+    def _few_rows(self) -> Tensor | None:
+        """Return the rows with any weight ``u``, (R,), or None if they are too many, or the core mixes channels."""
         if self.core.mixes_channels:
             return None
+        L = self.u.shape[-2]
+        rows = self.u.ne(0).any(-1).reshape(-1, L).any(0).nonzero().squeeze(-1)
+        return rows if len(rows) <= _FEW_ROWS and len(rows) * _SHARE_OF_ROWS <= L else None
+
+    def _some_rows(self, rows: Tensor, entrywise: Entrywise) -> SomeRows:
+        """Return ``sum_d f(u_id A^d_ij v_jd)`` in these rows i, (R,), by one transposed product for each."""
         *further, B, L, D = self.u.shape
-        numbers = self.u.ne(0).any(-1).reshape(-1, L).any(0).nonzero().squeeze(-1)
-        if len(numbers) > _FEW_ROWS or len(numbers) * _SHARE_OF_ROWS > L:
-            return None
-        entries = self.u.new_zeros(*further, B, len(numbers), L)
-        for number, row in enumerate(numbers.tolist()):
+        entries = self.u.new_zeros(*further, B, len(rows), L)
+        for number, row in enumerate(rows.tolist()):
             one = torch.zeros_like(self.v)
             one[:, row] = 1
             of_channels = (self.core.adjoint(one) * self.v).mT.unsqueeze(2)  # (B, D, 1, L)
             weights = self.u.reshape(-1, B, L, D)[:, :, row].unsqueeze(2)  # (M, B, 1, D)
             entries[..., number, :] = _weighed(weights, of_channels, entrywise).view(*further, B, L)
-        return SomeRows(numbers, entries)
+        return SomeRows(rows, entries)
 
     def lengths(self, output: Chain) -> Tensor:
         """Return the length of each token's contribution to each other token, ``|output(A_ij v_j)|``.
@@ -156,10 +166,8 @@ class FusedMatrix:
 
     @cached_property
     def _entries(self) -> DenseMatrix | SomeRows:
-        rows = self.weighted.few_rows(self.entrywise)
-        if rows is not None:
-            return replace(rows, entries=self.finish(rows.entries))
-        return DenseMatrix(self.finish(self.weighted.dense(self.entrywise)))
+        made = self.weighted.made(self.entrywise)
+        return replace(made, entries=self.finish(made.entries))
 
     def apply(self, s: Tensor) -> Tensor:
         """Return ``C s``. Cost: O(L²) but for the first product."""
@@ -170,12 +178,12 @@ class FusedMatrix:
         return self._entries.adjoint(r)
 
     def dense(self) -> Tensor:
-        """Return the entries (..., B, L, L). Cost: see :meth:`CoreMatrix.dense`."""
+        """Return the entries (..., B, L, L). Cost: see :meth:`CoreMatrix.made`."""
         return self._entries.dense()
 
     def on_rows(self, rows: Tensor) -> FusedMatrix:
         """Return the matrix that is 0 in all rows but these, (B, L) of booleans."""
-        return replace(self, weighted=self.weighted.on_rows(rows))
+        return replace(self, weighted=replace(self.weighted, u=self.weighted.u * rows.unsqueeze(-1)))
 
 
 def channel_matrices(core: Operator, like: Tensor) -> Tensor:

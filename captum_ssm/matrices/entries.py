@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
+from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.operators import Operator, Scan
 
-_BLOCK = {"cpu": 2**21}
-"""By type of device, entries of a block of columns: bounds the memory of this module to some tens of megabytes."""
+_BLOCK = DeviceSize(cpu=2**21, others=2**26)
+"""Entries of a block of columns: bounds the memory of this module on a processor to some tens of megabytes. Elsewhere a
+pass over few columns costs as much as one over many."""
 
-_LARGE_BLOCK = 2**26
-"""The same for all other devices, where a pass over few columns costs as much as one over many."""
-
-_STATES = {"cpu": 2**18}
-"""By type of device, entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
-
-_MORE_STATES = 2**24
-"""The same for all other devices, which are fast on many entries alone."""
+_STATES = DeviceSize(cpu=2**18, others=2**24)
+"""Entries of the states of all columns in a walk by rows: those that fit a processor's cache."""
 
 _CHANNELS = 8
 """Channels of a block, if more columns than the memory bound allows would fit."""
@@ -78,7 +74,7 @@ def _rows(after: list[Operator], scan: Scan, lags: Mapping[int, Tensor]) -> Iter
     """
     band = torch.stack([lags[lag] for lag in range(len(lags))])  # (K, B, L, D)
     _, B, L, D = band.shape
-    width = max(_CHANNELS, _STATES.get(band.device.type, _MORE_STATES) // (B * L * scan.states))
+    width = max(_CHANNELS, _STATES.of(band) // (B * L * scan.states))
     for start in range(0, D, width):
         channels = slice(start, min(start + width, D))
         factor = torch.ones_like(band[0, ..., channels])  # (B, L, channels)
@@ -108,7 +104,7 @@ def column_blocks(like: Tensor, all_channels: bool = False) -> Iterator[tuple[sl
         The tokens (columns) and the channels of a block.
     """
     B, L, D = like.shape
-    block = _BLOCK.get(like.device.type, _LARGE_BLOCK)
+    block = _BLOCK.of(like)
     width = D if all_channels else min(D, max(_CHANNELS, block // (B * L * L)))
     count = min(L, max(1, block // (B * L * width)))
     for d in range(0, D, width):

@@ -21,26 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
+from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import HeadOperator, Operator, Scan
 
-_MATRICES = {"cpu": 2**23}
-"""By type of device, entries of the heads' matrices, for all lags, that are treated at once: some tens of megabytes."""
+_MATRICES = DeviceSize(cpu=2**23, others=2**27)
+"""Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.
+Elsewhere long texts are not cut into many small products."""
 
-_MORE_MATRICES = 2**27
-"""The same for all other devices, so that long texts are not cut into many small products."""
+_ROWS = DeviceSize(cpu=64, others=512)
+"""Rows of a block at most: each block leaves out the columns behind it, which are 0."""
 
-_ROWS = {"cpu": 64}
-"""By type of device, rows of a block at most: each block leaves out the columns behind it, which are 0."""
-
-_MORE_ROWS = 512
-"""The same for all other devices."""
-
-_BLOCK = {"cpu": 2**20}
-"""By type of device, entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
-
-_LARGE_BLOCK = 2**25
-"""The same for all other devices, which are fast on many entries alone."""
+_BLOCK = DeviceSize(cpu=2**20, others=2**25)
+"""Entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
 
 
 class Terms(NamedTuple):
@@ -70,7 +63,7 @@ class Terms(NamedTuple):
         if len(S) == 1:  # the absolute value of a single product is that of its factors
             return Terms(S.abs(), V.abs(), U.abs()).linear()
         entries = S[0, :, 0].numel() * V.shape[-1]  # of one head
-        size = max(1, _BLOCK.get(S.device.type, _LARGE_BLOCK) // entries)
+        size = max(1, _BLOCK.of(S) // entries)
         return reduce(add, (_absolute(*heads) for heads in zip(S.split(size, 2), V.split(size, 2), U.split(size, 2))))
 
 
@@ -141,7 +134,7 @@ class SharedHeads:
         lags = list(self.band)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        entries = _MATRICES.get(u.device.type, _MORE_MATRICES)
+        entries = _MATRICES.of(u)
         for group in torch.arange(self.heads.heads).split(max(1, entries // (len(lags) * B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
@@ -157,9 +150,9 @@ class SharedHeads:
 
     def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
-        (_, B, L, _), device = u.shape, u.device.type
-        entries = _MATRICES.get(device, _MORE_MATRICES)
-        count = max(8, min(_ROWS.get(device, _MORE_ROWS), entries // (B * L * self.heads.head_size)))
+        _, B, L, _ = u.shape
+        entries = _MATRICES.of(u)
+        count = max(8, min(_ROWS.of(u), entries // (B * L * self.heads.head_size)))
         for start in range(0, L, count):
             stop = min(start + count, L)
             yield slice(start, stop), slice(0, stop if self.heads.causal else L)

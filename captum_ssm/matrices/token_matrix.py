@@ -32,22 +32,22 @@ class DenseMatrix:
     """A token matrix given by its entries.
 
     Args:
-        matrix: (..., B, L, L); row i is the query, column j the key.
+        entries: (..., B, L, L); row i is the query, column j the key.
     """
 
-    matrix: Tensor
+    entries: Tensor
 
     def apply(self, s: Tensor) -> Tensor:
         """Return ``C s``. Cost: O(L²)."""
-        return torch.einsum("...ij,...j->...i", self.matrix, s)
+        return torch.einsum("...ij,...j->...i", self.entries, s)
 
     def adjoint(self, r: Tensor) -> Tensor:
         """Return ``C^T r``. Cost: O(L²)."""
-        return torch.einsum("...ij,...i->...j", self.matrix, r)
+        return torch.einsum("...ij,...i->...j", self.entries, r)
 
     def dense(self) -> Tensor:
         """Return the entries."""
-        return self.matrix
+        return self.entries
 
     def on_rows(self, rows: Tensor) -> DenseMatrix:
         """Return the matrix itself."""
