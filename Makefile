@@ -39,7 +39,7 @@ test: $(VENV)/test.done
 test-native: $(NATIVE)/native.done
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NATIVE)/bin/$(PYTEST) tests/native $(PYTEST_ARGS)
 
-test-ray: PYTEST_ARGS += --dist loadgroup
+test-ray: PYTEST += --dist loadgroup
 $(OVERLAYS:%=test-%): test-%: .venv-%/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/$(PYTEST) tests/$* $(PYTEST_ARGS)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_ssm.cli.options import add_method, add_placement
+from captum_ssm.cli.options import add_method, add_model, add_placement
 from captum_ssm.datasets.batches import BATCH_ROWS, BATCH_TOKENS
 from captum_ssm.datasets.reading import BLOCK_ROWS, FORMS
 
@@ -46,13 +46,7 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text-column", default="text", metavar="COLUMN", help="of texts, or rows of token ids (default: text)"
     )
-    command.add_argument(
-        "--model",
-        default=None,
-        metavar="PATH_OR_HUB_ID",
-        help="folder written by save_pretrained, also of a PEFT adapter, or a name on the hub (default: the shipped "
-        "model)",
-    )
+    add_model(command)
     command.add_argument(
         "--target", default=None, help="outcome to explain in all rows, by name or number (default: the prediction)"
     )

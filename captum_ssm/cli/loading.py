@@ -15,6 +15,7 @@ import torch
 
 from captum_ssm import models
 from captum_ssm.cli.problems import MISSING_EXTRA, CommandError
+from captum_ssm.datasets.loading import classifies
 
 IN_FLOATING_POINT = ("lm_head", "score", "dt_proj")
 """Parts of a quantised model that are not quantised: the outputs, and a part whose weight Mamba's own code multiplies
@@ -93,12 +94,12 @@ def load(source: str, placement: Placement) -> tuple[Any, Any]:
         raise CommandError(f"cannot load a model from {base!r}: there is no such folder.")
     with _named(f"a model from {base!r} to {placement.where}"):
         config = AutoConfig.from_pretrained(base)
-        classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        is_classifier = classifies(config)
         if adapter.is_file():
-            classifies = _adapter_config(adapter).get("task_type") == "SEQ_CLS"
+            is_classifier = _adapter_config(adapter).get("task_type") == "SEQ_CLS"
         if torch.device(placement.device).type == "cpu" and hasattr(config, "use_mamba_kernels"):
             config.use_mamba_kernels = False  # earlier releases run no Jamba or Zamba on a CPU with the default
-        auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         model = auto.from_pretrained(base, config=config, **arguments)
     if adapter.is_file():
         with _named(f"the adapter in {source!r} on {base!r} (is it complete, and that model's?)"):

@@ -22,13 +22,7 @@ def add_explain_command(commands: Any) -> None:
 def _add_question(command: argparse.ArgumentParser) -> None:
     """Add the options that say which output of which model is explained."""
     command.add_argument("text", help="the text to explain; - reads it from standard input")
-    command.add_argument(
-        "--model",
-        default=None,
-        metavar="PATH_OR_HUB_ID",
-        help="folder written by save_pretrained, also of a PEFT adapter, or a name on the hub (default: the shipped "
-        "model)",
-    )
+    add_model(command)
     command.add_argument(
         "--target", default=None, help="token or class to explain, by name or number (default: the prediction)"
     )
@@ -48,6 +42,17 @@ def _add_question(command: argparse.ArgumentParser) -> None:
         default="log-probability",
         help="score of the target to explain; a part that all logits have in common decides nothing "
         "(default: %(default)s)",
+    )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add the choice of the model."""
+    command.add_argument(
+        "--model",
+        default=None,
+        metavar="PATH_OR_HUB_ID",
+        help="folder written by save_pretrained, also of a PEFT adapter, or a name on the hub (default: the shipped "
+        "model)",
     )
 
 

@@ -90,7 +90,7 @@ class Tensors:
 
     def scores(self, examples: Sequence[tuple[Tensor, ...]], scores: Sequence[Tensor]) -> list[np.ndarray]:
         """Return the scores of each row: those of all its inputs, one after the other, as one line of numbers."""
-        return [np.concatenate([_array(s[k]).ravel() for s in scores]) for k in range(len(examples))]
+        return [np.concatenate([as_array(s[k]).ravel() for s in scores]) for k in range(len(examples))]
 
     def describe(self, example: tuple[Tensor, ...] | None) -> dict[str, Any]:
         """Return the shape of each input as text: ``3×8×8``, with blanks between several."""
@@ -109,6 +109,6 @@ class Tensors:
         return tensors
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
     """Return a tensor's entries in at least 32 bits."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()

@@ -75,11 +75,15 @@ def from_pretrained(source: str) -> tuple[Any, Any]:
         ) from error
     try:
         config = AutoConfig.from_pretrained(source)
-        classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-        auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        auto = AutoModelForSequenceClassification if classifies(config) else AutoModelForCausalLM
         return auto.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot load a model from {source!r}: {error}") from error
+
+
+def classifies(config: Any) -> bool:
+    """Whether a configuration of transformers is that of a classifier of sequences."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_ssm.datasets.examples import Batch
+from captum_ssm.datasets.examples import Batch, as_array
 from captum_ssm.datasets.padding import Padding, padded
 from captum_ssm.errors import InvalidInputError
 
@@ -99,7 +99,7 @@ class Texts:
 
     def scores(self, examples: Sequence[Tokens], scores: Sequence[Tensor]) -> list[np.ndarray]:
         """Return the scores of each text's tokens."""
-        table = scores[0].detach().to(torch.promote_types(scores[0].dtype, torch.float32)).cpu().numpy()
+        table = as_array(scores[0])
         lengths = [len(example.ids) for example in examples]
         if self.padding == "left":
             return [row[len(row) - L :].copy() for row, L in zip(table, lengths)]
