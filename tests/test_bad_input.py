@@ -14,6 +14,7 @@ from transformers.models.mamba.modeling_mamba import MambaBlock
 
 from captum_ssm import (
     ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
     InvalidInputError,
     LayerImplicitAttention,
@@ -301,6 +302,81 @@ def test_a_warm_cache_is_refused(method: Any, family: nn.Module, ids: Tensor, re
     refused(ModelStateError, parts, family, lambda: call.attribute(ids, target=1), ids)
     layer = LayerImplicitAttention(forward, 0, family)
     refused(ModelStateError, parts, family, lambda: layer.attribute(ids), ids)
+
+
+def in_parts(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the logits of the last token of a text that is read in two parts."""
+    first = model(input_ids=ids[:, :3], use_cache=True)
+    name = next(name for name in ("past_key_values", "cache_params", "state") if first.get(name) is not None)
+    return model(input_ids=ids[:, 3:], use_cache=True, **{name: first[name]}).logits[:, -1]
+
+
+def cached_xlstm() -> Any:
+    """Return an xLSTM whose keys and values have 64 channels: transformers rounds those of its cache up to that."""
+    return FAMILIES["xlstm"].build_here(hidden_size=64, qk_dim_factor=1.0, v_dim_factor=1.0)
+
+
+READ_IN_PARTS: dict[str, Any] = {
+    **METHODS,
+    "relevance": ImplicitAttentionRelevance,
+    "checkpoints": lambda forward, model: ImplicitAttentionRelevance(forward, model, checkpoints=True),
+}
+
+
+@pytest.mark.parametrize("method", READ_IN_PARTS.values(), ids=READ_IN_PARTS)
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "xlstm", "qwen3_5", "lfm2", "minimax"])
+def test_a_text_read_in_parts_is_refused(method: Any, name: str, ids: Tensor, refused: Any) -> None:
+    """The state that the first part leaves would be a constant, so that its tokens would have no score."""
+    model = cached_xlstm() if name == "xlstm" else build(name)
+    call = method(lambda ids: in_parts(model, ids), model=model)
+    refused(ModelStateError, ["goes on from the state", "in one part"], model, lambda: call.attribute(ids, 1), ids)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known layers", "a hook behind them"])
+def test_a_model_that_reads_long_texts_in_parts_is_refused(known: bool, ids: Tensor, refused: Any) -> None:
+    model = cached_xlstm()
+    model.config.max_inference_chunksize = 4
+    for _, module in [] if known else model.named_modules():
+        if type(module).__name__ == "xLSTMLayer":
+            module.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    method = ImplicitAttentionRelevance(model)
+    for baseline in (None, 3):
+        parts = ["goes on from the state", "max_inference_chunksize"]
+        refused(ModelStateError, parts, model, lambda b=baseline: method.attribute(ids, 1, baselines=b), ids)
+    assert method.attribute(ids[:, :4], 1).isfinite().all()
+
+
+class InHalves(nn.Module):
+    """A layer that reads the second half of a text with the state that it returned for the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = cached_xlstm()
+        self.embed, self.mixer = model.get_input_embeddings(), model.backbone.blocks[0].mlstm_layer
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        _, state = self.mixer(x[:, :4], None)
+        y, _ = self.mixer(x[:, 4:], state)
+        return self.head(y[:, -1])
+
+
+def test_a_state_that_is_returned_and_passed_on_is_refused(ids: Tensor, refused: Any) -> None:
+    model = InHalves().eval()
+    method = ImplicitAttentionRelevance(model)
+    refused(ModelStateError, ["'mixer#2' goes on from the state"], model, lambda: method.attribute(ids, 1), ids)
+
+
+def test_each_example_may_have_a_cache_of_its_own(ids: Tensor) -> None:
+    model = build("mamba2")
+    for checkpoints in (False, True):
+
+        def one_by_one(ids: Tensor) -> Tensor:
+            return torch.cat([model(input_ids=each[None], use_cache=True).logits[:, -1] for each in ids])
+
+        apart = ImplicitAttentionRelevance(one_by_one, model, checkpoints=checkpoints).attribute(ids, 1)
+        assert (apart - ImplicitAttentionRelevance(model).attribute(ids, 1)).abs().max() <= 1e-6
 
 
 @every_method

@@ -7,7 +7,7 @@ that stands in for a plain weight is it noted whether it was called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from captum_ssm.layers.sources import find_source
 from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
 from captum_ssm.layers.wires import block_name
 from captum_ssm.network.interface import output_embeddings
+from captum_ssm.network.left_state import LeftState, is_cache
 from captum_ssm.network.quantised import give_gradients
 from captum_ssm.network.threads import hook, is_passing
 
@@ -41,6 +42,7 @@ def record_mixers(
     replacement: Replacement | None = None,
     prepare: Callable[[nn.Module, Any], Any] = lambda mixer, arguments: arguments,
     on_call: Callable[[], object] = lambda: None,
+    is_rerun: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[LayerCall]]:
     """Record every call of every supported token mixer while the context is open.
 
@@ -55,15 +57,17 @@ def record_mixers(
         prepare: From a mixer and the arguments ``(args, kwargs)`` of its call to those that its own code runs on; the
             recorded call has the original ones.
         on_call: Called after each call, for a progress bar.
+        is_rerun: Whether a block is being run again for the gradient, on arguments that it has had before.
 
     Yields:
         The list of calls in the order in which they happen.
 
     Raises:
         UnsupportedModelError: If the model has no supported mixer.
-        ModelStateError: If a mixer is called with a cache that already holds a state.
+        ModelStateError: If a mixer is called with a cache that already holds a state, or with a state of its earlier
+            call.
     """
-    recorder = _Recorder(model, hold, replacement, prepare, on_call)
+    recorder = _Recorder(model, hold, replacement, prepare, on_call, is_rerun)
     with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):  # restored also if a mixer raises
         give_gradients(model, hooks)
         for mixer in recorder.names:
@@ -92,6 +96,7 @@ class _Recorder:
     replacement: Replacement | None
     prepare: Callable[[nn.Module, Any], Any]
     on_call: Callable[[], object]
+    is_rerun: Callable[[], bool]
     calls: list[LayerCall] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
     """By name of a block with a wire: its input."""
@@ -104,6 +109,7 @@ class _Recorder:
         self.called: dict[nn.Module, dict[str, tuple[int, int]]] = {mixer: {} for mixer in self.names}
         self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
         self._caches: list[Any] = []
+        self._left: dict[nn.Module, list[LeftState]] = {}
 
     @property
     def blocks(self) -> set[str]:
@@ -114,12 +120,14 @@ class _Recorder:
         """Refuse a warm cache, and run the mixer with or without a graph."""
         _, arguments = call_arguments(mixer, args, kwargs)
         new = [value for value in arguments.values() if not any(value is old for old in self._caches)]
-        self._caches.extend(value for value in new if _is_cache(value))  # the run itself fills a cache, layer by layer
+        self._caches.extend(value for value in new if is_cache(value))  # the run itself fills a cache, layer by layer
         if any(_holds_state(value, mixer) for value in new):
             raise ModelStateError(
                 f"Layer '{self._name(mixer)}' was called with a cache that already holds a state, so its output "
                 "depends on tokens that are not among the inputs. Pass the whole sequence, without a cache."
             )
+        if not self.is_rerun():
+            self._refuse_handed_on(mixer, arguments)
         grad = torch.is_grad_enabled()
         self._entered.append((grad, args, kwargs))
         torch.set_grad_enabled(grad and not (self.hold or self.replacement) and len(self.calls) > 0)
@@ -133,6 +141,7 @@ class _Recorder:
         name, own_input, source = self._name(mixer), None, find_source(mixer, self.calls)
         if source is not None:
             own_input, x, others = x, torch.cat([x, source.x], dim=-1), {**others, "source": source.mixer}
+        self._left.setdefault(mixer, []).append(LeftState.of(others, output))
         state = self.states.get(block_name(self.model, name))
         called = self.called[mixer] if self.parts[mixer] else None
         y, fetched_by = first_output(output), partial(around, self.model, name.partition("#")[0])
@@ -144,6 +153,20 @@ class _Recorder:
         self.calls.append(replace(call, y=y))
         self.on_call()
         return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    def _refuse_handed_on(self, mixer: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Refuse a call that goes on from the state that an earlier call left: a constant for the explanation.
+
+        Raises:
+            ModelStateError: With the remedy.
+        """
+        if any(left.is_among(arguments) for left in self._left.get(mixer, [])):
+            raise ModelStateError(
+                f"Layer '{self._name(mixer)}' goes on from the state that its earlier run in this call left, as where "
+                "a text is read in parts: by several calls with one cache, or by the model itself (xLSTM, beyond "
+                "config.max_inference_chunksize tokens). The state would count as a constant. Read the whole text in "
+                "one part."
+            )
 
     def _name(self, mixer: nn.Module) -> str:
         """Return the name of a mixer's next call: that of the layer whose turn it is, if several share the module."""
@@ -226,14 +249,9 @@ def output_through_chain(call: LayerCall) -> Tensor:
     return call.y + (y - y.detach())
 
 
-def _is_cache(value: Any) -> bool:
-    """Whether ``value`` is a cache of transformers or mamba_ssm."""
-    return callable(getattr(value, "has_previous_state", None)) or hasattr(value, "key_value_memory_dict")
-
-
 def _holds_state(value: Any, mixer: nn.Module) -> bool:
     """Whether ``value`` is a cache that holds a state, or keys and values, for this layer."""
-    if not _is_cache(value):
+    if not is_cache(value):
         return False
     if hasattr(value, "key_value_memory_dict"):
         return bool(value.seqlen_offset)  # how many tokens came before

@@ -53,7 +53,7 @@ class State:
         self._kept_parts = self._parts
         registered = [table for _, name, table in tables if name != "_modules"]
         self._registered = [tensor for table in registered for tensor in table.values() if tensor is not None]
-        self._versions = _versions(self._registered)
+        self._versions = versions(self._registered)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._contents: dict[int, Tensor] = {}
 
@@ -70,7 +70,7 @@ class State:
         return (
             all(_same(now.values(), old.values()) for now, old in self._kept_attributes)
             and all(_same(_entries(part), _entries(old)) for _, _, part, old in self._kept_parts)
-            and self._versions == _versions(self._registered)
+            and self._versions == versions(self._registered)
         )
 
     def leave_out(self, mixers: Iterable[nn.Module]) -> None:
@@ -221,7 +221,7 @@ def _is_flag(value: Any) -> bool:
     return value is None or value is _ABSENT or isinstance(value, (bool, int, float, str))
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[Any]:
+def versions(tensors: Iterable[Tensor]) -> list[Any]:
     """Return for each tensor a figure that is another one after each writing into it; None if torch keeps none."""
     try:
         return [tensor._version for tensor in tensors]

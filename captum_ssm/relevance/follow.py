@@ -160,7 +160,9 @@ def follow(
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):
-            stack.enter_context(record_mixers(model, replacement=mixers, prepare=_plain))
+            stack.enter_context(
+                record_mixers(model, replacement=mixers, prepare=_plain, is_rerun=lambda: rerun.is_rerun)
+            )
         yield mixers.followed
 
 
