@@ -48,4 +48,4 @@ def test_a_link_is_absolute_and_leads_somewhere(link: str) -> None:
     elif address.startswith((FILES, PICTURES)):
         assert (ROOT / address.removeprefix(FILES).removeprefix(PICTURES)).is_file()
     else:
-        assert re.match(r"https://(captum\.ai|arxiv\.org/abs/\d{4}\.\d{5})$", address)
+        assert address == URLS["Repository"] or re.match(r"https://(captum\.ai|arxiv\.org/abs/\d{4}\.\d{5})$", address)
