@@ -11,6 +11,7 @@
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
 # make docs         build the documentation site into out/docs/html; a broken link or a missing docstring fails
+# make check-docs   the same in a minute, without the outputs of the tutorials
 # make dist         build the source distribution and the wheel into dist/, and judge their metadata by twine
 # make release      do all that RELEASING.md asks for but the upload
 # The first two build .venv on first use, the others an environment of their own; the next run takes seconds.
@@ -28,7 +29,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs dist release bench bench-check benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs check-docs dist release bench bench-check benchmark clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -70,6 +71,9 @@ check-sdist: $(VENV)/dev.done
 docs: .venv-docs/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-docs/bin/python -m scripts.build_docs
 
+check-docs: .venv-docs/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-docs/bin/python -m scripts.build_docs --unexecuted
+
 dist: .venv-release/installed
 	rm -rf dist
 	.venv-release/bin/python -m build --no-isolation .
@@ -80,9 +84,9 @@ release: .venv-release/installed
 	$(MAKE) check-sdist dist
 	.venv-release/bin/python -m scripts.release --try dist
 
-# Measures speed and memory on one core, half an hour; stores the figures, and writes the README's table from them.
+# Measures speed and memory on one core, half an hour; stores the figures, and writes the table of docs/speed.md from them.
 bench: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed --json benchmarks/speed.json --readme
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.speed --json benchmarks/speed.json --page
 
 # Measures again and compares with the stored figures: fails, naming what became more than 10 % slower.
 bench-check: $(VENV)/test.done

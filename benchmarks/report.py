@@ -1,4 +1,4 @@
-"""Write RESULTS.md, its picture, and the README's summary from the stored figures.
+"""Write RESULTS.md, its picture, and the summary of docs/choose.md from the stored figures.
 
     python -m benchmarks.report
 
@@ -22,6 +22,7 @@ from benchmarks.methods import METHODS, STEPS
 from benchmarks.run import DATA, SEEDS
 from captum_ssm.metrics import Curve
 from captum_ssm.visualization import curves_figure
+from scripts.sections import write_section
 
 HERE = Path(__file__).parent
 FAMILIES = {
@@ -363,12 +364,13 @@ SHOWN = {
     "relevance, reference": "relevance, with a reference",
     "relevance, two references": "relevance, with two references",
 }
-"""The methods of the README's summary, as it calls them."""
-START, END = "<!-- results -->", "<!-- /results -->"
+"""The methods of the short summary, as it calls them."""
+CHOOSE, SECTION = HERE.parent / "docs" / "choose.md", "results"
+"""The page and its section that have it."""
 
 
-def summary_of_readme(stored: Sequence[Mapping[str, Any]]) -> str:
-    """Return the README's table: means alone, the best and those within a spread of it in bold."""
+def short_summary(stored: Sequence[Mapping[str, Any]]) -> str:
+    """Return the summary of few methods: means alone, the best and those within a spread of it in bold."""
     columns, taken = [column for column in summary() if cell(stored, column, "random")], times(stored)
     cells = {column: {method: cell(stored, column, method) for method in SHOWN} for column in columns}
     lines = [
@@ -389,10 +391,7 @@ def main() -> None:
     """Write the page and the summary."""
     stored = records()
     (HERE / "RESULTS.md").write_text(document(stored), encoding="utf-8")
-    readme = HERE.parent / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{START}\n{summary_of_readme(stored)}\n{END}{after}", encoding="utf-8")
+    write_section(CHOOSE, SECTION, short_summary(stored))
 
 
 if __name__ == "__main__":

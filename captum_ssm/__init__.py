@@ -18,10 +18,11 @@ The nouns that everything here is made of:
 Modules. Everything not listed as public, and every name with a leading underscore, may change without notice.
 
 Public: captum_ssm, captum_ssm.datasets, captum_ssm.errors, captum_ssm.metrics, captum_ssm.models,
-    captum_ssm.operators, captum_ssm.testing, captum_ssm.visualization
+captum_ssm.operators, captum_ssm.testing, captum_ssm.visualization
+
 Internal: captum_ssm.attr, captum_ssm.cli, captum_ssm.datasets.*, captum_ssm.layers, captum_ssm.matrices,
-    captum_ssm.metrics.*, captum_ssm.network, captum_ssm.operators.*, captum_ssm.pages, captum_ssm.relevance,
-    captum_ssm.visualization.*
+captum_ssm.metrics.*, captum_ssm.network, captum_ssm.operators.*, captum_ssm.pages, captum_ssm.relevance,
+captum_ssm.visualization.*
 """
 
 from captum_ssm import models

@@ -26,10 +26,12 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"captum_ssm {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["conf.py"]
 
+nb_output_stderr = "remove"  # warnings about the machine that built the site
 nb_execution_mode = "off"  # scripts/build_docs.py runs them, in the interpreter that builds the site
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline", "dollarmath"]

@@ -2,15 +2,17 @@
 
 Run from the root of the repository, in the environment of ``constraints-docs.txt``::
 
-    python -m scripts.build_docs
+    python -m scripts.build_docs                # the site, in out/docs/html
+    python -m scripts.build_docs --unexecuted   # under a minute: tutorials without outputs, in out/check-docs/html
 
-The sources are gathered in ``out/docs/source``: the folder ``docs``, the ``PAGES`` that stand elsewhere, a page of the
-reference for each public module, and the tutorials, executed here. A link between two of them stays one; a link to
-another file of the repository becomes one to its place on the web. The site is then in ``out/docs/html``.
+The sources are gathered in the folder ``source`` beside it: the folder ``docs``, the ``PAGES`` that stand elsewhere, a
+page of the reference for each public module, and the tutorials, executed here. A link between two of them stays one; a
+link to another file of the repository becomes one to its place on the web.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import inspect
 import json
@@ -29,8 +31,8 @@ import captum_ssm
 from scripts.house import House
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "out" / "docs"
-SOURCE = OUT / "source"
+SITE, CHECK = ROOT / "out" / "docs", ROOT / "out" / "check-docs"
+"""Where the site is built, and where one whose tutorials have no outputs, which nobody is to read."""
 REPOSITORY = "https://github.com/captum-ssm/captum-ssm"
 PAGES = {
     "benchmarks/RESULTS.md": "results.md",
@@ -67,14 +69,18 @@ CAPTUMS = ("compute_convergence_delta",)
 """Methods of Captum that the reference leaves out, wherever they come from."""
 
 
-def stage() -> None:
+def stage(source: Path, execute: bool) -> None:
     """Gather the sources of the site, with their links.
+
+    Args:
+        source: The folder that they are gathered in.
+        execute: Whether the tutorials are executed; else they are as they are in the repository, without outputs.
 
     Raises:
         SystemExit: If a link leads nowhere.
     """
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", SOURCE, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("__pycache__"))
     places = {path: path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*") if path.is_file()}
     places |= {ROOT / name: Path(place) for name, place in PAGES.items()}
     places |= {path: Path("tutorials") / path.name for path in (ROOT / "tutorials").glob("*.ipynb")}
@@ -83,42 +89,43 @@ def stage() -> None:
     broken: list[str] = []
     entries: dict[str, str] = {}
     for path, place in places.items():
-        (SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
         linked = partial(LINK.sub, partial(_link, path=path, places=places, broken=broken))
         if path.suffix == ".md":
-            (SOURCE / place).write_text(linked(path.read_text(encoding="utf-8")), encoding="utf-8")
+            (source / place).write_text(linked(path.read_text(encoding="utf-8")), encoding="utf-8")
         elif path.suffix == ".ipynb":
-            notebook = json.loads(executed(path))
+            notebook = json.loads(executed(path) if execute else path.read_text(encoding="utf-8"))
             for cell in notebook["cells"]:
                 if cell["cell_type"] == "markdown":
                     cell["source"] = linked("".join(cell["source"]))
-            (SOURCE / place).write_text(json.dumps(notebook), encoding="utf-8")
-            entries[path.stem] = entry(notebook, place)
+            (source / place).write_text(json.dumps(notebook), encoding="utf-8")
+            entries[path.stem] = entry(notebook, place, source)
         else:
-            shutil.copy(path, SOURCE / place)
+            shutil.copy(path, source / place)
     if broken:
         sys.exit("links that lead nowhere:\n" + "\n".join(broken))
-    with (SOURCE / "tutorials.md").open("a", encoding="utf-8") as gallery:
+    with (source / "tutorials.md").open("a", encoding="utf-8") as gallery:
         gallery.writelines(entries[name] for name in sorted(entries))
     for name in public():
-        page = SOURCE / "api" / f"{name}.md"
+        page = source / "api" / f"{name}.md"
         page.parent.mkdir(exist_ok=True)
         page.write_text(reference(name), encoding="utf-8")
 
 
-def entry(notebook: dict[str, Any], place: Path) -> str:
+def entry(notebook: dict[str, Any], place: Path, source: Path) -> str:
     """Return a notebook's entry in the gallery: its title, its first paragraph, and its first picture.
 
     Args:
         notebook: The notebook with its outputs; a picture of them is stored beside it.
         place: Its place in the site.
+        source: The folder of the site's sources.
     """
     title, text, *_ = notebook["cells"][0]["source"].split("\n\n")
     outputs = (output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ()))
     picture = next((data["image/png"] for data in outputs if "image/png" in data), None)
     shown = ""
     if picture is not None:
-        (SOURCE / place).with_suffix(".png").write_bytes(b64decode("".join(picture)))
+        (source / place).with_suffix(".png").write_bytes(b64decode("".join(picture)))
         shown = f"\n\n[![{title.lstrip('# ')}]({place.with_suffix('.png')}){{height=240px}}]({place})"
     return f"\n#{title}\n\n{text} [Read it]({place}).{shown}\n"
 
@@ -194,7 +201,7 @@ def executed(path: Path) -> str:
 
     sources = [path, *(path.parent).rglob("*.py"), *Path(captum_ssm.__file__).parent.rglob("*.py")]
     key = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()[:16]
-    stored = OUT / "executed" / f"{path.stem}-{key}.ipynb"
+    stored = SITE / "executed" / f"{path.stem}-{key}.ipynb"
     if not stored.exists():
         print(f"running {path.name}", flush=True)
         stored.parent.mkdir(parents=True, exist_ok=True)
@@ -212,11 +219,25 @@ def main() -> None:
     """Gather the sources and build the site; a warning is an error."""
     from sphinx.cmd.build import build_main
 
-    stage()
-    arguments = ["-b", "html", "-W", "--keep-going", "-q", "-d", str(OUT / "doctrees"), str(SOURCE), str(OUT / "html")]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--unexecuted", action="store_true", help="check all but the tutorials' outputs, in a minute")
+    unexecuted = parser.parse_args().unexecuted
+    out = CHECK if unexecuted else SITE
+    stage(out / "source", execute=not unexecuted)
+    arguments = [
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        str(out / "doctrees"),
+        str(out / "source"),
+        str(out / "html"),
+    ]
     if status := build_main(arguments):
         sys.exit(status)
-    print(f"the site is in {(OUT / 'html' / 'index.html').relative_to(ROOT)}")
+    print(f"the site is in {(out / 'html' / 'index.html').relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

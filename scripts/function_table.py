@@ -24,7 +24,7 @@ Every function of `torch`, `torch.nn.functional`, `torch.fft`, `torch.linalg`, `
 tensor, by its `__name__`: `torch.fft.rfft` is `fft_rfft`. In-place forms (`add_`, `+=`) belong to the function that
 they apply. The list is written by `scripts/function_table.py` from the table in
 [`captum_ssm/relevance/functions`](../captum_ssm/relevance/functions/__init__.py), whose tests run every row on random
-arguments; the two rules are derived in [relevance.md](relevance.md). `captum_ssm.register_rule` adds a row."""
+arguments; both rules are derived in [Relevance that adds up](relevance.md). `captum_ssm.register_rule` adds a row."""
 SIMPLE = (
     ("linear", "Linear", "The function itself, applied to value and reference; also of complex numbers."),
     (

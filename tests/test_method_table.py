@@ -27,12 +27,6 @@ def test_the_page_is_current(found: Any) -> None:
     assert without_errors(page) == without_errors(method_table.page(found))
 
 
-def test_the_short_form_is_current(found: Any) -> None:
-    readme = method_table.README.read_text(encoding="utf-8")
-    section = method_table.section(found)
-    assert without_errors(section) in without_errors(readme)
-
-
 def test_relevance_explains_all_that_is_written_in_torch(found: Any) -> None:
     for name, (_, cells) in found.items():
         outside = any(word in name for word in ("leaves torch", "torch.jit", "random"))
@@ -43,8 +37,3 @@ def test_relevance_explains_all_that_is_written_in_torch(found: Any) -> None:
 def test_each_cause_is_a_whole_sentence(found: Any) -> None:
     causes = {cell.cause for _, cells in found.values() for cell in cells if cell.cause}
     assert len(causes) >= 5 and all(20 < len(cause) < 250 for cause in causes)
-
-
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(SystemExit, match="markers"):
-        method_table.replaced("no markers", "section")

@@ -1,4 +1,4 @@
-"""Stored figures of speed are compared with new ones, and the README shows them."""
+"""Stored figures of speed are compared with new ones, and a page of the site shows them."""
 
 import sys
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from benchmarks.speed import figures
 from benchmarks.speed.figures import Figure, better, joined, read, report, slower, store, table
 from benchmarks.speed.groups import GROUPS
 from benchmarks.speed.timing import exponent
+from scripts.sections import read_section, write_section
 
 ROLLOUT = Figure("rollouts", "rollout", "a forward pass", "Mamba", 4, 2.0)
 RELEVANCE = Figure("relevance", "relevance", "`InputXGradient`", "Mamba", None, 1.0)
@@ -50,11 +51,21 @@ def test_groups_that_were_not_measured_stay_as_they_were(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-def test_a_line_of_the_table_has_all_models_and_what_is_wanted() -> None:
-    lines = table([ROLLOUT, at(0.021, replace(ROLLOUT, of="Mamba-2", target=1 / 20)), RELEVANCE]).splitlines()
-    assert lines[2:] == [
-        "| rollout | a forward pass | Mamba **2.0** (≤ 4.0); Mamba-2 **1/48** (≤ 1/20) |",
-        "| relevance | `InputXGradient` | Mamba **1.00** |",
+def test_a_table_has_a_line_a_model_a_column_a_method_and_what_misses_what_is_wanted_in_bold() -> None:
+    signed = replace(at(0.021, replace(ROLLOUT, of="Mamba-2", target=1 / 50)), what="signed")
+    assert table([ROLLOUT, RELEVANCE, signed]).splitlines() == [
+        "## As multiples of a forward pass",
+        "",
+        "| model | rollout | signed |",
+        "| --- | --- | --- |",
+        "| Mamba | 2.0 (≤ 4.0) |  |",
+        "| Mamba-2 |  | **1/48** (≤ 1/50) |",
+        "",
+        "## As multiples of `InputXGradient`",
+        "",
+        "| model | relevance |",
+        "| --- | --- |",
+        "| Mamba | 1.00 |",
     ]
 
 
@@ -89,12 +100,25 @@ def test_the_command_fails_if_a_figure_stays_worse_when_it_is_measured_again(
     assert ("slower, 2.0 -> 2.9" in capsys.readouterr().out) == bool(status)
 
 
-def test_the_readme_shows_what_is_stored() -> None:
-    readme = figures.README.read_text(encoding="utf-8")
-    shown = readme.partition(figures.START)[2].partition(figures.END)[0]
-    assert shown.strip() == figures.readme_section(figures.STORED)
-    keys = [figure.key for figure in read(figures.STORED)]
-    assert len(keys) == len(set(keys))
+def test_the_page_shows_what_is_stored() -> None:
+    shown = read_section(figures.PAGE, figures.SECTION)
+    assert shown == figures.page_section(figures.STORED)
+    stored = read(figures.STORED)
+    assert len({figure.key for figure in stored}) == len(stored)
+    assert all(figures.cell(figure) in shown for figure in stored)
+
+
+def test_a_section_of_a_page_is_replaced_and_one_without_markers_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- a -->old<!-- /a --> between <!-- b -->\n<!-- /b --> behind", encoding="utf-8")
+    write_section(page, "b", "new")
+    assert read_section(page, "a") == "old" and read_section(page, "b") == "new"
+    assert (
+        page.read_text(encoding="utf-8")
+        == "before <!-- a -->old<!-- /a --> between <!-- b -->\nnew\n<!-- /b --> behind"
+    )
+    with pytest.raises(ValueError, match=r"page.md lacks the markers <!-- c --> and <!-- /c -->"):
+        write_section(page, "c", "new")
 
 
 def test_a_group_measures() -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 import benchmarks.speed
-from benchmarks.speed.figures import Figure, better, joined, read, report, slower, store, write_readme
+from benchmarks.speed.figures import Figure, better, joined, read, report, slower, store, write_page
 from benchmarks.speed.groups import GROUPS
 
 
@@ -56,11 +56,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help="these groups")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures; groups that are not run stay")
-    parser.add_argument("--readme", action="store_true", help="write the README's table from the FILE of --json")
+    parser.add_argument("--page", action="store_true", help="write the table of docs/speed.md from the FILE of --json")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with these figures; 1 if any is slower")
     options = parser.parse_args()
-    if options.readme and not options.json:
-        parser.error("--readme writes what --json FILE has; name the file, too.")
+    if options.page and not options.json:
+        parser.error("--page writes what --json FILE has; name the file, too.")
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # that kernels are not installed
     logging.disable_progress_bar()
@@ -71,8 +71,8 @@ def main() -> None:
             store(joined(read(options.json) if options.json.exists() else [], figures), options.json)
 
     found = measured(options.only, options.quick, keep)
-    if options.readme:
-        write_readme(options.json)
+    if options.page:
+        write_page(options.json)
     if options.check and not check(read(options.check), found, options.quick):
         sys.exit(1)
 

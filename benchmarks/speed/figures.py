@@ -1,4 +1,4 @@
-"""Figures of speed and memory: stored, compared with those of an earlier run, and shown in the README."""
+"""Figures of speed and memory: stored, compared with those of an earlier run, and shown in ``docs/speed.md``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from scripts.sections import write_section
+
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "benchmarks" / "speed.json"
-README = ROOT / "README.md"
-START, END = "<!-- speed -->", "<!-- /speed -->"
+PAGE, SECTION = ROOT / "docs" / "speed.md", "speed"
 SLACK = 1.1
 """By what factor a figure may exceed the stored one."""
 
@@ -101,35 +102,37 @@ def report(pairs: Sequence[tuple[Figure, Figure]], compared: int) -> str:
 
 
 def table(figures: Iterable[Figure]) -> str:
-    """Return the README's table: a line for each thing that was measured, all models and sizes in it."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    for figure in figures:
-        wanted = "" if figure.target is None else f" (≤ {shown(figure.target)})"
-        cell = f"{figure.of} **{shown(figure.value)}**{wanted}"
-        rows.setdefault((figure.what, figure.against), []).append(cell)
-    lines = [f"| {what} | {against} | {'; '.join(cells)} |" for (what, against), cells in rows.items()]
-    return "\n".join(["| what | against | measured (wanted) |", "|---|---|---|", *lines])
+    """Return the page's tables, one for each thing that figures are multiples of: a line a model, a column a method."""
+    figures, parts = list(figures), []
+    for against in dict.fromkeys(figure.against for figure in figures):
+        cells = {(figure.of, figure.what): cell(figure) for figure in figures if figure.against == against}
+        models, methods = (list(dict.fromkeys(names)) for names in zip(*cells))
+        rows = [["model", *methods], ["---"] * (1 + len(methods))]
+        rows += [[model, *(cells.get((model, method), "") for method in methods)] for model in models]
+        parts.append(f"## As multiples of {against}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(parts)
 
 
-def readme_section(file: Path) -> str:
-    """Return what stands between the markers of the README: the table, and what it was measured with."""
+def cell(figure: Figure) -> str:
+    """Return a figure with what is wanted, in bold if it is more."""
+    if figure.target is None:
+        return shown(figure.value)
+    mark = "**" if figure.value > figure.target else ""
+    return f"{mark}{shown(figure.value)}{mark} (≤ {shown(figure.target)})"
+
+
+def page_section(file: Path) -> str:
+    """Return what stands in the page's section: what was measured with what, and the tables."""
     document = json.loads(file.read_text(encoding="utf-8"))
     return (
-        f"{table(read(file))}\n\nRatios of one run of `python -m benchmarks.speed` (`make bench`): both sides timed in "
+        "Ratios of one run of `python -m benchmarks.speed` (`make bench`): both sides timed in "
         f"turn in one process, {document['threads']} thread of a shared CPU, torch {document['torch']}, transformers "
         f"{document['transformers']}, whose own torch code a forward pass is, not a CUDA kernel. Stored in "
-        "`benchmarks/speed.json`; `make bench-check` measures again and names what became more than 10 % slower."
+        "`benchmarks/speed.json`; `make bench-check` measures again and names what became more than "
+        f"{SLACK - 1:.0%} slower.\n\n{table(read(file))}"
     )
 
 
-def write_readme(file: Path) -> None:
-    """Write the README's section from stored figures.
-
-    Raises:
-        ValueError: If the README lacks the markers.
-    """
-    before, found, rest = README.read_text(encoding="utf-8").partition(START)
-    if not found or END not in rest:
-        raise ValueError(f"README.md lacks the markers {START} and {END}.")
-    section = f"{START}\n{readme_section(file)}\n{END}"
-    README.write_text(before + section + rest.partition(END)[2], encoding="utf-8")
+def write_page(file: Path) -> None:
+    """Write the page's section from stored figures."""
+    write_section(PAGE, SECTION, page_section(file))
