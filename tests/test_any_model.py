@@ -172,6 +172,31 @@ def test_a_layer_and_a_neuron_of_any_model() -> None:
     assert neuron.shape == x.shape and neuron[:, 1:].eq(0).all()
 
 
+def test_several_layers_are_explained_by_one_run() -> None:
+    model, x, reference = filled(Series()), inputs(2, L, 3), inputs(2, L, 3, seed=2)
+    runs: list[Any] = []
+    model.register_forward_hook(lambda module, args, output: runs.append(output))
+    asked: list[Any] = [model.head, "mixers.1.out", model.head]
+    for baseline in (reference, None):
+        alone = [LayerImplicitAttentionRelevance(model, layer).attribute(x, 1, baselines=baseline) for layer in asked]
+        runs.clear()
+        method = LayerImplicitAttentionRelevance(model, asked)
+        together = method.attribute(x, 1, baselines=baseline)
+        assert isinstance(together, list) and len(runs) == (2 if baseline is not None else 1)
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, other)
+    assert method.layer == [model.head, model.mixers[1].out, model.head]
+    with pytest.raises(InvalidInputError, match="list of layers is empty"):
+        LayerImplicitAttentionRelevance(model, [])
+
+
+def test_each_of_several_layers_has_to_run() -> None:
+    model, x = filled(Series()), inputs(2, L, 3)
+    model.unused = nn.Linear(D, D).eval()
+    with pytest.raises(InvalidInputError, match="Layer 'unused' was not run by forward_func"):
+        LayerImplicitAttentionRelevance(model, ["head", "unused"]).attribute(x, 1)
+
+
 def test_a_layer_beside_one_that_is_followed_function_by_function() -> None:
     """Only the factors of a chain ask for the decomposition, not the input of a layer."""
     model: Any = Series(known)

@@ -1,9 +1,10 @@
-"""Relevance inside a model: at a layer's input, in the channels of a mixer, and of a neuron."""
+"""Relevance inside a model: at the inputs of layers, in the channels of a mixer, and of a neuron."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from captum_ssm.layers.call import first_output
 from captum_ssm.network.forward import run_model
 from captum_ssm.network.threads import hook
 from captum_ssm.relevance.run import Probe
-from captum_ssm.relevance.traced import traced
+from captum_ssm.relevance.traced import Traced, traced
 
 
 class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttribution):
@@ -29,20 +30,22 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
 
     Args:
         forward_func: A transformers model, any other module, or any callable whose output Captum accepts.
-        layer: Any module of the model, or its dotted name.
+        layer: Any module of the model, or its dotted name; or a list of them, all explained by one run:
+            :meth:`attribute` then returns a list with the relevance of each.
         model: The model whose layers are explained; needed if ``forward_func`` is not a module.
         factor: For a mixer: name of a factor of its chain, such as ``"scan"`` or ``"out"``, to get the relevance of
             that factor's input, by channel.
         **options: Those of :class:`ImplicitAttentionRelevance`, but for ``checkpoints``.
 
     Raises:
-        InvalidInputError: If the model has no such layer; when called, if the layer was not run, or has no such factor.
+        InvalidInputError: If the model has no such layer, or the list is empty; when called, if a layer was not run, or
+            has no such factor.
     """
 
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | str,
+        layer: nn.Module | str | Sequence[nn.Module | str],
         model: nn.Module | None = None,
         *,
         factor: str | None = None,
@@ -51,90 +54,108 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
         super().__init__(forward_func, model, **options)
         if self.checkpoints:
             raise InvalidInputError("checkpoints keep nothing inside a model; leave them out for a layer's relevance.")
-        self.layer_name, self.layer = find_layer(self, layer)
+        self._is_list = not isinstance(layer, (nn.Module, str))
+        asked = [layer] if isinstance(layer, (nn.Module, str)) else list(layer)
+        if not asked:
+            raise InvalidInputError("The list of layers is empty; pass at least one module of the model, or its name.")
+        found = [find_layer(self, each) for each in asked]
+        self.layers = dict(found)
+        self.layer = [module for _, module in found] if self._is_list else found[0][1]
+        self._names = [name for name, _ in found]
         self.factor = factor
 
     def probe(self) -> Probe:
-        """Return a probe at the layer's input, or at the input of one factor of its chain."""
-        if self.factor is None:
-            return _LayerProbe(self.layer_name, self.layer)
-        return _FactorProbe(self.layer_name, self.factor)
+        """Return a probe at the layers' inputs, or at the input of one factor of their chains."""
+        return _LayerProbe(self.layers) if self.factor is None else _FactorProbe(self.layers, self.factor)
+
+    def _result(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape], is_tuple: bool) -> Any:
+        by_name = dict(zip(self.layers, relevance))
+        each = [by_name[name] for name in self._names]
+        return each if self._is_list else super()._result(tuple(each), shapes, is_tuple)
 
     def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
         return relevance
 
 
 class _InnerProbe(Probe):
-    """Collects traced tensors of one layer, which has to run once.
+    """Collects one traced tensor of each of some layers, which have to run once.
 
     Args:
-        layer: Dotted name of the layer.
+        layers: The layers by dotted name.
     """
 
-    def __init__(self, layer: str) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = layers
+        self.places: list[str] = []
+        """For each tensor the layer that it is of."""
 
     def attach(self, hooks: ExitStack) -> None:
-        """Refuse, when the hooks are closed without another error, that nothing was collected."""
+        """Refuse, when the hooks are closed without another error, that a layer gave nothing."""
         hooks.push(lambda error_type, error, trace: self._refuse_nothing() if error_type is None else None)
 
-    def _refuse_nothing(self) -> None:
-        if not self.tensors:
-            raise InvalidInputError(f"Layer '{self.layer}' {self._cause()}.")
+    def note(self, layer: str, tensors: Sequence[Tensor]) -> None:
+        """Collect traced tensors of a layer."""
+        self.tensors.extend(tensors)
+        self.places.extend([layer] * len(tensors))
 
-    def _cause(self) -> str:
+    def _refuse_nothing(self) -> None:
+        for layer in self.layers:
+            if layer not in self.places:
+                raise InvalidInputError(f"Layer '{layer}' {self._cause(layer)}.")
+
+    def _cause(self, layer: str) -> str:
         """Return in words why nothing was collected."""
         return "was not run by forward_func"
 
-    def select(self, relevances: Sequence[Tensor]) -> Tensor:
-        """Return the relevance of the one traced tensor.
+    def select(self, relevances: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the relevance of each layer's one traced tensor.
 
         Raises:
-            InvalidInputError: If there is none, or the layer ran several times.
+            InvalidInputError: If there is none, or a layer ran several times.
         """
-        if len(relevances) != 1:
-            raise InvalidInputError(
-                f"Layer '{self.layer}' ran {len(self.tensors)} times, {len(relevances)} of them on the tokens. Explain "
-                "a layer that runs once."
-            )
-        return relevances[0]
+        places = [place for place, tensor in zip(self.places, self.tensors) if isinstance(tensor, Traced)]
+        for layer in self.layers:
+            if places.count(layer) != 1:
+                raise InvalidInputError(
+                    f"Layer '{layer}' ran {self.places.count(layer)} times, {places.count(layer)} of them on the "
+                    "tokens. Explain a layer that runs once."
+                )
+        return tuple(relevances[places.index(layer)] for layer in self.layers)
 
 
 class _LayerProbe(_InnerProbe):
-    """Collects the input of a layer."""
-
-    def __init__(self, layer: str, module: nn.Module) -> None:
-        super().__init__(layer)
-        self.module = module
+    """Collects the inputs of layers."""
 
     def attach(self, hooks: ExitStack) -> None:
-        """Watch the layer until the hooks are closed."""
+        """Watch the layers until the hooks are closed."""
         super().attach(hooks)
-        hook(self.module.register_forward_pre_hook, self._enter, hooks, with_kwargs=True)
+        for name, module in self.layers.items():
+            hook(module.register_forward_pre_hook, partial(self._enter, name), hooks, with_kwargs=True)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.tensors.extend(traced((args, kwargs))[:1])
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.note(name, traced((args, kwargs))[:1])
 
 
 class _FactorProbe(_InnerProbe):
-    """Collects the input of one factor of a mixer's chain."""
+    """Collects the inputs of one factor of the layers' chains."""
 
     watches_factors = True
 
-    def __init__(self, layer: str, factor: str) -> None:
-        super().__init__(layer)
+    def __init__(self, layers: Mapping[str, nn.Module], factor: str) -> None:
+        super().__init__(layers)
         self.factor = factor
-        self._factors: list[str] = []
+        self._factors: dict[str, list[str]] = {}
 
     def on_factor(self, layer: str, factor: str, x: Tensor) -> None:
-        """Note the factor's input if it is the wanted one, see :class:`~captum_ssm.relevance.run.Probe`."""
-        if layer == self.layer:
-            self._factors.append(factor)
-            self.tensors.extend([x] if factor == self.factor else [])
+        """Note the factor's input if it is a wanted one, see :class:`~captum_ssm.relevance.run.Probe`."""
+        if layer in self.layers:
+            self._factors.setdefault(layer, []).append(factor)
+            self.note(layer, [x] if factor == self.factor else [])
 
-    def _cause(self) -> str:
-        known = f"; its factors are {', '.join(reversed(self._factors))}" if self._factors else ", or not on the tokens"
+    def _cause(self, layer: str) -> str:
+        factors = self._factors.get(layer)
+        known = f"; its factors are {', '.join(reversed(factors))}" if factors else ", or not on the tokens"
         return f"has no factor {self.factor!r}{known}"
 
 

@@ -171,6 +171,10 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         """Return the relevance of each input in its shape, or in that of its patches."""
         return tuple(shape.from_components(r) for r, shape in zip(relevance, shapes))
 
+    def _result(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape], is_tuple: bool) -> Any:
+        """Return the result of :meth:`attribute`: the relevance in its shape, in a tuple if the inputs are in one."""
+        return format_output(is_tuple, tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
+
     @log_usage
     def attribute(
         self,
@@ -253,7 +257,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
             explanation = Explanation.joined(explanations)
         self.keep(explanation)
         relevance = tuple(_of_sign(r, sign) for r in explanation.relevance)
-        result = format_output(is_tuple(inputs), tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
+        result = self._result(relevance, shapes, is_tuple(inputs))
         return (result, explanation.delta) if return_convergence_delta else result
 
     def keep(self, explanation: Explanation) -> None:

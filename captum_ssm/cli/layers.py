@@ -11,7 +11,7 @@ from captum_ssm.cli.problems import CommandError
 from captum_ssm.visualization import Passage, Views
 
 
-def layer_views(total: Passage, model: nn.Module, relevance_before: Callable[[str], Tensor]) -> Views:
+def layer_views(total: Passage, model: nn.Module, relevance_before: Callable[[list[str]], list[Tensor]]) -> Views:
     """Return a text with one view for each layer: the relevance of each token's state before it.
 
     Where the residual stream is all that a layer reads, each view has the same sum as the first.
@@ -19,10 +19,10 @@ def layer_views(total: Passage, model: nn.Module, relevance_before: Callable[[st
     Args:
         total: The text with the relevance of its tokens.
         model: The model.
-        relevance_before: From the name of a layer to the relevance of its input, (1, L, E).
+        relevance_before: From the names of layers to the relevance of their inputs, each (1, L, E).
 
     Returns:
-        The views. Cost: one explanation for each layer.
+        The views. Cost: one explanation.
 
     Raises:
         CommandError: If the model has no list of layers.
@@ -30,7 +30,7 @@ def layer_views(total: Passage, model: nn.Module, relevance_before: Callable[[st
     names = blocks(model)
     if not names:
         raise CommandError(f"{type(model).__name__} has no list of layers to show; leave --layers out.")
-    scores = torch.stack([relevance_before(name)[0].sum(-1) for name in names])
+    scores = torch.stack([relevance[0].sum(-1) for relevance in relevance_before(names)])
     numbered = [f"before layer {number}" for number in range(len(names))]
     return Views(total, "embeddings", numbered, scores.detach().to("cpu").double())
 

@@ -109,8 +109,7 @@ def _add_execution(command: argparse.ArgumentParser) -> None:
         "--layers",
         action="store_true",
         default=None,
-        help="relevance: the HTML page also shows the relevance before each layer, at the price of one more "
-        "explanation for each",
+        help="relevance: the HTML page also shows the relevance before each layer, by one more explanation",
     )
     command.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture")

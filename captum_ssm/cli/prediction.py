@@ -76,8 +76,8 @@ def explain_prediction(options: argparse.Namespace, text_model: TextModel, encod
     views = None
     if options.layers:
 
-        def relevance_before(layer: str) -> Tensor:
-            inner = LayerImplicitAttentionRelevance(forward, layer, method.model, gate_rule=options.gates)
+        def relevance_before(layers: list[str]) -> list[Tensor]:
+            inner = LayerImplicitAttentionRelevance(forward, layers, method.model, gate_rule=options.gates)
             return inner.attribute(encoding.ids, target, encoding.mask, contrast=contrast, baselines=baselines)
 
         names = text_model.tokenizer.convert_ids_to_tokens(encoding.ids[0].tolist())

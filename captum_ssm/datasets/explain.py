@@ -56,7 +56,7 @@ class Explain(Settings):
             gates; None takes the first special token that the model has. Of tensors: a number or tensor, or a tuple of
             one for each input; None freezes the gates.
         patches: Of images: the scores of the patches, not of the pixels.
-        layers: For relevance: also the share of the score that passes each known layer, at one more explanation each.
+        layers: For relevance: also the share of the score that passes each known layer, at one more explanation.
         max_tokens: The longest text; None: that of tokenizer and model.
         truncate: Cut a longer one off, rather than refuse it.
         padding: The side of the padding; None: measured on the model.

@@ -89,7 +89,7 @@ class Explainer:
         if layers and not isinstance(self._method, ImplicitAttentionRelevance):
             raise InvalidInputError("layers= takes the shares of a relevance; add method='relevance', or leave it out.")
         options = {name: getattr(self._method, name) for name in ("gate_rule", "value_share", "tolerance") if layers}
-        self._inner = [LayerImplicitAttentionRelevance(forward, name, model, **options) for name in self.layers]
+        self._inner = LayerImplicitAttentionRelevance(forward, self.layers, model, **options) if self.layers else None
 
     def explain(self, batch: Batch, target: Tensor | None, contrast: Tensor | None, value: Tensor) -> Result:
         """Explain a batch.
@@ -111,19 +111,20 @@ class Explainer:
             error = (_sums(scores) + terms - explained).abs()
         else:
             reference = error = torch.full_like(value, NAN)
-        inner = [_sums(self._run(method, batch, target, contrast)).tolist() for method in self._inner]
+        inner = self._run(self._inner, batch, target, contrast) if self._inner is not None else ()  # of each layer
+        parts = [_sums((part,)).tolist() for part in inner]
         fidelity = max(getattr(self._method, "fidelity", {}).values(), default=NAN)
-        return Result(scores, reference.tolist(), error.tolist(), fidelity, [list(parts) for parts in zip(*inner)])
+        return Result(scores, reference.tolist(), error.tolist(), fidelity, [list(row) for row in zip(*parts)])
 
     def _run(
         self, method: ModelMethod, batch: Batch, target: Tensor | None, contrast: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return the scores of each input by a method."""
+        """Return the scores of each input, or of each layer, by a method."""
         options: dict[str, Any] = dict(self._options)
         if isinstance(method, ImplicitAttentionRelevance):
             options["baselines"] = batch.baselines
         scores = method.attribute(batch.inputs, target, batch.args or None, contrast=contrast, **options)
-        return scores if isinstance(scores, tuple) else (scores,)
+        return tuple(scores) if isinstance(scores, (tuple, list)) else (scores,)
 
 
 def _sums(scores: tuple[Tensor, ...]) -> Tensor:

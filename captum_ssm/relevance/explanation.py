@@ -14,7 +14,7 @@ class Explanation:
     """The relevance of some examples, and everything that belongs to its sum.
 
     Args:
-        relevance: Relevance of each input, in its shape, (..., E) for ids (...); or of one probed tensor.
+        relevance: Relevance of each input, in its shape, (..., E) for ids (...); or of each probed tensor.
         terms: Relevance that belongs to no input by name, each (S,): S is B, or 1 if the batch has one score.
         delta: The sum of all relevance and terms less the difference that they explain, (S,).
         completeness: The largest error of that sum, relative to the sum of the absolute relevances.

@@ -83,9 +83,9 @@ class Probe:
             x: Its input.
         """
 
-    def select(self, relevances: Sequence[Tensor]) -> Tensor:
-        """Return the one relevance of those of the traced tensors."""
-        return relevances[0]
+    def select(self, relevances: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the wanted ones of the relevances of the traced tensors."""
+        return tuple(relevances)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Run:
         explanation = self._add_up(of_inputs, skips, value, reference, with_delta)
         if self.probe is None or not self.probe.tensors:
             return explanation
-        return replace(explanation, relevance=(self.probe.select(list(relevances)),))
+        return replace(explanation, relevance=self.probe.select(list(relevances)))
 
     @property
     def _is_frozen(self) -> bool:
