@@ -754,7 +754,8 @@ def test_the_module_is_a_program(run: Any, tmp_path: Path) -> None:
 def test_a_page_shows_the_relevance_before_each_layer(run: Any, tmp_path: Path) -> None:
     """Each block reads the residual stream alone, so the scores before each have one sum."""
     page = tmp_path / "page.html"
-    assert run(GOOD, "--layers", "--html", page).status == 0
+    shown = run(GOOD, "--layers", "--html", page)
+    assert shown.status == 0 and shown.fact("not shown") and "not shown" not in page.read_text(encoding="utf-8")
     rows = re.findall(r'<tr><th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', page.read_text(encoding="utf-8"))
     assert [name for name, _ in rows] == ["embeddings", *(f"before layer {k}" for k in range(3))]
     found = [re.findall(r"<td[^>]*>(.*?)</td>", cells) for _, cells in rows]

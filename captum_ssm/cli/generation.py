@@ -57,8 +57,8 @@ def explain_generation(options: argparse.Namespace, text_model: TextModel, encod
         "explained": f"log-probability of each of {len(rows)} tokens; the text is coloured by their sum",
         **sums,
         **method_facts(method, options, text_model.source),
-        **encoding.describe_added(of_text),
     }
+    not_shown = encoding.describe_added(of_text)  # in the text; the views have all tokens
     title = f"Where {facts['written'].strip()!r} comes from"
     draw = partial(
         token_heatmap,
@@ -69,7 +69,7 @@ def explain_generation(options: argparse.Namespace, text_model: TextModel, encod
         label="score for the log-probability",
         title=title,
     )
-    passage = Passage.from_offsets(encoding.text, encoding.offsets, of_text, title, facts)
+    passage = Passage.from_offsets(encoding.text, encoding.offsets, of_text, title, facts | not_shown)
     texts = [*encoding.texts, *token_texts(text_model.tokenizer, ids[0].tolist())[start:]]
     names = text_model.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     views = Views.of_answer(texts, names, rows, title, facts)

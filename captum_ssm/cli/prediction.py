@@ -69,10 +69,10 @@ def explain_prediction(options: argparse.Namespace, text_model: TextModel, encod
         "explained": f"{options.score} of {name!r}" + (f" less that of {other!r}" if other else ""),
         **sums,
         **method_facts(method, options, text_model.source),
-        **encoding.describe_added(relevance[0]),
     }
+    not_shown = encoding.describe_added(relevance[0])  # in the text; the views have all tokens
     title = f"Why {name!r}" + (f" and not {other!r}?" if other else "?")
-    passage = Passage.from_offsets(encoding.text, encoding.offsets, relevance[0], title, facts)
+    passage = Passage.from_offsets(encoding.text, encoding.offsets, relevance[0], title, facts | not_shown)
     views = None
     if options.layers:
 
