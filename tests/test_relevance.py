@@ -1127,3 +1127,21 @@ def test_a_noise_tunnel_runs_the_method(baselines: Any, mamba: nn.Module) -> Non
     found, delta = NoiseTunnel(method).attribute(x, stdevs=0.0, return_convergence_delta=True, **options)
     assert_close(found, expected)
     assert delta.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["linear_attention", "full_attention"]])
+def test_packed_texts_are_explained_as_the_model_reads_them(kinds: list[str], ids: Tensor) -> None:
+    """Attention keeps texts apart whose positions begin at 0 anew; a recurrence without CUDA kernels does not."""
+    model = FAMILIES["qwen3_5"].build_here(layer_types=kinds, num_hidden_layers=2)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+
+    def forward(ids: Tensor) -> Tensor:
+        packed: Tensor = model(input_ids=ids, position_ids=positions.expand(len(ids), -1), use_cache=False).logits
+        return packed[:, -1]
+
+    other = torch.cat([ids[:, :3].flip(0), ids[:, 3:]], 1)
+    reads = bool((forward(other) - forward(ids)).abs().max() > 1e-5)
+    assert reads == ("linear_attention" in kinds)
+    for baselines in (3, None):
+        scores = Relevance(forward, model).attribute(ids[:1], 1, baselines=baselines)
+        assert bool((scores[:, :3].abs() > 1e-5 * scores.abs().max()).any()) == reads
