@@ -51,14 +51,36 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def mamba() -> Any:
-    return build("mamba")
+_AT_HOME: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+
+@contextmanager
+def lent(name: str) -> Iterator[Any]:
+    """Lend a family's model to one test, and the same to the next, unless this one changed it.
+
+    The first explanation of a model examines it, and takes ten times as long as the others.
+    """
+    if name not in _AT_HOME:
+        model = build(name)
+        _AT_HOME[name] = model, snapshot(model, ())
+    model, before = _AT_HOME.pop(name)
+    try:
+        yield model
+    finally:
+        if snapshot(model, ()) == before:
+            _AT_HOME[name] = model, before
 
 
 @pytest.fixture
-def falcon_mamba() -> Any:
-    return build("falcon_mamba")
+def mamba() -> Iterator[Any]:
+    with lent("mamba") as model:
+        yield model
+
+
+@pytest.fixture
+def falcon_mamba() -> Iterator[Any]:
+    with lent("falcon_mamba") as model:
+        yield model
 
 
 FAMILY_NAMES = [family for family, _, _ in layers_of(oracles)]
@@ -69,8 +91,9 @@ SEVERAL = [*FAMILY_NAMES, "zamba", "falcon_h1", "recurrent_gemma", "rwkv", "qwen
 
 
 @pytest.fixture(params=FAMILY_NAMES)
-def family(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+def family(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with lent(request.param) as model:
+        yield model
 
 
 @pytest.fixture

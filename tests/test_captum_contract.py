@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import captum.metrics
@@ -22,13 +22,14 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
-from tests.conftest import SEVERAL, build
+from tests.conftest import SEVERAL, build, lent
 from tests.families import VOCABULARY
 
 
 @pytest.fixture(params=SEVERAL)
-def family(request: pytest.FixtureRequest) -> nn.Module:
-    return build(request.param)
+def family(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    with lent(request.param) as model:
+        yield model
 
 
 METHODS: dict[str, Callable[..., Any]] = {
