@@ -46,41 +46,40 @@ def build(name: str) -> Any:
     return copy.deepcopy(_BUILT[name])
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 _AT_HOME: dict[str, tuple[Any, dict[str, Any]]] = {}
+_AWAY: dict[str, tuple[Any, dict[str, Any]]] = {}
 
 
-@contextmanager
-def lent(name: str) -> Iterator[Any]:
-    """Lend a family's model to one test, and the same to the next, unless this one changed it.
+def borrowed(name: str) -> Any:
+    """Return a family's model, the same for one test after another, until a test leaves it changed.
 
-    The first explanation of a model examines it, and takes ten times as long as the others.
+    The first explanation of a model examines it, and takes ten times as long as the next: a test needs a model that is
+    built anew only if it is about the first, or needs two, or changes one.
     """
-    if name not in _AT_HOME:
-        model = build(name)
-        _AT_HOME[name] = model, snapshot(model, ())
-    model, before = _AT_HOME.pop(name)
-    try:
-        yield model
-    finally:
+    if name not in _AWAY:
+        model = None if name in _AT_HOME else build(name)
+        _AWAY[name] = _AT_HOME.pop(name) if model is None else (model, snapshot(model, ()))
+    return _AWAY[name][0]
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_models() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    for name, (model, before) in _AWAY.items():
         if snapshot(model, ()) == before:
             _AT_HOME[name] = model, before
+    _AWAY.clear()
 
 
 @pytest.fixture
-def mamba() -> Iterator[Any]:
-    with lent("mamba") as model:
-        yield model
+def mamba() -> Any:
+    return borrowed("mamba")
 
 
 @pytest.fixture
-def falcon_mamba() -> Iterator[Any]:
-    with lent("falcon_mamba") as model:
-        yield model
+def falcon_mamba() -> Any:
+    return borrowed("falcon_mamba")
 
 
 FAMILY_NAMES = [family for family, _, _ in layers_of(oracles)]
@@ -91,9 +90,8 @@ SEVERAL = [*FAMILY_NAMES, "zamba", "falcon_h1", "recurrent_gemma", "rwkv", "qwen
 
 
 @pytest.fixture(params=FAMILY_NAMES)
-def family(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with lent(request.param) as model:
-        yield model
+def family(request: pytest.FixtureRequest) -> Any:
+    return borrowed(request.param)
 
 
 @pytest.fixture

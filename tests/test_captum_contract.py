@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import captum.metrics
@@ -22,14 +22,13 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
-from tests.conftest import SEVERAL, build, lent
+from tests.conftest import SEVERAL, borrowed, build
 from tests.families import VOCABULARY
 
 
 @pytest.fixture(params=SEVERAL)
-def family(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    with lent(request.param) as model:
-        yield model
+def family(request: pytest.FixtureRequest) -> Any:
+    return borrowed(request.param)
 
 
 METHODS: dict[str, Callable[..., Any]] = {

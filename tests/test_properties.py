@@ -9,7 +9,7 @@ from tests.properties.calls import became, drawn_call, subjects
 from tests.properties.laws import Outcome, outcomes
 from tests.properties.pieces import AROUND, BESIDE, MIXERS, READ, WORDS
 
-SEED, MODELS, CALLS = 1, 150, 900
+SEED, MODELS, CALLS = 1, 100, 900
 
 
 @pytest.mark.parametrize("part", range(5))

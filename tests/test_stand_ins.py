@@ -111,16 +111,13 @@ def close(result: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [("mamba", "signed"), ("mamba", "reference"), ("qwen3_5", "rollout"), ("qwen3_5", "frozen")],
-)
+@pytest.mark.parametrize(("family", "method"), [("mamba", "signed"), ("qwen3_5", "reference")])
 def test_a_part_is_what_it_does(family: str, state: str, method: str, ids: Tensor) -> None:
     model, oracle = in_state(family, state)
     close(scores(method, model, ids), scores(method, oracle, ids))
 
 
-@pytest.mark.parametrize("method", ["rectified", "raw", "frozen", "reference"])
+@pytest.mark.parametrize("method", ["rollout", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fine_tuned_model_is_its_merged_model(family: str, method: str, ids: Tensor) -> None:
     model, oracle = in_state(family, "fine-tuned")
@@ -140,7 +137,7 @@ def test_relevance_adds_up_and_leaves_the_model_as_it_was(family: str, state: st
     assert set(method.followed.values()) == {"decomposition"}
 
 
-@pytest.mark.parametrize("method", ["signed", "rollout", "reference"])
+@pytest.mark.parametrize("method", ["signed", "reference"])
 @pytest.mark.parametrize("norm", [lambda conv: parametrizations.weight_norm(conv).eval(), utils.weight_norm])
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma", "lfm2"])
 def test_a_convolution_is_what_it_does(family: str, norm: Any, method: str, ids: Tensor) -> None:
