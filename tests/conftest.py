@@ -25,12 +25,33 @@ HAD = {family for family in FAMILIES if family.partition(" ")[0] in CONFIG_MAPPI
 """The families that the installed release of transformers has."""
 
 
+SLOW = 5.0
+"""Seconds from which on a test is marked ``slow``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of families that the installed release does not have, by name."""
+    """Skip tests of families that the installed release does not have, by name; begin with the slow ones.
+
+    One that came last would be waited for by all processes but its own.
+    """
     for item in items:
         for name in (getattr(item, "callspec", None) and item.callspec.params.values()) or ():  # type: ignore[attr-defined]
             if isinstance(name, str) and name in FAMILIES.keys() - HAD:
                 item.add_marker(pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {name}"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that take long and are not marked."""
+    took = {
+        report.nodeid: report.duration
+        for report in terminalreporter.stats.get("passed", [])
+        if report.duration > SLOW and report.when == "call" and "slow" not in report.keywords
+    }
+    if took:
+        terminalreporter.section(f"over {SLOW:g} s, and not marked slow")
+    for name, seconds in took.items():
+        terminalreporter.line(f"{seconds:6.1f} s  {name}")
 
 
 _BUILT: dict[str, Any] = {}

@@ -136,6 +136,7 @@ def uncovered() -> list[str]:
     return [f"{family}: {name}" for family, names in found().items() for name in names if name not in covered]
 
 
+@pytest.mark.slow
 def test_every_gated_linear_layer_of_transformers_has_an_adapter() -> None:
     assert uncovered() == []
 

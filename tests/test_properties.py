@@ -12,6 +12,7 @@ from tests.properties.pieces import AROUND, BESIDE, MIXERS, READ, WORDS
 SEED, MODELS, CALLS = 1, 100, 900
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
 def test_every_drawn_model_is_explained_rightly_or_refused(part: int) -> None:
     said: Counter[str] = Counter()

@@ -91,7 +91,7 @@ def test_padding_changes_no_score_or_is_refused(family: str, side: str) -> None:
     for name in ("signed", "relevance"):
         make = METHODS[name]
         for rows in (slice(0, 2), slice(1, 2)):
-            model, (ids, mask) = build(family), padded(side, width=9)
+            model, (ids, mask) = model_of(family), padded(side, width=9)
             ids, mask = ids[rows], mask[rows]
             try:
                 read = own_logits(model, ids, mask)
@@ -100,7 +100,7 @@ def test_padding_changes_no_score_or_is_refused(family: str, side: str) -> None:
                     make(model).attribute(ids, TARGET, additional_forward_args=mask)
                 continue
             alone = [each[None, :n] for each, n in list(zip(IDS, LENGTHS))[rows]]
-            own = [own_logits(build(family), each)[0] for each in alone]
+            own = [own_logits(model, each)[0] for each in alone]
             ignores = all(torch.allclose(t[m == 1], o, atol=1e-4) for t, m, o in zip(read, mask, own))
             try:
                 scores = make(model).attribute(ids, TARGET, additional_forward_args=mask)
@@ -110,7 +110,7 @@ def test_padding_changes_no_score_or_is_refused(family: str, side: str) -> None:
                 continue
             assert scores[mask == 0].eq(0).all() or not ignores
             for row, each in enumerate(alone if ignores else []):
-                expected = make(build(family)).attribute(each, TARGET)[0]
+                expected = make(model).attribute(each, TARGET)[0]
                 assert_close(scores[row][mask[row] == 1], expected, "signed" if name == "relevance" else name)
 
 
