@@ -55,15 +55,18 @@ def assert_differ(one: Tensor, other: Tensor) -> None:
     assert (one - other).abs().max() > 1e-3 * one.abs().max()
 
 
+@functools.cache  # one function for one model, which is then examined once
 def every_position(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A callable that returns (B, L, V), as a user of Captum writes it."""
     return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
+@functools.cache
 def read_at(model: nn.Module, position: int) -> Callable[[Tensor], Tensor]:
     return lambda ids: model(input_ids=ids, use_cache=False).logits[:, position]
 
 
+@functools.cache
 def of_embeddings(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: model(inputs_embeds=x, use_cache=False).logits[:, -1]
 

@@ -69,13 +69,15 @@ def eight() -> Tensor:
     return torch.randint(3, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache  # one function for one model, which is then examined once
+def last_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From ids to the log-probabilities of the next token."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1)
+
+
 def one_by_one(method: Any, model: nn.Module, ids: Tensor, start: int) -> Tensor:
     """Explain the log-probability of every token from ``start`` on by a call of its own on what is before it."""
-
-    def last(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1)
-
-    made, length = method(last, model=model), ids.shape[1]
+    made, length = method(last_of(model), model=model), ids.shape[1]
     rows = torch.zeros(length - start, length - 1, dtype=next(model.parameters()).dtype)
     for row, position in enumerate(range(start, length)):
         rows[row, :position] = made.attribute(ids[:, :position], target=int(ids[0, position]))[0]
@@ -153,7 +155,9 @@ def test_what_is_generated_later_changes_no_row(method: Any, eight: Tensor) -> N
     assert_rows_close(explain(method, model, changed, 4)[:2], rows[:2], 1e-5)
 
 
-@pytest.mark.parametrize(("name", "size"), [*(("mamba", size) for size in (1, 2, 3, 4)), ("nemotron_h", 2), ("rwkv", 3)])
+@pytest.mark.parametrize(
+    ("name", "size"), [*(("mamba", size) for size in (1, 2, 3, 4)), ("nemotron_h", 2), ("rwkv", 3)]
+)
 @pytest.mark.parametrize("of_a_pass", [1, 2])
 def test_the_size_of_a_part_changes_nothing(
     name: str, size: int, of_a_pass: int, eight: Tensor, monkeypatch: pytest.MonkeyPatch
