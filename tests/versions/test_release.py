@@ -110,7 +110,7 @@ def test_padding_changes_no_score_or_is_refused(family: str, side: str) -> None:
             own = [own_logits(build(family), each)[0] for each in alone]
             ignores = all(torch.allclose(t[m == 1], o, atol=1e-4) for t, m, o in zip(read, mask, own))
             try:
-                scores = make(model).attribute(ids, TARGET, additional_forward_args=mask)
+                scores = make(untouched(family)).attribute(ids, TARGET, additional_forward_args=mask)
             except (InvalidInputError, FidelityError) as error:
                 assert not ignores, error
                 assert isinstance(error, InvalidInputError) or NEWEST in str(error)
