@@ -18,8 +18,9 @@
 
 PYTHON ?= python3
 VENV := .venv
-# one process for each core, each with one thread: several times faster on tiny models
-PYTEST := python -m pytest -n auto --maxprocesses 8
+# one process for each core, each with one thread: several times faster on tiny models; WORKERS=0 for a single process
+WORKERS ?= auto
+PYTEST := python -m pytest -n $(WORKERS) --maxprocesses 8
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE_PIP = $(NATIVE)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-native.txt
 NATIVE := .venv-native

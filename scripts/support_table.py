@@ -71,18 +71,30 @@ def explains_left_padding(model: nn.Module, ids: Tensor) -> bool:
     return True
 
 
-def runs_in(family: str, dtype: torch.dtype, ids: Tensor) -> bool:
-    """Whether the model runs in this type; if so, it must be explained."""
+def in_type(family: str, dtype: torch.dtype) -> Any:
+    """Return the family's model in another type, with experts that run in any."""
     model = build(family)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # the grouped product of torch has no float64
-    model = model.to(dtype)
+    return model.to(dtype)
+
+
+def runs(model: Any, ids: Tensor) -> bool:
+    """Whether the model itself runs."""
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except RuntimeError:
+        return False
+    return True
+
+
+def runs_in(family: str, dtype: torch.dtype, ids: Tensor) -> bool:
+    """Whether the model runs in this type; if so, it must be explained."""
+    model = in_type(family, dtype)
+    if not runs(model, ids):
         return False
     return bool(ImplicitAttentionAttribution(model, rectify=None).attribute(ids, target=3).isfinite().all())
 

@@ -25,12 +25,33 @@ HAD = {family for family in FAMILIES if family.partition(" ")[0] in CONFIG_MAPPI
 """The families that the installed release of transformers has."""
 
 
+SLOW = 5.0
+"""Seconds from which on a test is marked ``slow``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of families that the installed release does not have, by name."""
+    """Skip tests of families that the installed release does not have, by name; begin with the slow ones.
+
+    One that came last would be waited for by all processes but its own.
+    """
     for item in items:
         for name in (getattr(item, "callspec", None) and item.callspec.params.values()) or ():  # type: ignore[attr-defined]
             if isinstance(name, str) and name in FAMILIES.keys() - HAD:
                 item.add_marker(pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {name}"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that take long and are not marked."""
+    took = {
+        report.nodeid: report.duration
+        for report in terminalreporter.stats.get("passed", [])
+        if report.duration > SLOW and report.when == "call" and "slow" not in report.keywords
+    }
+    if took:
+        terminalreporter.section(f"over {SLOW:g} s, and not marked slow")
+    for name, seconds in took.items():
+        terminalreporter.line(f"{seconds:6.1f} s  {name}")
 
 
 _BUILT: dict[str, Any] = {}
@@ -46,19 +67,40 @@ def build(name: str) -> Any:
     return copy.deepcopy(_BUILT[name])
 
 
+_AT_HOME: dict[str, tuple[Any, dict[str, Any]]] = {}
+_AWAY: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+
+def borrowed(name: str) -> Any:
+    """Return a family's model, the same for one test after another, until a test leaves it changed.
+
+    The first explanation of a model examines it, and takes ten times as long as the next: a test needs a model that is
+    built anew only if it is about the first, or needs two, or changes one.
+    """
+    if name not in _AWAY:
+        model = None if name in _AT_HOME else build(name)
+        _AWAY[name] = _AT_HOME.pop(name) if model is None else (model, snapshot(model, ()))
+    return _AWAY[name][0]
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_models() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    for name, (model, before) in _AWAY.items():
+        if snapshot(model, ()) == before:
+            _AT_HOME[name] = model, before
+    _AWAY.clear()
 
 
 @pytest.fixture
 def mamba() -> Any:
-    return build("mamba")
+    return borrowed("mamba")
 
 
 @pytest.fixture
 def falcon_mamba() -> Any:
-    return build("falcon_mamba")
+    return borrowed("falcon_mamba")
 
 
 FAMILY_NAMES = [family for family, _, _ in layers_of(oracles)]
@@ -70,7 +112,7 @@ SEVERAL = [*FAMILY_NAMES, "zamba", "falcon_h1", "recurrent_gemma", "rwkv", "qwen
 
 @pytest.fixture(params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+    return borrowed(request.param)
 
 
 @pytest.fixture

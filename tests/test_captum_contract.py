@@ -22,13 +22,13 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
-from tests.conftest import SEVERAL, build
+from tests.conftest import SEVERAL, borrowed, build
 from tests.families import VOCABULARY
 
 
 @pytest.fixture(params=SEVERAL)
-def family(request: pytest.FixtureRequest) -> nn.Module:
-    return build(request.param)
+def family(request: pytest.FixtureRequest) -> Any:
+    return borrowed(request.param)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -55,15 +55,18 @@ def assert_differ(one: Tensor, other: Tensor) -> None:
     assert (one - other).abs().max() > 1e-3 * one.abs().max()
 
 
+@functools.cache  # one function for one model, which is then examined once
 def every_position(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A callable that returns (B, L, V), as a user of Captum writes it."""
     return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
+@functools.cache
 def read_at(model: nn.Module, position: int) -> Callable[[Tensor], Tensor]:
     return lambda ids: model(input_ids=ids, use_cache=False).logits[:, position]
 
 
+@functools.cache
 def of_embeddings(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: model(inputs_embeds=x, use_cache=False).logits[:, -1]
 
@@ -281,13 +284,11 @@ def test_a_callable_gets_its_additional_arguments_in_order(method: Any, mamba: n
     assert seen and all(args[0] is MASK and args[1:] == (4, 2.0, "note") for args in seen)
 
 
-@every_method
-def test_a_transformers_model_as_it_is_equals_the_callable_written_by_hand(
-    method: Any, family: nn.Module, ids: Tensor
-) -> None:
-    expected = method(family).attribute(ids, target=3)
+def test_a_transformers_model_as_it_is_equals_the_callable_written_by_hand(family: nn.Module, ids: Tensor) -> None:
     by_hand = lambda ids: family(input_ids=ids, use_cache=False).logits[:, -1]  # noqa: E731
-    assert_close(method(by_hand, model=family).attribute(ids, target=3), expected)
+    for method in METHODS.values():
+        expected = method(family).attribute(ids, target=3)
+        assert_close(method(by_hand, model=family).attribute(ids, target=3), expected)
 
 
 @every_method
@@ -699,12 +700,19 @@ EACH: dict[str, dict[str, Any]] = {
 }
 
 
-@every_method
-@pytest.mark.parametrize("options", EACH.values(), ids=EACH)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (method, options)
+        for name, method in METHODS.items()
+        for key, options in EACH.items()
+        if name in ("signed", "rollout") or key in ("mask", "weights")
+    ],
+)
 def test_an_internal_batch_of_any_size_gives_the_same(method: Any, options: dict[str, Any], mamba: nn.Module) -> None:
     made = method(mamba)
     expected = made.attribute(FIVE, **options)
-    for size in (2, 9, None):
+    for size in (2, 9):
         assert_close(made.attribute(FIVE, **options, internal_batch_size=size), expected, 1e-6)
     assert_close(made.attribute((FIVE,), **options, internal_batch_size=3)[0], expected, 1e-6)
     if "mask" not in options:

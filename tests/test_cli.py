@@ -737,6 +737,7 @@ def test_a_place_that_is_none_is_refused(
 # --- As a program -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_module_is_a_program(run: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "captum_ssm.cli", "explain", GOOD, "--html", str(tmp_path / "page.html")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # this package, whichever is installed

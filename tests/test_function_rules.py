@@ -19,6 +19,7 @@ from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.functions import FUNCTIONS
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
+from tests.cases import on_all
 from tests.conftest import random
 
 # --- Functions ----------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 RULES = {"difference": Difference, "half": Frozen, "value": partial(Frozen, "value")}
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_rule = on_all("rule", RULES.values())
 
 
 @every_rule

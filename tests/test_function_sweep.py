@@ -20,6 +20,7 @@ from captum_ssm.relevance.functions.refused import DECISIONS
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
 from scripts import function_table
+from tests.cases import on_all
 from tests.function_cases import CASES, FOURIER, GROUPS, IMAGES, LINEAR, Case
 
 RULES = {"difference": Difference, "half": Frozen, "value": partial(Frozen, "value")}
@@ -75,8 +76,8 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
         assert (found - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @every_case
+@on_all("rule", RULES.values())
 def test_values_are_those_of_torch_and_relevance_adds_up(name: str, rule: Callable[[], Rule]) -> None:
     case, pairs = CASES[name], drawn(name)
     values = parts(case.function(*(x for x, _ in pairs)))

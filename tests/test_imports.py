@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import captum_ssm
+from tests.cases import on_all
 
 PACKAGE = Path(captum_ssm.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
@@ -62,7 +61,7 @@ def within(names: set[str], *packages: str) -> set[str]:
     return {name for name in names for package in packages if f"{name}.".startswith(f"{package}.")}
 
 
-every_source = pytest.mark.parametrize("path", sorted(SOURCES))
+every_source = on_all("path", sorted(SOURCES))
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
@@ -126,7 +125,7 @@ def test_errors_import_nothing_of_the_package() -> None:
     assert not within(imported("errors.py"), "captum_ssm")
 
 
-@pytest.mark.parametrize("path", ROOMY)
+@on_all("path", ROOMY)
 def test_rooms_import_those_below_alone(path: str) -> None:
     room = path.split("/")[0]
     loose = set() if room == "operators" else LOOSE
@@ -134,13 +133,13 @@ def test_rooms_import_those_below_alone(path: str) -> None:
     assert names == within(names, *(f"captum_ssm.{name}" for name in {room, *ROOMS[room], *loose}))
 
 
-@pytest.mark.parametrize("path", ADAPTERS)
+@on_all("path", ADAPTERS)
 def test_adapters_know_nothing_of_calls_and_checks(path: str) -> None:
     names = within(imported(path), "captum_ssm")
     assert names and not within(names, "captum_ssm.layers.call", "captum_ssm.layers.fidelity")
 
 
-@pytest.mark.parametrize("path", ADAPTERS)
+@on_all("path", ADAPTERS)
 def test_no_adapter_imports_another(path: str) -> None:
     if path != "layers/adapters/__init__.py":
         assert not within(imported(path), "captum_ssm.layers.adapters")
@@ -151,7 +150,7 @@ def test_the_package_of_adapters_imports_them_all() -> None:
     assert imported("layers/adapters/__init__.py") == names - {"captum_ssm.layers.adapters.__init__"}
 
 
-@pytest.mark.parametrize("path", [path for path in ROOMY if path.startswith("layers/") and path not in ADAPTERS])
+@on_all("path", [path for path in ROOMY if path.startswith("layers/") and path not in ADAPTERS])
 def test_nothing_that_adapters_share_imports_an_adapter(path: str) -> None:
     assert not within(imported(path), "captum_ssm.layers.adapters")
 
@@ -221,16 +220,9 @@ print("done")
     assert done.stdout.strip() == "done" and not done.stderr
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
-        {"transformers"},
-        {"transformers", "rich"},
-    ],
-    ids=["transformers", "the whole extra"],
-)  # fmt: skip
-def test_the_command_line_says_what_to_install(missing: set[str]) -> None:
-    done = run("from captum_ssm.cli import main\nsys.exit(main(['explain', 'good']))", missing)
+def test_the_command_line_says_what_to_install() -> None:
+    code = "from captum_ssm.cli import main\nsys.exit(main(['explain', 'good']))"
+    done = run(code, {"transformers", "rich"})
     assert done.returncode == 2, done.stderr
     assert "pip install 'captum-ssm[cli]'" in done.stderr
     assert "Traceback" not in done.stderr

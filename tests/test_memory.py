@@ -24,7 +24,7 @@ from tests.conftest import build
 from tests.families import VOCABULARY
 from tests.tensors_made import Largest
 
-L = 96
+L = 64
 FAMILIES = ["mamba", "mamba2", "qwen3_5", "rwkv"]
 model_of = cache(build)
 
@@ -65,17 +65,22 @@ def channels_of(model: Any, ids: Tensor) -> int:
     return min(leaf.heads * leaf.head_size for leaf in leaves if isinstance(leaf, Recurrence))
 
 
-@pytest.mark.parametrize("explain", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_tensor_has_a_matrix_for_every_channel(
-    name: str, explain: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+ALIKE = ("rollout positive", "rollout mean", "rollout norm", "attribution token")
+"""Methods that sum the same entries as another, on whichever kernel."""
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in FAMILIES for method in METHODS if name == "mamba" or method not in ALIKE],
+)
+def test_no_tensor_has_a_matrix_for_every_channel(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of blocks, made for large models, are lowered for a tiny one."""
+    explain = METHODS[method]
     model, ids = model_of(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(entries, "_BLOCK", DeviceSize(2**15, 2**15))
+    monkeypatch.setattr(entries, "_BLOCK", DeviceSize(2**13, 2**13))
     monkeypatch.setattr(entries, "_CHANNELS", 1)
-    monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**15, 2**15))
-    monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**15, 2**15))
+    monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**13, 2**13))
+    monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**13, 2**13))
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

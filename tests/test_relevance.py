@@ -54,6 +54,18 @@ def model_of(family: str) -> Any:
     return build(family)
 
 
+@functools.cache
+def of_wide_type(family: str) -> Any:
+    """Return the family's model in float64, shared too."""
+    return of_type(build(family), torch.float64)
+
+
+@functools.cache
+def of_half_type(family: str) -> Any:
+    """Return the family's model in bfloat16, shared too."""
+    return of_type(build(family), torch.bfloat16)
+
+
 def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return the model in another type, and with experts that run in any."""
     for module in model.modules():
@@ -122,7 +134,7 @@ def last_logits(model: nn.Module) -> Callable[..., Tensor]:
 def test_the_relevance_adds_up_to_what_the_model_gives(family: str, rule: str, dtype: torch.dtype) -> None:
     """Also where the reference would have gone to other experts, which is a term of its own then."""
     options, baselines = RULES[rule]
-    model = of_type(build(family), dtype)
+    model = model_of(family) if dtype == torch.float32 else of_wide_type(family)
     method = Relevance(model, **options)
     relevance = method.attribute(IDS, TARGET, baselines=baselines)
     assert relevance.shape == IDS.shape and not relevance.requires_grad
@@ -1008,19 +1020,17 @@ def scaled(model: nn.Module, name: str, factor: float) -> nn.Module:
     return model
 
 
-def assert_float32_is_float64(model: nn.Module, tolerance: float = 1e-4) -> None:
+def assert_float32_is_float64(model: nn.Module, wide: nn.Module | None = None, tolerance: float = 1e-4) -> None:
     """The scores of each example differ by no more than this, relative to the largest of them."""
     ids = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
-    found, expected = (
-        Relevance(of_type(model, dtype)).attribute(ids, TARGET, baselines=BASELINE).double()
-        for dtype in (torch.float32, torch.float64)
-    )
+    wide = wide or of_type(copy.deepcopy(model), torch.float64)
+    found, expected = (Relevance(each).attribute(ids, TARGET, baselines=BASELINE).double() for each in (model, wide))
     assert ((found - expected).abs().amax(1) <= tolerance * expected.abs().amax(1)).all()
 
 
 @every_family
 def test_the_scores_of_float32_are_those_of_float64(family: str) -> None:
-    assert_float32_is_float64(build(family))
+    assert_float32_is_float64(model_of(family), of_wide_type(family))
 
 
 @pytest.mark.parametrize("factor", [4, 16, 64])
@@ -1049,7 +1059,7 @@ def test_large_gates_of_mlstm_keep_the_scores_of_float64(factor: float) -> None:
 def test_a_model_of_half_precision_is_explained_much_as_in_float32(family: str, baselines: Any) -> None:
     """As far as it is the same model: an expert that rounding exchanges may change a single sentence's scores."""
     ids = torch.randint(1, VOCABULARY, (8, 7), generator=torch.Generator().manual_seed(2))
-    method = Relevance(of_type(build(family), torch.bfloat16))
+    method = Relevance(of_half_type(family))
     found = method.attribute(ids, TARGET, baselines=baselines)
     assert found.dtype == torch.float32 and found.isfinite().all()
     expected = Relevance(model_of(family)).attribute(ids, TARGET, baselines=baselines)

@@ -20,9 +20,10 @@ from captum_ssm.relevance.functions import EXTERNAL_CODE, FUNCTIONS, Function, c
 from captum_ssm.relevance.functions.table import Kind, OtherKind, Table
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced
+from tests.cases import on_all
 
 ROWS = {row.name: row for row in FUNCTIONS}
-every_row = pytest.mark.parametrize("name", ROWS)
+every_row = on_all("name", ROWS)
 OWNERS: list[Any] = [
     torch, F, Tensor, torch.special, torch.linalg, torch.fft, torch._VF, torch._C, torch._C._nn,
     activations, averages, convolutions, log_domain, operators, elementary, recurrence,
@@ -123,7 +124,7 @@ ARGUMENTS: dict[str, list[Any]] = {"pow": [3], "clamp": [0.3, 0.8], "clip": [0.3
                                    "clamp_max": [0.8], "gelu": ["tanh"]}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS.values() if row.slope])
+@on_all("name", [row.name for row in ROWS.values() if row.slope])
 @pytest.mark.parametrize("shift", [0.0, -0.5])
 def test_a_slope_is_the_quotient(name: str, shift: float) -> None:
     positive = name in ("log", "sqrt", "rsqrt", "reciprocal")
@@ -269,7 +270,7 @@ def test_a_rule_that_is_registered_and_forgotten_leaves_the_table_as_it_was(func
         assert snapshot() == before
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS.values() if row.kind in get_args(Kind)])
+@on_all("name", [row.name for row in ROWS.values() if row.kind in get_args(Kind)])
 def test_a_rule_of_this_package_that_is_forgotten_can_be_registered_again(name: str) -> None:
     before = snapshot()
 

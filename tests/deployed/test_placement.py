@@ -1,5 +1,6 @@
 """Models that accelerate spreads over devices, or runs in mixed precision, have the scores of the plain ones."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import captum_ssm as cs
 from captum_ssm.layers.mixers import known_mixers
 from tests.conftest import build
-from tests.test_placement import FAMILIES, expected, state
+from tests.test_placement import FAMILIES, expected, state, whole
 from tests.test_running import BOTH, METHODS, generated, right
 
 Place = Callable[[Any, Path], None]
@@ -59,25 +60,17 @@ PLACES: dict[str, Place] = {
 }
 
 
-def run_once(name: str) -> Any:
-    """A model of a family; RWKV-4 after its first run, which divides its weights."""
-    model = build(name)
-    if name == "rwkv":
-        model(torch.ones(1, 1, dtype=torch.long), use_cache=False)
-    return model
-
-
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_offloaded_model_is_explained_as_the_whole_one(name: str, place: str, ids: Tensor, tmp_path: Path) -> None:
-    model = run_once(name)
+    model = copy.deepcopy(whole(name))
     PLACES[place](model, tmp_path)
     assert any(tensor.is_meta for tensor in model.parameters())
     before = state(model)
     for method in METHODS if place == "cpu_offload" else (*sorted(BOTH), "layer"):
         torch.testing.assert_close(METHODS[method](model, ids, None), expected(name, method, ids))
         assert state(model) == before
-    torch.testing.assert_close(generated(model, ids), generated(run_once(name), ids))
+    torch.testing.assert_close(generated(model, ids), generated(whole(name), ids))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "rwkv"])  # which runs otherwise: see below

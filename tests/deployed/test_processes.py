@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 
 def port() -> int:
     with socket.socket() as free:
@@ -12,6 +14,7 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one() -> None:
     """Under DDP, FSDP2 and tensor parallelism, see ``tests/deployed/two_processes.py``."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}

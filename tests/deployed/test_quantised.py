@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerAxis
 import captum_ssm as cs
 from captum_ssm.layers.mixers import known_mixers
 from tests.conftest import build
-from tests.test_stand_ins import METHODS, UNCALLED, close, plain, scores
+from tests.test_stand_ins import METHODS, UNCALLED, assert_alike, close, plain, scores
 
 EVERY = ["mamba", "jamba", "recurrent_gemma", "qwen3_5", "falcon_h1", "xlstm"]
 
@@ -103,12 +103,10 @@ def in_state(family: str, quantise: Callable[[nn.Module], None]) -> tuple[Any, A
     return model.eval(), oracle
 
 
-@pytest.mark.parametrize("method", ["signed", "rollout", "reference"])
 @pytest.mark.parametrize("state", WEIGHTS_ALONE)
 @pytest.mark.parametrize("family", EVERY)
-def test_quantised_weights(family: str, state: str, method: str, ids: Tensor) -> None:
-    model, oracle = in_state(family, WEIGHTS_ALONE[state])
-    close(scores(method, model, ids), scores(method, oracle, ids), 5e-4)
+def test_quantised_weights(family: str, state: str, ids: Tensor) -> None:
+    assert_alike(*in_state(family, WEIGHTS_ALONE[state]), ids, ("signed", "rollout", "reference"), 5e-4)
 
 
 @pytest.mark.parametrize("state", [*WEIGHTS_ALONE, *INPUTS_TOO])

@@ -98,7 +98,7 @@ def test_errors_of_workers_are_raised_as_they_are(reviews: Path, tmp_path: Path,
     with pytest.raises(InvalidInputError, match="cannot load a model from"):
         explain_file(Explain(tmp_path / "nowhere"), source(reviews), tmp_path / "out", engine=Ray(workers=1))
     changed = tmp_path / "changed"
-    explain_file(Explain(REVIEWS), source(reviews, 40), changed, engine=Ray(workers=1))
+    explain_file(Explain(REVIEWS), source(reviews, 40), changed)
     (changed / "part-000001.parquet").unlink()
     reviews.write_text(reviews.read_text().replace("gorgeous", "ugly"))
     with pytest.raises(InvalidInputError, match="are not those that the output was made of"):
@@ -149,7 +149,7 @@ def test_a_model_under_a_device_map_or_in_shards_in_an_actor(tmp_path: Path, clu
     explain = Explain(
         sharded if way == "FSDP" else partial(spread, str(tmp_path / "weights") if way == "disk" else None)
     )
-    explain_file(explain, source(path, 6), out, engine=Ray(workers=2))
+    explain_file(explain, source(path, 6), out, engine=Ray(workers=1))
     explain_file(Explain(REVIEWS), source(path, 6), plain)
     assert len(rows_of(out)) == 12
     for one, other in zip(rows_of(out), rows_of(plain)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
 import signal
@@ -91,10 +92,13 @@ def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, form: str) -> 
     assert source(path).count() == 20
 
 
-def test_standard_input_is_a_file_of_texts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "captum_ssm.cli", "explain-file", "-", str(tmp_path / "out"), "--part-rows", "4"]
-    done = subprocess.run(command, input="\n".join(TEXTS[:6]), text=True, capture_output=True, check=True)
-    assert "6, 6 explained, 0 failed" in done.stdout and "Traceback" not in done.stderr
+def test_standard_input_is_a_file_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(TEXTS[:6]).encode())))
+    assert run("explain-file", "-", tmp_path / "out", "--part-rows", 4) == 0
+    shown = capsys.readouterr()
+    assert "6, 6 explained, 0 failed" in shown.out and "Traceback" not in shown.err
     assert [row["text"] for row in rows_of(tmp_path / "out")] == TEXTS[:6]
 
 

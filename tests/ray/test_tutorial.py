@@ -7,6 +7,7 @@ import pytest
 from tests.test_tutorials import ELSEWHERE, NOTEBOOKS, run_notebook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = (path for path in NOTEBOOKS if path.stem == name)
