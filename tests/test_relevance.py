@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from captum_ssm import (
     unregister_rule,
 )
 from captum_ssm.attr import relevance as relevance_module
+from captum_ssm.relevance.own_outputs import OwnOutputs
 from captum_ssm.relevance.run import Run
 from tests.conftest import build
 from tests.families import FAMILIES, VOCABULARY, perturbed
@@ -424,6 +425,46 @@ def test_references_of_several_kinds_or_of_a_callable_have_a_run_each(
     runs.clear()
     Relevance(mamba).attribute(IDS, TARGET, baselines=[5, 6])
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("baselines", [BASELINE, [BASELINE, None], [BASELINE, 6], [None, 6, BASELINE]])
+def test_the_mixers_own_code_runs_once_for_several_references(
+    baselines: Any, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the plain run of the model on each reference."""
+    monkeypatch.setattr(relevance_module, "_TOKENS", 1)
+    mixer = mamba.get_submodule("backbone.layers.0.mixer")
+    runs, forward = [], type(mixer).forward
+
+    @functools.wraps(forward)
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.extend([1] if layer.layer_idx == 0 else [])
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(type(mixer), "forward", counted)
+    Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)
+    plain = sum(one is not None for one in (baselines if isinstance(baselines, list) else [baselines]))
+    assert len(runs) == 1 + plain and "forward" not in vars(mixer)
+
+
+@torch.no_grad()
+def test_own_outputs_are_kept_for_the_same_input_alone(mamba: nn.Module) -> None:
+    mixer, own = mamba.get_submodule("backbone.layers.0.mixer"), OwnOutputs()
+    x = torch.randn(2, 7, mixer.hidden_size)  # type: ignore[call-overload]
+    expected = mixer(x)
+
+    def run(x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            own.attach(mamba, stack)
+            return mixer(x)
+
+    run(x).zero_()  # as a hook may
+    run(x).zero_()
+    assert torch.equal(run(x * (1 + 1e-6)), expected)
+    assert torch.equal(run(x * (1 + 1e-3)), mixer(x * (1 + 1e-3)))
+    assert torch.equal(run(x[:1]), mixer(x[:1])) and torch.equal(run(x), expected)
+    mixer.get_submodule("in_proj").register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(run(x), mixer(x)) and not torch.equal(run(x), expected)
 
 
 def test_the_terms_of_several_baselines_are_averaged() -> None:
