@@ -24,6 +24,7 @@ from captum_ssm import (
 )
 from captum_ssm.attr import relevance as relevance_module
 from captum_ssm.relevance.own_outputs import OwnOutputs
+from captum_ssm.relevance.own_projections import OwnProjections
 from captum_ssm.relevance.run import Run
 from tests.conftest import build
 from tests.families import FAMILIES, VOCABULARY, perturbed
@@ -445,6 +446,51 @@ def test_the_mixers_own_code_runs_once_for_several_references(
     Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)
     plain = sum(one is not None for one in (baselines if isinstance(baselines, list) else [baselines]))
     assert len(runs) == 1 + plain and "forward" not in vars(mixer)
+
+
+@both
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma", "qwen3_5"])
+def test_projections_of_the_own_code_change_nothing(
+    family: str, baselines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what the decomposition would compute for the value."""
+    method, used = Relevance(copy.deepcopy(model_of(family)).double()), []
+    value = OwnProjections.value
+
+    def noted(known: OwnProjections, *args: Any) -> Tensor | None:
+        y = value(known, *args)
+        if y is not None:
+            used.append((y, torch.nn.functional.linear(*args)))
+        return y
+
+    monkeypatch.setattr(OwnProjections, "value", noted)
+    shared = method.attribute(IDS, TARGET, baselines=baselines)
+    assert used and all(torch.allclose(y, linear, rtol=0, atol=1e-12) for y, linear in used)
+    monkeypatch.setattr(OwnProjections, "value", lambda *_: None)
+    alone = method.attribute(IDS, TARGET, baselines=baselines)
+    assert (shared - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_is_known_for_the_same_entries_in_memory(bias: bool, mamba: nn.Module) -> None:
+    mixer, own, x = mamba.get_submodule("backbone.layers.0.mixer"), OwnProjections(), torch.randn(2, 5, 4)
+    part = mixer.part = nn.Linear(4, 6, bias)
+    with ExitStack() as stack, torch.no_grad():
+        own.attach(mamba, stack)
+        y = part(x)
+    rows = [part.weight[1:4], *([part.bias[1:4]] if bias else [])]
+    leaf = x.detach().requires_grad_()
+    known = own.value(leaf, *rows)
+    assert known is not None and known.is_contiguous() and torch.equal(known, y[..., 1:4])
+    (gradient,) = torch.autograd.grad(known.sum(), leaf)
+    assert_close(gradient, part.weight[1:4].sum(0).expand_as(x))
+    others = [(x.clone(), *rows), (x, part.weight[::2], *rows[1:]), (x, part.weight[1:4].clone(), *rows[1:])]
+    others += [(x, rows[0], torch.zeros(3))] + ([(x, rows[0], part.bias[2:5]), (x, rows[0])] if bias else [])
+    assert all(own.value(*other) is None for other in others)
+    y.add_(1)  # as the own code may
+    assert own.value(x, *rows) is None
+    own.forget()
+    assert not own._known
 
 
 @torch.no_grad()
