@@ -23,6 +23,7 @@ from captum_ssm import (
     unregister_rule,
 )
 from captum_ssm.attr import relevance as relevance_module
+from captum_ssm.relevance import own_projections
 from captum_ssm.relevance.own_outputs import OwnOutputs
 from captum_ssm.relevance.own_projections import OwnProjections
 from captum_ssm.relevance.run import Run
@@ -454,6 +455,7 @@ def test_projections_of_the_own_code_change_nothing(
     family: str, baselines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are what the decomposition would compute for the value."""
+    monkeypatch.setattr(own_projections, "_LARGE", 1)
     method, used = Relevance(copy.deepcopy(model_of(family)).double()), []
     value = OwnProjections.value
 
@@ -472,11 +474,14 @@ def test_projections_of_the_own_code_change_nothing(
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_projection_is_known_for_the_same_entries_in_memory(bias: bool, mamba: nn.Module) -> None:
+def test_a_projection_is_known_for_the_same_entries_in_memory(
+    bias: bool, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_projections, "_LARGE", 1)
     mixer, own, x = mamba.get_submodule("backbone.layers.0.mixer"), OwnProjections(), torch.randn(2, 5, 4)
     part = mixer.part = nn.Linear(4, 6, bias)
-    with ExitStack() as stack, torch.no_grad():
-        own.attach(mamba, stack)
+    with torch.no_grad():
+        own.watch(mixer)
         y = part(x)
     rows = [part.weight[1:4], *([part.bias[1:4]] if bias else [])]
     leaf = x.detach().requires_grad_()
@@ -490,7 +495,8 @@ def test_a_projection_is_known_for_the_same_entries_in_memory(bias: bool, mamba:
     y.add_(1)  # as the own code may
     assert own.value(x, *rows) is None
     own.forget()
-    assert not own._known
+    part(x)
+    assert not own._known and not part._forward_hooks
 
 
 @torch.no_grad()

@@ -60,6 +60,12 @@ class FollowedMixers:
     strangers: dict[nn.Module, str] = field(default_factory=dict)
     projections: OwnProjections = field(default_factory=OwnProjections)
 
+    def prepare(self, mixer: nn.Module, arguments: Any) -> Any:
+        """Return the arguments for a mixer's own code, whose projections are noted."""
+        if not self.checkpoints.is_rerun:
+            self.projections.watch(mixer)
+        return _plain(mixer, arguments)
+
     def __call__(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer, traced if its input is.
 
@@ -165,8 +171,8 @@ def follow(
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):
-            mixers.projections.attach(model, stack)
-            stack.enter_context(record_mixers(model, replacement=mixers, prepare=_plain))
+            stack.callback(mixers.projections.forget)
+            stack.enter_context(record_mixers(model, replacement=mixers, prepare=mixers.prepare))
         yield mixers.followed
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.layers.stand_ins import observed_parts
 from captum_ssm.network.threads import hook
 
@@ -56,25 +55,30 @@ class _Projection(NamedTuple):
         return rows if known and (bias is None or _is_same(bias, self.bias[rows])) else None  # type: ignore[index]
 
 
+_LARGE = 2**18
+"""Entries of a weight from which on a projection takes longer than to look for it."""
+
+
 class OwnProjections:
-    """The projections of the mixer that ran last, by the memory of their weights."""
+    """The large projections of the mixer that ran last, by the memory of their weights."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Projection] = {}
+        self._hooks = ExitStack()
 
-    def attach(self, model: nn.Module, stack: ExitStack) -> None:
-        """Note the projections of the mixers' own code until the stack is closed.
+    def watch(self, mixer: nn.Module) -> None:
+        """Note the projections of a mixer's own code, until :meth:`forget`.
 
         Not those of a mixer with parts that are more than their weights.
         """
-        for mixer in dict.fromkeys(known_mixers(model).values()):
-            if not observed_parts(mixer):
-                for part in mixer.modules():
-                    if type(part) is nn.Linear:
-                        hook(part.register_forward_hook, self._note, stack)
+        large = [part for part in mixer.modules() if type(part) is nn.Linear and part.weight.numel() >= _LARGE]
+        if large and not observed_parts(mixer):
+            for part in large:
+                hook(part.register_forward_hook, self._note, self._hooks)
 
     def forget(self) -> None:
-        """Forget all projections."""
+        """Forget all projections, and watch no mixer."""
+        self._hooks.close()
         self._known.clear()
 
     def value(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
