@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -381,11 +382,12 @@ def test_the_model_is_not_touched_for_a_moment(name: str, ids: Tensor, monkeypat
     forward, seen = type(mixer).forward, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        y = forward(*args, **kwargs)
-        now = {key: value for part in mixer.modules() for key, value in part._parameters.items()}
-        seen.append(all(now[key] is expected[key] for key in expected) and args[0] is not mixer)
-        seen.append(mixer.config._attn_implementation == "sdpa")
-        return y
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            now = {key: value for part in mixer.modules() for key, value in part._parameters.items()}
+            seen.append(all(now[key] is expected[key] for key in expected) and args[0] is not mixer)
+            seen.append(mixer.config._attn_implementation == "sdpa")
 
     monkeypatch.setattr(type(mixer), "forward", watched)
     attention_weights(mixer, call.x, call.kwargs)
@@ -404,6 +406,22 @@ def test_patches_of_the_layer_and_its_parts_do_not_run(name: str, ids: Tensor) -
     for part in call.mixer.modules():
         part.forward = fail
     assert error(call) <= 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in SPARSE])
+def test_nothing_behind_the_weights_runs_to_read_them(name: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product with the values and the projection behind it are the decomposition's."""
+    (call, *_) = record(tiny(name), ids)
+    out = next(getattr(call.mixer, part) for part in ("o_proj", "out_proj") if hasattr(call.mixer, part))
+    weights, linear = [], F.linear
+
+    def watched(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
+        weights.append(weight.data_ptr())
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(F, "linear", watched)
+    attention_weights(call.mixer, call.x, call.kwargs)
+    assert weights and out.weight.data_ptr() not in weights
 
 
 @every_family

@@ -22,6 +22,7 @@ from captum_ssm import (
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
+from captum_ssm.network.forward import run_model
 from tests.conftest import SEVERAL, borrowed, build
 from tests.families import VOCABULARY
 
@@ -960,3 +961,20 @@ def test_the_embedding_layers_method_is_one_of_captums(mamba: Any) -> None:
     assert made.layer is mamba.get_input_embeddings() and made.forward_func is mamba
     assert made.has_convergence_delta() is False
     assert made.get_name().replace(" ", "") == "LayerImplicitAttentionAttribution"
+
+
+@pytest.mark.parametrize("padded, kept", [(None, 1), ("left", 1), ("right", 4)])
+def test_logits_of_the_tokens_before_the_explained_one_are_not_computed(padded: Any, kept: int, mamba: Any) -> None:
+    """The head gets the last token alone, or with right padding all from the first example's last real one on."""
+    ids, mask = torch.randint(1, VOCABULARY, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    if padded is not None:
+        mask[0, slice(4, None) if padded == "right" else slice(3)] = 0
+    args, seen = (() if padded is None else (mask,)), []
+    with torch.no_grad():
+        logits = mamba(ids, attention_mask=mask, use_cache=False).logits
+    last = [6 if padded != "right" else 3, 6]
+    hook = mamba.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0].shape[1]))
+    found = run_model(mamba, ids, *args)
+    hook.remove()
+    assert_close(found, logits[[0, 1], last])
+    assert seen == [kept]

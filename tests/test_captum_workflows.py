@@ -283,6 +283,21 @@ def test_captums_own_class_and_ours_agree(rectify: Any) -> None:
     assert_rows_close(one.token_attr, other.token_attr[:, : one.token_attr.shape[1]], 1e-4)
 
 
+def test_a_generation_explained_again_is_not_examined_again(mamba: nn.Module, words: Any) -> None:
+    whole, inp = LLMGradientAttribution(at_embeddings(mamba), words), TextTokenInput("w5 w7 w3", words)
+    runs: list[int] = []
+    counted = mamba.register_forward_hook(lambda module, args, output: runs.append(1))
+
+    def runs_of(*target: int) -> int:
+        before = len(runs)
+        whole.attribute(inp, target=torch.tensor(target))
+        return len(runs) - before
+
+    first, again, other = runs_of(9, 4, 11), runs_of(9, 4, 11), runs_of(9, 5, 11)
+    counted.remove()
+    assert again == 2 * 3 < first == other  # a token: one run for the ids that the layer sees, one for the scores
+
+
 def test_a_target_may_be_text_for_captums_own_class(mamba: nn.Module, words: Any) -> None:
     whole = LLMGradientAttribution(at_embeddings(mamba), words)
     result = whole.attribute(TextTokenInput("w5 w7 w3", words), target="w9 w4")

@@ -607,6 +607,19 @@ def test_blocks_of_entries_never_change_a_result(entries: int, monkeypatch: pyte
     assert blocks.blockwise(lambda x, r: None, x, r) is None
 
 
+@pytest.mark.parametrize("entries", [1, 7, 10])
+def test_blocks_of_rows_never_change_a_result(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ENTRIES", entries)
+    x, r = torch.randn(2, 3, 4, 5)
+
+    def both(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        return x.softmax(-1), r.cumsum(-1)
+
+    for one, other in ((x, r), (x.mT, r.mT), (x, r.double())):
+        for found, expected in zip(blocks.rowwise(both, 2, one, other), both(one, other)):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", CLOSED)
 def test_a_slope_is_finite_where_there_is_none(name: str) -> None:
     x = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf, torch.inf, 1.0], requires_grad=True)

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +23,9 @@ from captum_ssm import (
     unregister_rule,
 )
 from captum_ssm.attr import relevance as relevance_module
+from captum_ssm.relevance import own_projections
+from captum_ssm.relevance.own_outputs import OwnOutputs
+from captum_ssm.relevance.own_projections import OwnProjections
 from captum_ssm.relevance.run import Run
 from tests.conftest import build
 from tests.families import FAMILIES, VOCABULARY, perturbed
@@ -436,6 +439,96 @@ def test_references_of_several_kinds_or_of_a_callable_have_a_run_each(
     runs.clear()
     Relevance(mamba).attribute(IDS, TARGET, baselines=[5, 6])
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("baselines", [BASELINE, [BASELINE, None], [BASELINE, 6], [None, 6, BASELINE]])
+def test_the_mixers_own_code_runs_once_for_several_references(
+    baselines: Any, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the plain run of the model on each reference."""
+    monkeypatch.setattr(relevance_module, "_TOKENS", 1)
+    mixer = mamba.get_submodule("backbone.layers.0.mixer")
+    runs, forward = [], type(mixer).forward
+
+    @functools.wraps(forward)
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.extend([1] if layer.layer_idx == 0 else [])
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(type(mixer), "forward", counted)
+    Relevance(mamba).attribute(IDS, TARGET, baselines=baselines)
+    plain = sum(one is not None for one in (baselines if isinstance(baselines, list) else [baselines]))
+    assert len(runs) == 1 + plain and "forward" not in vars(mixer)
+
+
+@both
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma", "qwen3_5"])
+def test_projections_of_the_own_code_change_nothing(
+    family: str, baselines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what the decomposition would compute for the value."""
+    monkeypatch.setattr(own_projections, "_LARGE", 1)
+    method, used = Relevance(copy.deepcopy(model_of(family)).double()), []
+    value = OwnProjections.value
+
+    def noted(known: OwnProjections, *args: Any) -> Tensor | None:
+        y = value(known, *args)
+        if y is not None:
+            used.append((y, torch.nn.functional.linear(*args)))
+        return y
+
+    monkeypatch.setattr(OwnProjections, "value", noted)
+    shared = method.attribute(IDS, TARGET, baselines=baselines)
+    assert used and all(torch.allclose(y, linear, rtol=0, atol=1e-12) for y, linear in used)
+    monkeypatch.setattr(OwnProjections, "value", lambda *_: None)
+    alone = method.attribute(IDS, TARGET, baselines=baselines)
+    assert (shared - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_is_known_for_the_same_entries_in_memory(
+    bias: bool, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_projections, "_LARGE", 1)
+    mixer, own, x = mamba.get_submodule("backbone.layers.0.mixer"), OwnProjections(), torch.randn(2, 5, 4)
+    part = mixer.part = nn.Linear(4, 6, bias)
+    with torch.no_grad():
+        own.watch(mixer)
+        y = part(x)
+    rows = [part.weight[1:4], *([part.bias[1:4]] if bias else [])]
+    leaf = x.detach().requires_grad_()
+    known = own.value(leaf, *rows)
+    assert known is not None and known.is_contiguous() and torch.equal(known, y[..., 1:4])
+    (gradient,) = torch.autograd.grad(known.sum(), leaf)
+    assert_close(gradient, part.weight[1:4].sum(0).expand_as(x))
+    others = [(x.clone(), *rows), (x, part.weight[::2], *rows[1:]), (x, part.weight[1:4].clone(), *rows[1:])]
+    others += [(x, rows[0], torch.zeros(3))] + ([(x, rows[0], part.bias[2:5]), (x, rows[0])] if bias else [])
+    assert all(own.value(*other) is None for other in others)
+    y.add_(1)  # as the own code may
+    assert own.value(x, *rows) is None
+    own.forget()
+    part(x)
+    assert not own._known and not part._forward_hooks
+
+
+@torch.no_grad()
+def test_own_outputs_are_kept_for_the_same_input_alone(mamba: nn.Module) -> None:
+    mixer, own = mamba.get_submodule("backbone.layers.0.mixer"), OwnOutputs()
+    x = torch.randn(2, 7, mixer.hidden_size)  # type: ignore[call-overload]
+    expected = mixer(x)
+
+    def run(x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            own.attach(mamba, stack)
+            return mixer(x)
+
+    run(x).zero_()  # as a hook may
+    run(x).zero_()
+    assert torch.equal(run(x * (1 + 1e-6)), expected)
+    assert torch.equal(run(x * (1 + 1e-3)), mixer(x * (1 + 1e-3)))
+    assert torch.equal(run(x[:1]), mixer(x[:1])) and torch.equal(run(x), expected)
+    mixer.get_submodule("in_proj").register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(run(x), mixer(x)) and not torch.equal(run(x), expected)
 
 
 def test_the_terms_of_several_baselines_are_averaged() -> None:

@@ -1,6 +1,7 @@
 """Token i of a layer is token i of the inputs: measured, followed where tokens are rearranged, else refused by name."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -417,6 +418,26 @@ def test_buffers_and_flags_are_part_of_a_model(what: str, ids: Tensor) -> None:
         switch.on = True
     with pytest.raises(UnsupportedModelError, match="Switched"):
         ImplicitAttentionRollout(model).attribute(ids, 1)
+
+
+def test_a_partial_is_its_function_with_these_arguments(ids: Tensor) -> None:
+    """It may be made anew for each call; other arguments are examined anew."""
+    model, runs = Model(two_layers), []
+
+    def read(how: Any, ids: Tensor, scale: float) -> Tensor:
+        runs.append(how)
+        x = scale * model(ids)
+        return x if how is None else x + model.head(model.embed(ids)).mean(1)
+
+    def runs_of(how: Any, scale: float) -> int:
+        before = len(runs)
+        ImplicitAttentionRollout(partial(partial(read, how), scale=scale), model).attribute(ids, 1)
+        return len(runs) - before
+
+    assert runs_of(None, 1.0) > 1 and runs_of(None, 1.0) == 1
+    assert runs_of(None, 2.0) > 1 and runs_of(None, 1.0) == 1
+    with pytest.raises(UnsupportedModelError):
+        runs_of(torch.ones(1), 1.0)
 
 
 @pytest.mark.parametrize("argument", [1, True, 1.0, "a", torch.ones(()), [1], (1, torch.ones(2))], ids=repr)

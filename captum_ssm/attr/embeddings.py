@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,49 +111,45 @@ class LayerImplicitAttentionAttribution(LayerGradientXActivation):
                 method = ImplicitAttentionAttribution(self.forward_func, self._model, **self._options)
                 per_token = method.token_scores(tokens, target, args=args)
             else:
-                at_layer = _AtLayer(self.forward_func, self.layer, tokens, args or ())
-                method = ImplicitAttentionAttribution(at_layer, self._model, **self._options)
-                per_token = method.token_scores(at_layer.seen(), target)
+                call = self.layer, self.forward_func, tokens, args or ()
+                method = ImplicitAttentionAttribution(partial(_output_for, *call), self._model, **self._options)
+                per_token = method.token_scores(_ids_at(*call), target)
         self.fidelity.clear()  # the one dictionary: Captum works with a copy of the method
         self.fidelity.update(method.fidelity)
         width: int = self.layer.weight.shape[-1]
         return (per_token / width).unsqueeze(-1).repeat(1, 1, width)
 
 
-@dataclass(frozen=True)
-class _AtLayer:
-    """A model as a function of the token ids that its embedding layer sees: Captum puts those of an answer behind.
+def _ids_at(layer: nn.Module, forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Return the ids (B, L) that the embedding layer sees, as Captum puts those of an answer behind the inputs.
 
     Args:
-        forward_func: The callable that runs the model.
         layer: The embedding layer.
-        inputs: The first argument of ``forward_func``.
+        forward_func: The callable that runs the model.
+        inputs: Its first argument.
         args: The others.
+
+    Returns:
+        The ids; the inputs if the layer sees none.
+
+    Raises:
+        InvalidInputError: If the layer runs more than once.
     """
+    seen: list[Tensor] = []
+    with ExitStack() as hooks, torch.no_grad():
+        hook(layer.register_forward_pre_hook, lambda layer, args: seen.append(args[0]), hooks)
+        forward_func(inputs, *args)
+    if len(seen) > 1:
+        raise InvalidInputError(f"forward_func runs the embedding layer {len(seen)} times. Explain one run.")
+    return seen[0] if seen else inputs
 
-    forward_func: Callable[..., Any]
-    layer: nn.Module
-    inputs: Tensor
-    args: tuple[Any, ...]
 
-    def seen(self) -> Tensor:
-        """Return the ids (B, L) that the layer sees; the inputs if it sees none.
-
-        Raises:
-            InvalidInputError: If the layer runs more than once.
-        """
-        seen: list[Tensor] = []
-        with ExitStack() as hooks, torch.no_grad():
-            hook(self.layer.register_forward_pre_hook, lambda layer, args: seen.append(args[0]), hooks)
-            self.forward_func(self.inputs, *self.args)
-        if len(seen) > 1:
-            raise InvalidInputError(f"forward_func runs the embedding layer {len(seen)} times. Explain one run.")
-        return seen[0] if seen else self.inputs
-
-    def __call__(self, ids: Tensor) -> Any:
-        """Return the output of ``forward_func`` when the layer sees these ids."""
-        with ExitStack() as hooks:
-            if not ids.is_floating_point():
-                hook(self.layer.register_forward_pre_hook, lambda layer, args: (ids, *args[1:]), hooks)
-                return self.forward_func(self.inputs, *self.args)
-            return self.forward_func(ids, *self.args)
+def _output_for(
+    layer: nn.Module, forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], ids: Tensor
+) -> Any:
+    """Return the output of ``forward_func`` when the embedding layer sees ``ids``, see :func:`_ids_at`."""
+    if ids.is_floating_point():
+        return forward_func(ids, *args)
+    with ExitStack() as hooks:
+        hook(layer.register_forward_pre_hook, lambda layer, args: (ids, *args[1:]), hooks)
+        return forward_func(inputs, *args)

@@ -28,9 +28,10 @@ from captum_ssm.network.turns import unchanged
 from captum_ssm.relevance.difference import VALUE_SHARE
 from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.frozen import GateRule
+from captum_ssm.relevance.own_outputs import OwnOutputs
 from captum_ssm.relevance.run import Options, Probe, Run
 
-_TOKENS = 1024
+_TOKENS = 512
 """Tokens of the examples that are explained in one run with several references: more are not faster together."""
 
 Sign = Literal["positive", "negative"] | None
@@ -292,12 +293,13 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         x, together = inputs[0], 1
         if is_language_model(self.forward_func) and self.probe() is None:
             together = max(1, _TOKENS // x.shape[:2].numel())
+        own_outputs = OwnOutputs() if len(references) > 1 and not self.checkpoints else None
         explanations: list[Explanation] = []
         for start in range(0, len(references), together):
             some = references[start : start + together]
             stacked = stacked_baselines([each[0] for each in some], x) if len(some) > 1 else None
             if stacked is None:
-                runs = (self._run(inputs, target, contrast, args, baselines) for baselines in some)
+                runs = (self._run(inputs, target, contrast, args, baselines, own_outputs) for baselines in some)
                 explanations.extend(run.explain(with_delta=with_delta) for run in runs)
                 continue
             again = partial(select_examples, count=len(x), rows=torch.arange(len(x)).repeat(len(some)))
@@ -312,6 +314,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         contrast: Target,
         args: tuple[Any, ...],
         baselines: Sequence[Baseline | None],
+        own_outputs: OwnOutputs | None = None,
     ) -> Run:
         """Return the run of one batch, its arguments checked.
 
@@ -321,6 +324,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
             contrast: The target to explain it against, or None.
             args: The additional forward arguments.
             baselines: The reference of each input; None freezes the gates.
+            own_outputs: What the mixers' own code gives for these inputs, shared by several runs.
 
         Raises:
             InvalidInputError: If a baseline does not fit, or ``gradient_func`` was replaced.
@@ -335,7 +339,7 @@ class ImplicitAttentionRelevance(AnyModelMethod):
             reference.check(self.model)
         score = partial(self.explained_score, target=target, contrast=contrast)
         options = Options(self.gate_rule, self.value_share, bool(self.apart), self.checkpoints, self.tolerance)
-        return Run(self.model, self.forward_func, score, inputs, args, references, options, self.probe())
+        return Run(self.model, self.forward_func, score, inputs, args, references, options, self.probe(), own_outputs)
 
 
 def _one_each(baseline: Any, inputs: tuple[Tensor, ...]) -> tuple[Baseline | None, ...]:

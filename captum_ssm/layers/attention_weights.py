@@ -57,12 +57,12 @@ def attention_weights(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) ->
         mask = _additive(selected, x)
         selection = torch.ones_like(selected) if selected.dtype == torch.bool else mask
         vars(layer).update(dict.fromkeys(_SELECTORS, lambda *_, **__: selection))
-    output = type(mixer).forward(layer, x, **{**arguments, "attention_mask": mask})
-    weights = None if isinstance(output, Tensor) else output[1]
+    weights = _weights_of_eager_code(layer, x, {**arguments, "attention_mask": mask})
     if weights is None:
         weights = _weights_of_torch(layer, x, arguments)
     blind = (mask <= _MASKED).all(-1, keepdim=True)  # the softmax over hidden keys alone is no attention
-    return weights.masked_fill(padding | blind, 0)
+    no_attention = padding | blind
+    return weights.masked_fill(no_attention, 0) if bool(no_attention.any()) else weights
 
 
 def visible_keys(L: int, device: torch.device, window: int | None = None) -> Tensor:
@@ -133,6 +133,55 @@ def _additive(mask: Any, x: Tensor, window: int | None = None) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
     return mask.to(x).clamp(min=torch.finfo(torch.float32).min)  # finite also where the softmax runs in float32
+
+
+def _weights_of_eager_code(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Read the weights of a layer that computes them itself.
+
+    Args:
+        layer: The isolated copy of the layer.
+        x: Input (B, L, E).
+        arguments: Other arguments of the call.
+
+    Returns:
+        (B, H, L, L); None if the layer returns no weights.
+    """
+    try:
+        with _UntilWeights(x.shape[1]):
+            output = type(layer).forward(layer, x, **arguments)
+    except _WeightsReachedError as found:
+        return found.weights
+    return None if isinstance(output, Tensor) else output[1]
+
+
+class _WeightsReachedError(Exception):
+    """The weights, at which a layer's code is left."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+
+class _UntilWeights(TorchFunctionMode):
+    """Leaves the code of a layer where its weights meet the values: all behind is the decomposition's.
+
+    Args:
+        length: L, the number of tokens.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.matrix = (length, length)
+        self.after_softmax = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, unless it multiplies the weights with the values."""
+        if func is torch.matmul and self.after_softmax and args[0].dim() == 4 and args[0].shape[-2:] == self.matrix:
+            raise _WeightsReachedError(args[0])
+        self.after_softmax |= func is F.softmax
+        return func(*args, **(kwargs or {}))
 
 
 def _weights_of_torch(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:

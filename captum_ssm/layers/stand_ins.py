@@ -143,6 +143,11 @@ def parts_of(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from parts_of(module, f"{prefix}{name}.")
 
 
+def observed_parts(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a layer that stand in for plain weights, or have hooks, by dotted name."""
+    return {name: part for name, part, is_stand_in in parts_of(layer) if is_stand_in or (name and is_hooked(part))}
+
+
 def refusal(name: str, layer: nn.Module) -> str:
     """Return in words why a layer's matrices are not exact, or cannot be had, if a stand-in is the cause.
 

@@ -16,7 +16,13 @@ from captum_ssm.errors import InvalidInputError, ModelStateError, is_own
 from captum_ssm.layers.call import signature
 from captum_ssm.layers.release import name_release
 from captum_ssm.network.hosts import called, takes_features
-from captum_ssm.network.interface import input_embeddings, is_language_model, is_mamba_ssm_model, models_inside
+from captum_ssm.network.interface import (
+    input_embeddings,
+    is_language_model,
+    is_mamba_ssm_model,
+    keeps_logits,
+    models_inside,
+)
 from captum_ssm.network.reference_kernels import remedy_for
 from captum_ssm.network.threads import hook
 
@@ -66,13 +72,14 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> 
             "For more, wrap it: ImplicitAttentionAttribution(lambda ids, *args: ..., model=model)."
         )
     mask = checked_mask(inputs, args[0]) if args and args[0] is not None else None
-    logits = language_logits(forward_func, inputs, mask)
+    after = inputs.new_zeros(len(inputs), dtype=torch.long)  # tokens of padding after the last real one, (B,)
+    if mask is not None:
+        after = mask.flip(1).bool().int().argmax(1)
+    logits = language_logits(forward_func, inputs, mask, kept=int(after.max()) + 1)
     if logits.dim() == 2:
         return logits
-    logits = logits[:, -inputs.shape[1] :]  # without those of virtual tokens in front, which a host may add
-    positions = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
-    last = positions[:, -1] if mask is None else (positions * mask.bool()).amax(1)
-    return logits[torch.arange(len(logits), device=logits.device), last]
+    examples = torch.arange(len(logits), device=logits.device)
+    return logits[examples, logits.shape[1] - 1 - after]  # in front may be those of virtual tokens, which a host adds
 
 
 def _call(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Any:
@@ -109,16 +116,20 @@ def _holder(module: object, cause: str, names: list[str]) -> str:
     )
 
 
-def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+def language_logits(
+    model: Callable[..., Any], inputs: Tensor, mask: Tensor | None = None, kept: int | None = None
+) -> Tensor:
     """Run a language model without a cache and return its logits.
 
     Args:
         model: A model of transformers or mamba_ssm.
         inputs: Token ids (B, L) or embeddings (B, L, E).
         mask: Attention mask (B, L), 0 at padding, or None.
+        kept: How many of the last tokens' logits are wanted: others are computed only by a model that computes all.
+            None for all.
 
     Returns:
-        The logits (B, L, V), or (B, classes) of a classifier.
+        The logits (B, L, V), or (B, kept, V), or (B, classes) of a classifier.
     """
     _refuse_other_width(model, inputs)
     if is_mamba_ssm_model(model):
@@ -127,7 +138,8 @@ def language_logits(model: Callable[..., Any], inputs: Tensor, mask: Tensor | No
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     if takes_features(model):
         return _features(model, {name: inputs, **({} if mask is None else {"attention_mask": mask})})
-    output = model(**{name: inputs}, attention_mask=mask, use_cache=False)
+    options = {"logits_to_keep": kept} if kept is not None and keeps_logits(model) else {}
+    output = model(**{name: inputs}, attention_mask=mask, use_cache=False, **options)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits
 

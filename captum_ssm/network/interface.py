@@ -46,6 +46,11 @@ def output_embeddings(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
 
 
+def keeps_logits(model: object) -> bool:
+    """Whether a language model can leave out the logits of all but the last tokens."""
+    return _takes(model, "logits_to_keep")
+
+
 def models_inside(holder: object) -> list[str]:
     """Return the names of the language models among a module's attributes, outermost only: ``"net.model"``."""
     names: list[str] = []

@@ -24,7 +24,7 @@ Measurement = TypeVar("Measurement")
 LARGEST_ARGUMENT = 2**16
 """The number of bytes up to which a tensor among the arguments is compared by its entries."""
 
-_ARGUMENTS = 16
+_ARGUMENTS = 256
 """For how many different arguments of one function the measurements are kept."""
 
 _KINDS = (bool, str, FunctionType, MethodType, Substituted)
@@ -58,13 +58,14 @@ class Measurements(Generic[Measurement]):
 
         Args:
             model: The model.
-            function: The function that runs it.
+            function: The function that runs it. A :class:`functools.partial` is its function with further arguments.
             args: The additional arguments of the function.
 
         Returns:
             A dictionary with keys of the caller's choice; an empty one that is not kept if the state of the model, the
             function or an argument cannot be compared.
         """
+        function, args = _with_all_arguments(function, args)
         try:
             state, key = model_state(model), (_value_state(function), tuple(map(_value_state, args)))
             known = self._models.get(model)
@@ -76,6 +77,13 @@ class Measurements(Generic[Measurement]):
         if key not in by_arguments and len(by_arguments) >= _ARGUMENTS:
             by_arguments.clear()
         return by_arguments.setdefault(key, {})
+
+
+def _with_all_arguments(function: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a function and its arguments, those among them that a partial already has."""
+    while isinstance(function, partial):
+        function, args = function.func, (function.args, *function.keywords.items(), *args)
+    return function, args
 
 
 def model_state(model: nn.Module) -> Hashable:

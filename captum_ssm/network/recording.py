@@ -23,7 +23,7 @@ from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.placement import around
 from captum_ssm.layers.precision import autocast_here, in_full_precision
 from captum_ssm.layers.sources import find_source
-from captum_ssm.layers.stand_ins import is_hooked, parts_of, stands_in
+from captum_ssm.layers.stand_ins import observed_parts, stands_in
 from captum_ssm.layers.wires import block_name
 from captum_ssm.network.interface import output_embeddings
 from captum_ssm.network.left_state import LeftState, is_cache
@@ -105,7 +105,7 @@ class _Recorder:
         self.names: dict[nn.Module, list[str]] = {}
         for path, mixer in find_mixers(self.model).items():
             self.names.setdefault(mixer, []).append(path)
-        self.parts = {mixer: _observed_parts(mixer) for mixer in self.names}
+        self.parts = {mixer: observed_parts(mixer) for mixer in self.names}
         self.called: dict[nn.Module, dict[str, tuple[int, int]]] = {mixer: {} for mixer in self.names}
         self._entered: list[tuple[bool, Any, Any]] = []  # grad mode and arguments of the calls that are running
         self._caches: list[Any] = []
@@ -173,11 +173,6 @@ class _Recorder:
         earlier = sum(call.mixer is mixer for call in self.calls)
         paths = self.names[mixer]
         return paths[earlier] if earlier < len(paths) else f"{paths[-1]}#{earlier + 2 - len(paths)}"
-
-
-def _observed_parts(mixer: nn.Module) -> dict[str, nn.Module]:
-    """Return the parts of a mixer that stand in for plain weights, or have hooks."""
-    return {name: part for name, part, is_stand_in in parts_of(mixer) if is_stand_in or (name and is_hooked(part))}
 
 
 @dataclass

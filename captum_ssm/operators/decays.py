@@ -67,5 +67,9 @@ def decayed_products(rows: Tensor, between: Tensor, columns: Tensor) -> Tensor:
 
 
 def heads_first(tensor: Tensor, size: int) -> Tensor:
-    """Return (B, H, T, size) of ``tensor`` (B, T, H, size), or (B, T, H, 1) if the last axis is shared."""
-    return tensor.expand(-1, -1, -1, size).transpose(1, 2)
+    """Return (B, H, T, size) of ``tensor`` (B, T, H, size), or (B, T, H, 1) if the last axis is shared.
+
+    Of several examples it is copied, once, where each matrix product would do so.
+    """
+    tensor = tensor.expand(-1, -1, -1, size).transpose(1, 2)
+    return tensor.contiguous() if len(tensor) > 1 else tensor

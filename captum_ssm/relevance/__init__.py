@@ -15,6 +15,8 @@
   :mod:`~captum_ssm.relevance.called_code`: where a model finds the functions that it calls;
   :mod:`~captum_ssm.relevance.kernels`: the rules of the packages' kernels;
   :mod:`~captum_ssm.relevance.checkpoints`: blocks run again for the gradient;
+  :mod:`~captum_ssm.relevance.own_outputs`, :mod:`~captum_ssm.relevance.own_projections`: what the mixers' own code,
+  which checks them, has computed already;
   :mod:`~captum_ssm.relevance.quantised`: the rule of parts with quantised weights;
 * :mod:`~captum_ssm.relevance.run`: one explanation, forward, backward, and the sum that must come out.
 """

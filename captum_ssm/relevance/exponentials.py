@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ssm.relevance.blockwise import blockwise
+from captum_ssm.relevance.blockwise import rowwise
 from captum_ssm.relevance.multipliers import with_value
 from captum_ssm.relevance.slopes import slope_of_exp
 
@@ -32,25 +32,36 @@ def difference_of_softmax(x: Tensor, r: Tensor, axis: int) -> tuple[Tensor, Tens
     Returns:
         Both softmaxes, of the shape of ``x``.
     """
-    value, reference = x.detach().softmax(axis), r.softmax(axis)
-    d = _log_of_sum(x.detach(), value, axis) - _log_of_sum(r, reference, axis)
-    slopes = blockwise(_slopes, x.detach(), r, 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference)
-    return _Softmax.apply(x, value, slopes, torch.lerp(value, reference, 0.5), axis), reference  # type: ignore[no-untyped-call]
+    value, reference = _Softmax.apply(x, r, axis)  # type: ignore[no-untyped-call]
+    return value, reference
+
+
+def _softmax_of_both(x: Tensor, r: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the softmax of value and reference, the slopes ``(e_j - e'_j) / (x_j - x'_j) / S``, and m."""
+    value, reference = x.softmax(axis), r.softmax(axis)
+    d = _log_of_sum(x, value, axis) - _log_of_sum(r, reference, axis)
+    slopes = _slopes(x, r, 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference)
+    return value, reference, slopes, torch.lerp(value, reference, 0.5)
 
 
 class _Softmax(torch.autograd.Function):
-    """The softmax ``value`` of x with the gradient of ``slopes_j x_j - m_j sum_k slopes_k x_k``."""
+    """The softmax of x and r, that of x with the gradient of ``slopes_j x_j - m_j sum_k slopes_k x_k``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slopes: Tensor, m: Tensor, axis: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, r: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        if axis in (-1, x.dim() - 1):
+            value, reference, slopes, m = rowwise(_softmax_of_both, 4, x, r)
+        else:
+            value, reference, slopes, m = _softmax_of_both(x, r, axis)
         ctx.save_for_backward(slopes, m)
         ctx.axis = axis
-        return value.clone()
+        ctx.mark_non_differentiable(reference)
+        return value, reference
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         slopes, m = ctx.saved_tensors
-        return slopes * (g - (g * m).sum(ctx.axis, keepdim=True)), None, None, None, None
+        return slopes * (g - (g * m).sum(ctx.axis, keepdim=True)), None, None
 
 
 def _log_of_sum(x: Tensor, softmax: Tensor, axis: int) -> Tensor:

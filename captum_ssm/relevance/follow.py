@@ -22,6 +22,7 @@ from captum_ssm.operators import Chain, Operator, Rearranged, Sum
 from captum_ssm.relevance.call import constants
 from captum_ssm.relevance.checkpoints import Checkpoints
 from captum_ssm.relevance.external_code import substitute_rules
+from captum_ssm.relevance.own_projections import OwnProjections
 from captum_ssm.relevance.plain import PlainArguments
 from captum_ssm.relevance.quantised import substitute_secants
 from captum_ssm.relevance.rule import Rule
@@ -47,6 +48,7 @@ class FollowedMixers:
         checkpoints: The checkpointed blocks, if there are any.
         followed: Gets by name of each mixer's call how it was followed: by its decomposition, or why not.
         strangers: Gets the mixers that are not what their adapter knows, and why.
+        projections: Those of the own code of the mixer that ran last.
     """
 
     check: Callable[[LayerCall, Tensor | None], None]
@@ -56,6 +58,13 @@ class FollowedMixers:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     followed: dict[str, str] = field(default_factory=dict)
     strangers: dict[nn.Module, str] = field(default_factory=dict)
+    projections: OwnProjections = field(default_factory=OwnProjections)
+
+    def prepare(self, mixer: nn.Module, arguments: Any) -> Any:
+        """Return the arguments for a mixer's own code, whose projections are noted."""
+        if not self.checkpoints.is_rerun:
+            self.projections.watch(mixer)
+        return _plain(mixer, arguments)
 
     def __call__(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer, traced if its input is.
@@ -72,6 +81,8 @@ class FollowedMixers:
             if self.skips is not None or self.on_factor is not None:  # asked for parts of the decomposition
                 raise
             self.strangers[call.mixer] = str(error)
+        finally:
+            self.projections.forget()
         reason = self.strangers.get(call.mixer)
         if not self.checkpoints.is_rerun:
             self.followed[call.name] = reason or DECOMPOSITION
@@ -108,7 +119,7 @@ class FollowedMixers:
     def _decomposed(self, call: LayerCall, x: Traced) -> Tensor:
         """Return the output (B, L, E) of a mixer's chain for its traced input."""
         y: Tensor = x
-        with cast(Rule, x.rule).sharing(self.on_factor is None and self.skips is None):
+        with cast(Rule, x.rule).sharing(self.on_factor is None and self.skips is None, self.projections):
             chain = unchecked_chain(call, x if self.follow_gates else x.value.detach())
             for name, operator in reversed(list(chain.factors.items())):
                 if self.on_factor is not None and not self.checkpoints.is_rerun:
@@ -160,8 +171,9 @@ def follow(
         if checkpoints:
             rerun.attach(model, stack)
         if known_mixers(model):
+            stack.callback(mixers.projections.forget)
             stack.enter_context(
-                record_mixers(model, replacement=mixers, prepare=_plain, is_rerun=lambda: rerun.is_rerun)
+                record_mixers(model, replacement=mixers, prepare=mixers.prepare, is_rerun=lambda: rerun.is_rerun)
             )
         yield mixers.followed
 

@@ -152,9 +152,10 @@ class _Difference(torch.autograd.Function):
         scan, B = ctx.structure.with_factors(factors), len(dy)
         of_x, *of_factors = (dy.new_zeros(shape) for shape in ctx.shapes)
         G = dy.new_zeros(B, *before[0].shape[1:])  # (B, H, N, P), of the state after the span
+        P = G.shape[3]
         for span, h in reversed([*zip(scan.spans(x), before)]):
-            chunks = _Chunks(scan.folded(span, 2 * B), span.folded(x, 2 * B).transpose(1, 2), h)
-            multipliers = _multipliers_of_chunks(chunks, span.folded(dy, B).transpose(1, 2), G, ctx.state_share)
+            chunks = _Chunks(scan.folded(span, 2 * B), heads_first(span.folded(x, 2 * B), P), h)
+            multipliers = _multipliers_of_chunks(chunks, heads_first(span.folded(dy, B), P), G, ctx.state_share)
             of_x[:, span.tokens], G = span.unfolded(multipliers.of_x.transpose(1, 2), B), multipliers.before_chunks
             for total, multiplier in zip(of_factors, multipliers.of_factors):
                 if multiplier is not None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
@@ -24,6 +25,7 @@ from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.relevance.call import Call, constant_of, reference_of, references, value_of, values
 from captum_ssm.relevance.functions import FUNCTIONS, Origin
 from captum_ssm.relevance.multipliers import with_factors, with_value
+from captum_ssm.relevance.own_projections import OwnProjections
 from captum_ssm.relevance.shared_results import SharedResults
 from captum_ssm.relevance.traced import Traced
 
@@ -45,13 +47,14 @@ class Rule(ABC):
         self._shared: SharedResults | None = None
 
     @contextmanager
-    def sharing(self, shared: bool = True) -> Iterator[None]:
+    def sharing(self, shared: bool = True, projections: OwnProjections | None = None) -> Iterator[None]:
         """Compute the results of a layer's operators once while the context is open, see :class:`SharedResults`.
 
         Args:
             shared: False if the tensors between the operators are observed or replaced, so that each call counts.
+            projections: Those of the layer's own code, or None.
         """
-        self._shared = SharedResults() if shared else None
+        self._shared = SharedResults(projections) if shared else None
         try:
             yield
         finally:
@@ -159,7 +162,17 @@ class Rule(ABC):
         if position is not None and [id(t) for t in call.traced] != [id(t) for t in call.args[position : position + 1]]:
             raise unsupported_function(call.function, f"it is linear in its argument {position} alone")
         keeps_origin = len(call.traced) == 1 and not call.row.contraction
-        return self.pair(call.on(value_of), call.on(reference_of), call.traced[0].origin if keeps_origin else None)
+        value = self._value_of_linear(call)
+        return self.pair(value, call.on(reference_of), call.traced[0].origin if keeps_origin else None)
+
+    def _value_of_linear(self, call: Call) -> Any:
+        """Return the value of a linear function; a projection's may be known from the layer's own code."""
+        if self._shared is not None and call.function is F.linear and not call.kwargs:
+            x, *constants = call.args
+            value = self._shared.projections.value(values(x), *constants)
+            if value is not None:
+                return value
+        return call.on(value_of)
 
     def _product(self, call: Call) -> Any:
         """Take a product of one traced factor as linear, of two as a quotient, entry by entry, or a product."""

@@ -24,6 +24,7 @@ from captum_ssm.relevance.explained_input import ExplainedInput
 from captum_ssm.relevance.explanation import Explanation
 from captum_ssm.relevance.follow import follow
 from captum_ssm.relevance.frozen import Frozen, GateRule
+from captum_ssm.relevance.own_outputs import OwnOutputs
 from captum_ssm.relevance.rule import Rule
 from captum_ssm.relevance.traced import Traced, refused_access
 
@@ -101,6 +102,7 @@ class Run:
         references: The reference of each input; without baselines the gates are frozen.
         options: The method's options.
         probe: Collects tensors inside the model whose relevance is wanted; None for that of the inputs.
+        own_outputs: What the mixers' own code gives for these inputs, shared by several runs; None runs it.
     """
 
     model: nn.Module
@@ -111,6 +113,7 @@ class Run:
     references: tuple[Reference, ...]
     options: Options
     probe: Probe | None = None
+    own_outputs: OwnOutputs | None = None
     fidelity: dict[str, float] = field(default_factory=dict)
     followed: dict[str, str] = field(default_factory=dict)
 
@@ -164,6 +167,8 @@ class Run:
         follow_gates = not self._is_frozen or options.gate_rule == "half"
         skips = self._skips if options.separate_skip else None
         on_factor = self.probe.on_factor if self.probe is not None and self.probe.watches_factors else None
+        if self.own_outputs is not None:
+            self.own_outputs.attach(self.model, stack)
         self.followed = stack.enter_context(
             follow(self.model, self._check_layer, follow_gates, options.checkpoints, skips, on_factor)
         )

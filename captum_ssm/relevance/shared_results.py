@@ -1,4 +1,4 @@
-"""Results that a layer's adapter and its chain would both compute."""
+"""Results that a layer's adapter, its chain and its own code would each compute."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_ssm.operators import Recurrence
 from captum_ssm.relevance.call import Call, values
+from captum_ssm.relevance.own_projections import OwnProjections
 
 
 class SharedResults:
@@ -17,9 +18,13 @@ class SharedResults:
 
     An adapter applies some operators to find its gates, and the chain that it returns applies all of them: twice to the
     same tensors, if the results were not shared.
+
+    Args:
+        projections: Those of the layer's own code; None without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, projections: OwnProjections | None = None) -> None:
+        self.projections = projections or OwnProjections()
         self._results: dict[Any, Any] = {}
         self._recurrence: tuple[tuple[Tensor, ...], Tensor, Tensor] | None = None
 

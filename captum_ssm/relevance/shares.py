@@ -105,5 +105,4 @@ class ChunkCoefficient:
 
 def _product_summed_to(shape: torch.Size, *tensors: Tensor) -> Tensor:
     """Return the product of broadcastable tensors with four axes, summed over the axes that are 1 in the shape."""
-    axes = "".join(axis for axis, size in zip("bthn", shape) if size > 1)
-    return torch.einsum(f"{','.join(['bthn'] * len(tensors))}->{axes}", *tensors).view(shape)
+    return reduce(mul, tensors).sum_to_size(shape)
