@@ -21,6 +21,7 @@ from captum_ssm.layers.wires import Wire
 from captum_ssm.matrices import entries as entries_module
 from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices import shared_heads as heads_module
+from captum_ssm.matrices import single_channels as channels_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
@@ -181,8 +182,10 @@ def test_how_the_work_is_cut_never_changes_the_result(
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     implicit = CoreMatrix(core, u, v)
@@ -196,8 +199,10 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
@@ -304,8 +309,10 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     core, entries, u, v = tangled(seed)
@@ -330,8 +337,10 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     torch.manual_seed(seed)
@@ -454,8 +463,10 @@ def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(entries_module, "_BLOCK", DeviceSize(2**9, 2**9))
-        patch.setattr(entries_module, "_STATES", DeviceSize(2**9, 2**9))
+        patch.setattr(channels_module, "_STATES", DeviceSize(2**9, 2**9))
+        patch.setattr(channels_module, "_ENTRIES", DeviceSize(2**9, 2**9))
         patch.setattr(entries_module, "_CHANNELS", 1)
+        patch.setattr(channels_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", DeviceSize(2**9, 2**9))
         patch.setattr(heads_module, "_MATRICES", DeviceSize(2**9, 2**9))
         yield

@@ -51,9 +51,22 @@ class Product:
         """Apply ``function`` to every factor that is not shared along ``axis``."""
         return replace(self, factors=tuple(function(f) if f.shape[axis] > 1 else f for f in self.factors))
 
-    def tokens(self, start: int, stop: int) -> Tensor:
-        """Evaluate at tokens ``start`` to ``stop``, shape (B or 1, stop - start, H or 1, N or 1)."""
-        value = reduce(mul, (f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors))
+    def tokens(self, start: int, stop: int, heads_innermost: bool = False) -> Tensor:
+        """Evaluate at some tokens.
+
+        Args:
+            start: The first token.
+            stop: The token behind the last one.
+            heads_innermost: Whether heads follow one another in memory, not states, where the factors leave it open.
+
+        Returns:
+            (B or 1, stop - start, H or 1, N or 1).
+        """
+        by_token = (f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors)
+        if heads_innermost:
+            value = reduce(mul, (f.transpose(2, 3) for f in by_token)).transpose(2, 3)
+        else:
+            value = reduce(mul, by_token)
         value = value.exp() if self.exponential else value
         return value.expand(-1, stop - start, -1, -1)
 

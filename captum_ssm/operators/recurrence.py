@@ -127,7 +127,7 @@ class Recurrence(HeadOperator):
 
     def coefficients_of_tokens(self, T: int) -> Coefficients[Tensor]:
         """Evaluate the coefficients at the first T tokens, each (B or 1, T, H or 1, N or 1)."""
-        return each(lambda product: product.tokens(0, T), self.products)
+        return each(lambda product: product.tokens(0, T, heads_innermost=self.head_size == 1), self.products)
 
     @abstractmethod
     def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
