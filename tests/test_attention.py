@@ -146,11 +146,14 @@ def test_the_root_adds_up_the_squares_of_what_each_channel_writes(seed: int, P: 
         assert_close(fuse(cut, "root").dense(), expected)
 
 
-@pytest.mark.parametrize("shared", ["nothing", "decay over tokens", "decay over states", "all weights over channels"])
+@pytest.mark.parametrize(
+    "shared",
+    ["nothing", "decay over tokens", "decay over states", "all weights over channels", "all weights over states"],
+)
 @pytest.mark.parametrize("K", [1, 4])
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("L", [1, 16, 37])
-def test_rows_of_a_scan_pass_from_chunk_to_chunk(L: int, lag: int, K: int, shared: str) -> None:
+@pytest.mark.parametrize("L", [1, 3, 16, 37, 64])
+def test_the_halves_of_a_scan_join_into_its_matrices(L: int, lag: int, K: int, shared: str) -> None:
     torch.manual_seed(L)
     B, D, N = 2, 3, 2
     a, b, c = torch.rand(3, B, L, D, N, dtype=torch.float64)
@@ -161,6 +164,8 @@ def test_rows_of_a_scan_pass_from_chunk_to_chunk(L: int, lag: int, K: int, share
         a = a[..., :1]
     elif shared == "all weights over channels":
         b, c = b[:, :, :1], c[:, :, :1]
+    elif shared == "all weights over states":
+        b, c = b[..., :1], c[..., :1]
     decay = Product((a, steps, rates), exponential=True) if shared == "nothing" else Product((a,))
     w, skip, u, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((D, K), (D,), (B, L, D), (B, L, D)))
     core = Chain({"scan": Scan(decay, b, c, lag=lag, skip=skip), "conv": CausalConv(w)})

@@ -18,13 +18,13 @@ from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import Operator, Scan
 from captum_ssm.operators.scan_blocks import ScanBlock, windows
 
-_STATES = DeviceSize(cpu=2**18, others=2**24)
+_STATES = DeviceSize(cpu=2**19, others=2**24)
 """Entries of the states of all columns that are treated at once: those that fit a processor's cache."""
 
 _CHANNELS = 32
 """Channels that are treated at once, if more columns than the bound allows have states: fewer are slow."""
 
-_ENTRIES = DeviceSize(cpu=2**18, others=2**26)
+_ENTRIES = DeviceSize(cpu=2**20, others=2**26)
 """Entries of a block that are made at once: those that fit a processor's cache."""
 
 

@@ -168,5 +168,5 @@ def _factors(product: Product, channels: slice, L: int) -> list[Tensor]:
     of_channels = (factor[:, :, channels] if factor.shape[2] > 1 else factor for factor in product.factors)
     factors = [factor.transpose(2, 3).contiguous() for factor in of_channels]
     if product.exponential:
-        factors = [reduce(mul, factors).exp()]
+        factors = [product.of_factors(factors)]
     return [factor.expand(-1, L, -1, -1) for factor in factors]
