@@ -140,9 +140,9 @@ class CoreMatrix:
         Source:
             Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, for softmax attention.
         """
-        banded = Banded.of(self.core, self.v)
-        if banded is not None:
-            return banded.lengths(output)
+        form = Banded.of(self.core, self.v) or SharedHeads.of(self.core, self.v)
+        if form is not None:
+            return form.lengths(output)
         B, L, _ = self.v.shape
         fused = self.v.new_zeros(B, L, L)
         for tokens, channels in column_blocks(self.v, all_channels=True):
