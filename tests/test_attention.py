@@ -21,6 +21,7 @@ from captum_ssm.layers.wires import Wire
 from captum_ssm.matrices import entries as entries_module
 from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices import shared_heads as heads_module
+from captum_ssm.matrices import single_channels as channels_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
@@ -145,11 +146,14 @@ def test_the_root_adds_up_the_squares_of_what_each_channel_writes(seed: int, P: 
         assert_close(fuse(cut, "root").dense(), expected)
 
 
-@pytest.mark.parametrize("shared", ["nothing", "decay over tokens", "decay over states", "all weights over channels"])
+@pytest.mark.parametrize(
+    "shared",
+    ["nothing", "decay over tokens", "decay over states", "all weights over channels", "all weights over states"],
+)
 @pytest.mark.parametrize("K", [1, 4])
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("L", [1, 16, 37])
-def test_rows_of_a_scan_pass_from_chunk_to_chunk(L: int, lag: int, K: int, shared: str) -> None:
+@pytest.mark.parametrize("L", [1, 3, 16, 37, 64])
+def test_the_halves_of_a_scan_join_into_its_matrices(L: int, lag: int, K: int, shared: str) -> None:
     torch.manual_seed(L)
     B, D, N = 2, 3, 2
     a, b, c = torch.rand(3, B, L, D, N, dtype=torch.float64)
@@ -160,6 +164,8 @@ def test_rows_of_a_scan_pass_from_chunk_to_chunk(L: int, lag: int, K: int, share
         a = a[..., :1]
     elif shared == "all weights over channels":
         b, c = b[:, :, :1], c[:, :, :1]
+    elif shared == "all weights over states":
+        b, c = b[..., :1], c[..., :1]
     decay = Product((a, steps, rates), exponential=True) if shared == "nothing" else Product((a,))
     w, skip, u, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((D, K), (D,), (B, L, D), (B, L, D)))
     core = Chain({"scan": Scan(decay, b, c, lag=lag, skip=skip), "conv": CausalConv(w)})
@@ -181,8 +187,10 @@ def test_how_the_work_is_cut_never_changes_the_result(
     weights = output.factors["out"]
     assert isinstance(weights, Projection)
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     implicit = CoreMatrix(core, u, v)
@@ -196,8 +204,10 @@ def test_the_blocks_cover_every_column_of_every_channel_once(
     block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     for B, L, D in ((1, 1, 1), (2, 5, 7), (1, 9, 4)):
@@ -304,8 +314,10 @@ def test_a_core_that_mixes_channels_has_the_matrix_of_what_its_tokens_add(
 ) -> None:
     """``A^d_ij v_jd`` stands for channel d of what token j adds to token i."""
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     core, entries, u, v = tangled(seed)
@@ -330,8 +342,10 @@ def test_attention_of_the_future_is_neither_cut_nor_moved(
     seed: int, P: int, block: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entries_module, "_BLOCK", DeviceSize(block, block))
-    monkeypatch.setattr(entries_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_STATES", DeviceSize(block, block))
+    monkeypatch.setattr(channels_module, "_ENTRIES", DeviceSize(block, block))
     monkeypatch.setattr(entries_module, "_CHANNELS", channels)
+    monkeypatch.setattr(channels_module, "_CHANNELS", channels)
     monkeypatch.setattr(heads_module, "_BLOCK", DeviceSize(block, block))
     monkeypatch.setattr(heads_module, "_MATRICES", DeviceSize(20 * block, 20 * block))
     torch.manual_seed(seed)
@@ -454,8 +468,10 @@ def test_the_mean_row_is_the_query_row_of_the_mean_matrix(seed: int) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(entries_module, "_BLOCK", DeviceSize(2**9, 2**9))
-        patch.setattr(entries_module, "_STATES", DeviceSize(2**9, 2**9))
+        patch.setattr(channels_module, "_STATES", DeviceSize(2**9, 2**9))
+        patch.setattr(channels_module, "_ENTRIES", DeviceSize(2**9, 2**9))
         patch.setattr(entries_module, "_CHANNELS", 1)
+        patch.setattr(channels_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", DeviceSize(2**9, 2**9))
         patch.setattr(heads_module, "_MATRICES", DeviceSize(2**9, 2**9))
         yield

@@ -7,8 +7,8 @@ import torch
 
 from captum_ssm.matrices.banded import Banded
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
-from captum_ssm.matrices.entries import entry_blocks
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
+from captum_ssm.matrices.single_channels import SingleChannels
 from captum_ssm.operators import CausalConv, Chain, Diagonal, Operator, Projection, Scan
 from tests import oracles
 from tests.test_shared_heads import D, H, L, N, P, check, weights
@@ -67,14 +67,14 @@ def test_a_core_with_a_recurrence_is_not_banded() -> None:
 
 
 @pytest.mark.parametrize("entrywise", [IDENTITY, ABSOLUTE, SQUARE])
-def test_a_projection_before_a_scan_of_single_channels_is_part_of_the_walk_by_rows(entrywise: Entrywise) -> None:
+def test_a_projection_before_a_scan_of_single_channels_is_part_of_its_blocks(entrywise: Entrywise) -> None:
     """As in RWKV-4, whose value is projected from two tokens."""
     torch.manual_seed(4)
     w, W = torch.randn(6, 2, dtype=torch.float64), torch.randn(D, 6, dtype=torch.float64)
     scan, gate = Scan(*torch.rand(3, 2, L, D, N, dtype=torch.float64), lag=1), torch.randn(2, L, D, dtype=torch.float64)
     core = Chain({"gate": Diagonal(gate), "scan": scan, "value": Projection(W), "shift": CausalConv(w)})
     u, v = torch.randn(2, L, D, dtype=torch.float64), torch.randn(2, L, 6, dtype=torch.float64)
-    assert all(block.columns.stop == block.rows.stop for block in entry_blocks(core, v))
+    assert SingleChannels.of(core, v) is not None
     shift = oracles.conv_matrix(w, L)
     entries = torch.einsum("bid,bdit,de,etj,bje->bdij", u * gate, channel_matrices(scan, u), W, shift, v)
     found = CoreMatrix(core, u, v).dense(entrywise)

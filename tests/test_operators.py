@@ -730,6 +730,7 @@ def test_weights_may_be_shared_by_all_states(P: int, shared: str) -> None:
     scan = Scan(a, b, c, head_size=P)
     assert_close(scan.apply(x), oracles.times(alpha, x))
     assert_close(scan.adjoint(x), oracles.times(alpha.transpose(-1, -2), x))
+    assert_close(scan.diagonal(x), alpha.diagonal(0, -2, -1).mT)
 
 
 @pytest.mark.parametrize("P", [1, 2])
@@ -768,7 +769,7 @@ def test_a_product_is_the_coefficient_written_out(seed: int) -> None:
         assert product.shape == full.shape == (2, 6, 3, 4)
         assert_close(product.tokens(2, 5), full[:, 2:5])
     assert Product((two,)).tokens(1, 4).shape == (1, 3, 3, 4)
-    assert torch.equal(product.map(lambda f: f.flip(1), axis=1).tokens(0, 6), full.flip(1))
+    assert_close(product.map(lambda f: f.flip(1), axis=1).tokens(0, 6), full.flip(1))
 
 
 def test_coefficients_go_by_name() -> None:

@@ -81,6 +81,28 @@ def test_the_channels_of_a_head_together_are_its_channels_one_by_one(
     check(core.flipped(), u, v, entrywise)
 
 
+def check_lengths(core: Operator, v: Tensor) -> None:
+    """The lengths are those of the vectors that the channels' entries make, scaled by token and projected."""
+    scale, W = torch.randn(B, L, 1, dtype=v.dtype), torch.randn(5, D, dtype=v.dtype)
+    output = Chain({"scale": Diagonal(scale.expand(-1, -1, 5)), "out": Projection(W)})
+    vectors = torch.einsum("bio,od,bdij,bjd->bijo", scale.expand(-1, -1, 5), W, channel_matrices(core, v), v)
+    expected = vectors.norm(dim=-1)
+    error = (CoreMatrix(core, v, v).lengths(output) - expected).abs().max()
+    assert error <= TOLERANCE[v.dtype] * expected.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("taps", [(), (2,), (4,), (3, 2), (12,)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lengths_of_heads_are_those_of_their_channels_vectors(
+    kind: str, taps: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(len(kind) + sum(taps))
+    core, (_, v) = core_of(kind, taps, dtype), weights(padding=bool(len(taps)), dtype=dtype)
+    check_lengths(core, v)
+    check_lengths(core.flipped(), v)
+
+
 @pytest.mark.parametrize("entrywise", [ABSOLUTE, POSITIVE, SQUARE])
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_is_as_exact(kind: str, entrywise: Entrywise) -> None:
@@ -125,8 +147,10 @@ def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: py
     torch.manual_seed(6)
     monkeypatch.setattr(module, "_BLOCK", DeviceSize(size, size))
     monkeypatch.setattr(module, "_MATRICES", DeviceSize(size, size))
+    monkeypatch.setattr(module, "_CONTRIBUTIONS", DeviceSize(size, size))
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)
+        check_lengths(core_of(kind, (4,)), weights(padding=True)[1])
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def selective_recurrence(weights: Parameters, u: Tensor, norm: ReadNorm = lambda
     low, b, c = (norm(t, read) for t, read in zip(("dt", "b", "c"), reads.split([reads.shape[-1] - 2 * N, N, N], -1)))
     b, c = (to_heads(read, D) for read in (b, c))  # (B, L, D, N), or (B, L, 1, N) of one head
     delta = F.softplus(_project_heads(weights, "dt_proj", low.flatten(2)).flatten(2))  # (B, L, D)
-    step, rate = delta.unsqueeze(-1), -weights["A_log"].exp()[None, None]  # (B, L, D, 1), (1, 1, D, N)
+    rate = -weights["A_log"].mT.contiguous().exp().mT  # (D, N), channels innermost in memory, as in the step
+    step, rate = delta.unsqueeze(-1), rate[None, None]  # (B, L, D, 1), (1, 1, D, N)
     return Scan(a=Product((step, rate), exponential=True), b=Product((step, b)), c=c, skip=weights["D"])
 
 

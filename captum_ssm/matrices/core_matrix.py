@@ -19,6 +19,7 @@ from captum_ssm.matrices.banded import Banded
 from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
 from captum_ssm.matrices.entrywise import IDENTITY, Entrywise
 from captum_ssm.matrices.shared_heads import SharedHeads
+from captum_ssm.matrices.single_channels import SingleChannels
 from captum_ssm.matrices.token_matrix import DenseMatrix, SomeRows
 from captum_ssm.operators import Chain, Operator
 
@@ -88,7 +89,8 @@ class CoreMatrix:
             return flipped._every_row(entrywise).flip(-2, -1)
         further = self.u.shape[:-3]
         u = self.u.flatten(0, -4) if further else self.u.unsqueeze(0)  # (M, B, L, D)
-        form = Banded.of(core, self.v) or SharedHeads.of(core, self.v)
+        forms = (form.of(core, self.v) for form in (Banded, SharedHeads, SingleChannels))
+        form = next((form for form in forms if form is not None), None)
         fused = _fused_by_entries(core, u, self.v, entrywise) if form is None else form.fused(u, entrywise)
         return fused.unflatten(0, further) if further else fused.squeeze(0)
 
@@ -121,9 +123,9 @@ class CoreMatrix:
         for number, row in enumerate(rows.tolist()):
             one = torch.zeros_like(self.v)
             one[:, row] = 1
-            of_channels = (self.core.adjoint(one) * self.v).mT.unsqueeze(2)  # (B, D, 1, L)
+            of_channels = (self.core.adjoint(one) * self.v).unsqueeze(1)  # (B, 1, L, D)
             weights = self.u.reshape(-1, B, L, D)[:, :, row].unsqueeze(2)  # (M, B, 1, D)
-            entries[..., number, :] = _weighed(weights, of_channels, entrywise).view(*further, B, L)
+            entries[..., number, :] = entrywise.summed(weights, of_channels).view(*further, B, L)
         return SomeRows(rows, entries)
 
     def lengths(self, output: Chain) -> Tensor:
@@ -138,9 +140,9 @@ class CoreMatrix:
         Source:
             Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, for softmax attention.
         """
-        banded = Banded.of(self.core, self.v)
-        if banded is not None:
-            return banded.lengths(output)
+        form = Banded.of(self.core, self.v) or SharedHeads.of(self.core, self.v)
+        if form is not None:
+            return form.lengths(output)
         B, L, _ = self.v.shape
         fused = self.v.new_zeros(B, L, L)
         for tokens, channels in column_blocks(self.v, all_channels=True):
@@ -221,23 +223,8 @@ def _fused_by_entries(core: Operator, u: Tensor, v: Tensor, entrywise: Entrywise
         entrywise: f.
     """
     fused = u.new_zeros(*u.shape[:-1], v.shape[1])
-    for rows, columns, channels, factor, entries in entry_blocks(core, v):
-        fused[:, :, rows, columns] += _weighed(u[:, :, rows, channels] * factor, entries, entrywise)
-    return fused
-
-
-def _weighed(u: Tensor, entries: Tensor, entrywise: Entrywise) -> Tensor:
-    """Return ``sum_d f(u_mid x_dij)``, (M, B, I, J), for weights (M, B, I, D) and entries (B, D, I, J).
-
-    The entries are overwritten: a product of matrices for each part of f, however many weights there are.
-    """
-    fused = u.new_zeros(())
-    if entrywise.linear:
-        fused = fused + entrywise.linear * torch.einsum("mbid,bdij->mbij", u, entries)
-    if entrywise.absolute:
-        fused = fused + entrywise.absolute * torch.einsum("mbid,bdij->mbij", u.abs(), entries.abs_())
-    if entrywise.square:
-        fused = fused + entrywise.square * torch.einsum("mbid,bdij->mbij", u.square(), entries.square_())
+    for rows, columns, channels, entries in entry_blocks(core, v):
+        fused[:, :, rows, columns] += entrywise.summed(u[:, :, rows, channels], entries)
     return fused
 
 

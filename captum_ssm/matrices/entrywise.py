@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +26,31 @@ class Entrywise(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Return the function of every entry of ``x``."""
         return self.linear * x + self.absolute * x.abs() + self.square * x.square()
+
+    def summed(self, u: Tensor | None, x: Tensor) -> Tensor:
+        """Return ``sum_d f(u_d x_d)``: for each part of f one sum of products, however many weights there are.
+
+        Args:
+            u: Weights (M, ..., I, D), or None if they are 1.
+            x: Entries (..., I, J, D). They are overwritten.
+
+        Returns:
+            (M, ..., I, J), or (1, ..., I, J) without weights.
+        """
+        sums = []
+        for factor, function in zip(self, (None, torch.abs, torch.square)):
+            if factor:
+                x = function(x, out=x) if function else x
+                weights = function(u) if function and u is not None else u
+                sums.append(factor * _over_channels(weights, x))
+        return reduce(add, sums)
+
+
+def _over_channels(u: Tensor | None, x: Tensor) -> Tensor:
+    """Return ``sum_d u_d x_d`` of weights and entries as in :meth:`Entrywise.summed`."""
+    if u is None:
+        return (x @ x.new_ones(x.shape[-1])).unsqueeze(0)
+    return (u.movedim(0, -2) @ x.mT).movedim(-2, 0)
 
 
 IDENTITY = Entrywise(linear=1.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.operators import HeadOperator, Operator, Scan
+from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
 """Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.
@@ -34,6 +34,9 @@ _ROWS = DeviceSize(cpu=64, others=512)
 
 _BLOCK = DeviceSize(cpu=2**20, others=2**25)
 """Entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
+
+_CONTRIBUTIONS = DeviceSize(cpu=2**21, others=2**26)
+"""Entries of all channels' columns that are treated at once, before a product with the output's matrix."""
 
 
 class Terms(NamedTuple):
@@ -147,6 +150,53 @@ class SharedHeads:
                 direct = _by_head(self.direct.expand(B, L, -1), self.heads)[:, heads]  # (B, H, L, P)
                 self._add_direct_paths(fused, terms, direct, entrywise)
         return fused
+
+    def lengths(self, output: Chain) -> Tensor:
+        """Return the Euclidean length of each token's contribution to each other token, ``|output(A_ij v_j)|``.
+
+        Args:
+            output: The factors after the core, from channels to the model's width.
+
+        Returns:
+            (B, L, L). Cost: O(L²·D·E) of the output, whatever the heads' matrices cost; O(L²) memory.
+        """
+        like = self.band[0]  # (B, L, D)
+        B, L, D = like.shape
+        lengths = like.new_zeros(B, L, L)
+        entries = _MATRICES.of(like)
+        for group in torch.arange(L).split(max(1, entries // (B * L * self.heads.heads))):
+            first, stop = int(group[0]), int(group[-1]) + 1
+            S = self.heads.head_columns(like, slice(first, min(stop + max(self.band), L)))
+            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L * D))):
+                columns = slice(int(tokens[0]), int(tokens[-1]) + 1)
+                rows = slice(columns.start if self.heads.causal else 0, L)
+                contributions = self._contributions(S[columns.start - first :], tokens.to(like.device), rows)
+                after = output.after(rows.start) if output.causal else output
+                lengths[:, rows, columns] = after.apply(contributions).norm(dim=-1).permute(1, 2, 0)
+        return lengths
+
+    def _contributions(self, S: Tensor, tokens: Tensor, rows: slice) -> Tensor:
+        """Return the contributions of single tokens, (J, B, rows, D).
+
+        Args:
+            S: Columns of the heads' matrices from the first of the tokens on, (columns, B, L, H): those of all lags.
+            tokens: Their numbers, (J,), one after the other.
+            rows: The rows, from the first of the tokens on or all.
+        """
+        J, L = len(tokens), S.shape[2]
+        x = S.new_zeros(J, len(self.band[0]), L - rows.start, self.heads.heads, self.heads.head_size)
+        number = torch.arange(J, device=S.device)
+        for lag, weight in self.band.items():
+            columns, within = S[lag : lag + J, :, rows].unsqueeze(-1), slice(0, max(0, min(J, len(S) - lag)))
+            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, x.shape[-2:])  # (J, B, H, P)
+            x[within].addcmul_(columns, values[within].unsqueeze(2))
+        x = x.flatten(-2)
+        if self.direct is not None:
+            for lag, weight in self.band.items():
+                at = number[tokens + lag < L]
+                direct = (self.direct * weight)[:, tokens[at] + lag]  # (B, tokens, D)
+                x[at, :, tokens[at] + lag - rows.start] += direct.transpose(0, 1)
+        return x.mul_(self.factor.expand(-1, L, -1)[:, rows])
 
     def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""

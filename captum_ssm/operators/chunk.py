@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: 
     Returns:
         Output (B, T, H, P), and the state before and after the chunk (B, H, N, P). Cost: O(T·H·N·P) time and memory.
     """
-    y, after = _ChunkByStates.apply(a, b, c, x, h, lag)  # type: ignore[no-untyped-call]
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, c, x, h))
+    run: Callable[..., tuple[Tensor, Tensor]] = _ChunkByStates.apply if needs_gradient else _ChunkByStates.forward
+    y, after = run(a, b, c, x, h, lag)
     return y, h, after
 
 
@@ -110,8 +113,9 @@ class _ChunkByStates(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-        states = _states(a, b, x, h)  # (B, T + 1, H, N, P)
-        return (c.unsqueeze(-1) * (states[:, :-1] if lag else states[:, 1:])).sum(-2), states[:, -1].clone()
+        a, b, c, x, h = _channels_innermost(a, b, c, x, h)
+        states = _states(a, b, x, h)  # (B, T + 1, N, H, P)
+        return (c * (states[:, :-1] if lag else states[:, 1:])).sum(2), states[:, -1].transpose(1, 2).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,28 +124,35 @@ class _ChunkByStates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, c, x, h = ctx.saved_tensors
-        states = _states(a, b, x, h)  # (B, T + 1, H, N, P)
-        before, after = states[:, :-1], states[:, 1:]  # each token, (B, T, H, N, P)
-        reads = (c.unsqueeze(-1) * dy.unsqueeze(-2)).expand_as(after)  # gradient at the state that token t reads
-        last = dh.unsqueeze(1)  # (B, 1, H, N, P)
+        a, b, c, x, h = _channels_innermost(*ctx.saved_tensors)
+        dy, last = dy.unsqueeze(2), dh.transpose(1, 2).unsqueeze(1)  # (B, T, 1, H, P) and (B, 1, N, H, P)
+        states = _states(a, b, x, h)  # (B, T + 1, N, H, P)
+        before, after = states[:, :-1], states[:, 1:]  # each token, (B, T, N, H, P)
+        reads = (c * dy).expand_as(after)  # gradient at the state that token t reads
         if ctx.lag:  # token t reads the state before it
             writes = torch.cat([reads[:, 1:], last], dim=1)
         else:
             writes = torch.cat([reads[:, :-1], reads[:, -1:] + last], dim=1)
-        g = suffix(a.unsqueeze(-1), writes)  # (B, T, H, N, P)
-        first = a[:, 0].unsqueeze(-1) * g[:, 0] + (reads[:, 0] if ctx.lag else 0)  # (B, H, N, P)
-        gradients = (
-            (g * before).sum(-1),  # of a, (B, T, H, N)
-            (g * x.unsqueeze(-2)).sum(-1),  # of b, (B, T, H, N)
-            (dy.unsqueeze(-2) * (before if ctx.lag else after)).sum(-1),  # of c, (B, T, H, N)
-            (b.unsqueeze(-1) * g).sum(-2),  # of x, (B, T, H, P)
-            first,  # of h, (B, H, N, P)
+        g = suffix(a, writes)  # (B, T, N, H, P)
+        first = a[:, 0] * g[:, 0] + (reads[:, 0] if ctx.lag else 0)  # (B, N, H, P)
+        of_coefficients = (
+            (g * before).sum(-1),  # of a
+            (g * x).sum(-1),  # of b
+            (dy * (before if ctx.lag else after)).sum(-1),  # of c
         )
-        return *(d.sum_to_size(t.shape) for d, t in zip(gradients, (a, b, c, x, h))), None
+        by_head = [d.transpose(2, 3) for d in of_coefficients]  # each (B, T, H, N)
+        of_x = (b * g).sum(2)  # (B, T, H, P)
+        sizes = (t.shape for t in ctx.saved_tensors)
+        return *(d.sum_to_size(size) for d, size in zip((*by_head, of_x, first.transpose(1, 2)), sizes)), None
+
+
+def _channels_innermost(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """Return coefficients, input and state with the axes in the order (B, T, N, H, P), in which states are summed."""
+    coefficients = (t.transpose(2, 3).unsqueeze(-1) for t in (a, b, c))  # each (B or 1, T, N or 1, H or 1, 1)
+    return *coefficients, x.unsqueeze(2), h.transpose(1, 2)
 
 
 def _states(a: Tensor, b: Tensor, x: Tensor, h: Tensor) -> Tensor:
-    """Return the state before a chunk and the state after each of its tokens, (B, T + 1, H, N, P)."""
-    writes = (b.unsqueeze(-1) * x.unsqueeze(-2)).expand(-1, -1, *h.shape[1:])  # (B, T, H, N, P)
-    return states_from(h, a.unsqueeze(-1), writes)
+    """Return the state before a chunk and the state after each of its tokens, (B, T + 1, N, H, P)."""
+    writes = (b * x).expand(-1, -1, *h.shape[1:])  # (B, T, N, H, P)
+    return states_from(h, a, writes)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
+from math import e, log2
 from operator import mul
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_LOG2_E = log2(e)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -51,11 +54,42 @@ class Product:
         """Apply ``function`` to every factor that is not shared along ``axis``."""
         return replace(self, factors=tuple(function(f) if f.shape[axis] > 1 else f for f in self.factors))
 
-    def tokens(self, start: int, stop: int) -> Tensor:
-        """Evaluate at tokens ``start`` to ``stop``, shape (B or 1, stop - start, H or 1, N or 1)."""
-        value = reduce(mul, (f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors))
-        value = value.exp() if self.exponential else value
+    def tokens(self, start: int, stop: int, heads_innermost: bool = False) -> Tensor:
+        """Evaluate at some tokens.
+
+        Args:
+            start: The first token.
+            stop: The token behind the last one.
+            heads_innermost: Whether heads follow one another in memory, not states, where the factors leave it open.
+
+        Returns:
+            (B or 1, stop - start, H or 1, N or 1).
+        """
+        by_token = self._at(start, stop)
+        if heads_innermost:
+            value = self.of_factors([f.transpose(2, 3) for f in by_token]).transpose(2, 3)
+        else:
+            value = self.of_factors(by_token)
         return value.expand(-1, stop - start, -1, -1)
+
+    def terms(self, start: int, stop: int) -> list[Tensor]:
+        """Return tensors at some tokens whose product is the coefficient: its factors, or their exponential."""
+        factors = self._at(start, stop)
+        return [self.of_factors(factors)] if self.exponential else factors
+
+    def _at(self, start: int, stop: int) -> list[Tensor]:
+        return [f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors]
+
+    def of_factors(self, factors: Sequence[Tensor]) -> Tensor:
+        """Return the coefficient that has these factors instead, of any axes.
+
+        An exponential is a power of two, which torch computes four times as fast on some processors. The factor
+        ``log2 e`` goes to the smallest of the factors.
+        """
+        if not self.exponential:
+            return reduce(mul, factors)
+        smallest = min(range(len(factors)), key=lambda number: factors[number].numel())
+        return reduce(mul, (f * _LOG2_E if n == smallest else f for n, f in enumerate(factors))).exp2()
 
 
 Coefficient = Tensor | Product

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import mul
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -127,7 +128,7 @@ class Recurrence(HeadOperator):
 
     def coefficients_of_tokens(self, T: int) -> Coefficients[Tensor]:
         """Evaluate the coefficients at the first T tokens, each (B or 1, T, H or 1, N or 1)."""
-        return each(lambda product: product.tokens(0, T), self.products)
+        return each(lambda product: product.tokens(0, T, heads_innermost=self.head_size == 1), self.products)
 
     @abstractmethod
     def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,10 +171,16 @@ class Recurrence(HeadOperator):
     def head_diagonal(self, like: Tensor) -> Tensor:
         """Return ``<c_t, b_t>``, (B or 1, L, H): the part of a token's output that it has just written."""
         L, T = like.shape[1], self.chunk_size(like.unflatten(-1, (self.heads, -1)))
-        b, c = self.products.b, self.products.c
-        spans = [(start, min(start + T, L)) for start in range(0, L, T)]
-        inner = [(b.tokens(*span) * c.tokens(*span)).sum(-1) for span in spans]  # each (B or 1, T, H or 1)
+        inner = [self._written_and_read(start, min(start + T, L)) for start in range(0, L, T)]
         return torch.cat(inner, dim=1).expand(-1, -1, self.heads)
+
+    def _written_and_read(self, start: int, stop: int) -> Tensor:
+        """Return ``sum_n c_tn b_tn`` at some tokens, (B or 1, T, H or 1): what all states share is not summed."""
+        terms = [term for product in (self.products.b, self.products.c) for term in product.terms(start, stop)]
+        of_states = [term for term in terms if term.shape[3] > 1]
+        summed = reduce(mul, of_states).sum(-1) if of_states else terms[0].new_tensor(self.states).view(1, 1, 1)
+        shared = (term.squeeze(-1) for term in terms if term.shape[3] == 1)
+        return reduce(mul, shared, summed).expand(-1, stop - start, -1)
 
     def after(self, start: int) -> Self:
         """Return the recurrence from token ``start`` on, with no state before it."""

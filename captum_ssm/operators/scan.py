@@ -17,7 +17,7 @@ from captum_ssm.operators.chunk import (
 )
 from captum_ssm.operators.coefficient import Coefficient, Coefficients, Product, ScanCoefficients
 from captum_ssm.operators.recurrence import Recurrence
-from captum_ssm.operators.scan_rows import rows_of_matrix
+from captum_ssm.operators.scan_blocks import ScanBlock, blocks_of_matrix
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,26 @@ class Scan(Recurrence):
         """Return the part of a token's output that it has just written, (B or 1, L or 1, H): 0 if read before."""
         return super().head_diagonal(like) if self.lag == 0 else like.new_zeros(1, 1, self.heads)
 
-    def rows(self, band: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Walk through the products of every channel's matrix and a banded one, a few rows at a time.
+    def blocks(self, band: Tensor, factor: Tensor, width: int) -> Iterator[ScanBlock]:
+        """Cut the products of every channel's matrix and a banded one into blocks, each a product of few numbers.
 
-        Every column has a state that is carried from row to row, so that a row costs as much as one step of the
-        recurrence for all columns. Each head has one channel.
+        Each head has one channel.
 
         Args:
             band: (K, B, L, D): entry ``[k, :, t]`` is the weight of token t - k in the input at t.
+            factor: Factor of the rows, (B, L, D).
+            width: Number of channels that are treated at once.
 
         Yields:
-            A slice of rows i, and their entries (B, D, rows, columns), of the columns j up to the last of these rows;
-            all others are 0. The entries are overwritten in the next step.
+            Blocks whose entries add up to the matrices. Those of a block are to be taken before the next one is asked
+            for.
 
-        Cost: O(L²·D·N) time; memory for the states of all columns, B·D·N·L.
+        Cost: O(L·D·N·log L) time, and O(L²·D·N) for the entries of all blocks; memory for the states of all columns
+        of some channels, B·width·N·L.
         """
         direct = [path for path in (self.skip, self.bonus) if path is not None]
         products = cast(ScanCoefficients[Product], self.products)
-        yield from rows_of_matrix(products, direct, self.lag, band)
+        yield from blocks_of_matrix(products, direct, self.lag, band, factor, width)
 
     def by_states(self, x: Tensor) -> bool:
         """Whether ``x`` (B, L, H, P) goes through all states: a matrix pays off where many columns share it."""
