@@ -1,0 +1,39 @@
+"""What a peer finds on the benchmark's tasks, for those that the benchmark does not have anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.methods import NotApplicableError, Question
+from benchmarks.peers.peer import Peer, one_by_one
+from benchmarks.run import case, marked, names
+
+MODELS = ("mamba", "vision_mamba")
+"""The models: the one family that all peers for texts explain, and that of the images."""
+
+
+def measured(peers: Mapping[str, Peer]) -> Iterator[dict[str, Any]]:
+    """Yield a record as ``benchmarks/data`` has them for each model, with the peers that have no figures there."""
+    new = {name: peer for name, peer in peers.items() if peer.stored is None}
+    for task, family, seed in names():
+        if family not in MODELS:
+            continue
+        asked = case(task, family, seed)
+        if isinstance(asked, float):
+            continue
+        methods: dict[str, dict[str, Any] | None] = {}
+        for name, peer in new.items():
+            try:
+                methods[name] = marked(asked, one_by_one(partial(scores, peer)))
+            except NotApplicableError:
+                methods[name] = None
+        yield {"task": task, "family": family, "seed": seed, "methods": methods}
+
+
+def scores(peer: Peer, question: Question) -> Tensor:
+    """Return the scores alone."""
+    return peer.explain(question).scores
