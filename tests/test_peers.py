@@ -27,7 +27,7 @@ IDS = torch.tensor([[4, 9, 7, 5, 8], [6, 5, 21, 4, 9]])
 
 @pytest.fixture
 def question() -> Question:
-    return asked(build("mamba"), IDS, torch.full_like(IDS, 3), 5)
+    return asked(build("mamba"), IDS.clone(), torch.full_like(IDS, 3), 5)
 
 
 # --- Restated rules -----------------------------------------------------------------------------------------------
@@ -121,6 +121,7 @@ def test_one_by_one_is_all_at_once(question: Question) -> None:
     def explain(question: Question) -> Tensor:
         return METHODS["relevance, reference"].explain(question)
 
+    question = replace(question, contrast=torch.tensor([4, 7]))
     torch.testing.assert_close(one_by_one(explain)(question), explain(question), rtol=1e-4, atol=1e-6)
 
 
@@ -128,6 +129,9 @@ def test_ours_are_exact_where_they_do_not_refuse(question: Question) -> None:
     relevance, rollout = ours(ImplicitAttentionRelevance, 1), ours(ImplicitAttentionRollout)
     found = tried(Peer("captum-ssm", relevance, "difference"), question)
     assert max(found.values()) < 1e-5 and found.keys() == {"sum", "layer"}
+    assert tried(Peer("captum-ssm", ours(ImplicitAttentionRelevance), "output"), question)["sum"] < 1e-5, (
+        "with its bias"
+    )
     images = torch.rand(2, 1, 16, 16)
     plain, outside = (
         asked(model, images, torch.zeros_like(images), 1, patch=4)

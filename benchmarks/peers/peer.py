@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -54,12 +55,6 @@ def alone(function: Function) -> Callable[[Question], Explained]:
     return lambda question: Explained(function(question))
 
 
-def each(question: Question) -> Iterator[Question]:
-    """Yield the question about each input alone."""
-    for row in range(len(question.inputs)):
-        yield part(question, slice(row, row + 1))
-
-
 def part(question: Question, rows: slice) -> Question:
     """Return the question about some of the inputs."""
     return replace(
@@ -71,6 +66,11 @@ def part(question: Question, rows: slice) -> Question:
     )
 
 
-def one_by_one(function: Function) -> Function:
-    """Return a method that explains one input at a time as one that takes several."""
-    return lambda question: torch.cat([function(one) for one in each(question)])
+def in_parts(function: Function, size: int) -> Function:
+    """Return a method that explains at most so many inputs at a time as one that takes any number."""
+    return lambda question: torch.cat(
+        [function(part(question, slice(row, row + size))) for row in range(0, len(question.inputs), size)]
+    )
+
+
+one_by_one = partial(in_parts, size=1)

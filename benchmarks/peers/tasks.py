@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.methods import NotApplicableError, Question
-from benchmarks.peers.peer import Peer, one_by_one
+from benchmarks.peers.peer import Peer, in_parts
 from benchmarks.run import case, marked, names
 
 MODELS = ("mamba", "vision_mamba")
 """The models: the one family that all peers for texts explain, and that of the images."""
+SIZE = 10
+"""Inputs that are explained at once: an effective attention takes memory for each channel, state and pair of tokens."""
 
 
 def measured(peers: Mapping[str, Peer]) -> Iterator[dict[str, Any]]:
@@ -28,7 +30,7 @@ def measured(peers: Mapping[str, Peer]) -> Iterator[dict[str, Any]]:
         methods: dict[str, dict[str, Any] | None] = {}
         for name, peer in new.items():
             try:
-                methods[name] = marked(asked, one_by_one(partial(scores, peer)))
+                methods[name] = marked(asked, in_parts(partial(scores, peer), SIZE))
             except NotApplicableError:
                 methods[name] = None
         yield {"task": task, "family": family, "seed": seed, "methods": methods}

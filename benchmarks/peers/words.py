@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+
+_FOLDER = TemporaryDirectory()
 
 
 def tokenizer(model: Any, unknown: int, end: int, padding: int = 0) -> Any:
@@ -23,7 +26,16 @@ def tokenizer(model: Any, unknown: int, end: int, padding: int = 0) -> Any:
     Returns:
         The tokenizer as it is loaded from a folder, which some libraries ask for.
     """
-    size = model.get_input_embeddings().num_embeddings
+    return _loaded(model.get_input_embeddings().num_embeddings, unknown, end, padding)
+
+
+def text(ids: Tensor) -> str:
+    """Return ids (L,) as a text."""
+    return " ".join(f"{number:06}" for number in ids.tolist())
+
+
+@cache
+def _loaded(size: int, unknown: int, end: int, padding: int) -> Any:
     words = [f"{number:06}" for number in range(size)]
     splitter = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, words[unknown]))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -34,11 +46,3 @@ def tokenizer(model: Any, unknown: int, end: int, padding: int = 0) -> Any:
     folder = Path(_FOLDER.name) / f"{size}-{unknown}-{end}-{padding}"
     made.save_pretrained(folder)
     return hf.AutoTokenizer.from_pretrained(folder)
-
-
-def text(ids: Tensor) -> str:
-    """Return ids (L,) as a text."""
-    return " ".join(f"{number:06}" for number in ids.tolist())
-
-
-_FOLDER = TemporaryDirectory()
