@@ -10,6 +10,7 @@
 #                   VERSIONS="4.57 5.24" on these
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
+# make peers        measure methods and libraries that users compare with, and write docs/peers.md: half an hour
 # make docs         build the documentation site into out/docs/html; a broken link or a missing docstring fails
 # make check-docs   the same in a minute, without the outputs of the tutorials
 # make dist         build the source distribution and the wheel into dist/, and judge their metadata by twine
@@ -30,7 +31,7 @@ WITHOUT_CUDA ?= MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE
 TEXT ?= I expected a masterpiece, but the plot is a mess and the acting is wooden.
 
-.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs check-docs dist release bench bench-check benchmark clean
+.PHONY: demo test test-native $(OVERLAYS:%=test-%) test-versions test-lowest lint check-sdist docs check-docs dist release bench bench-check benchmark peers clean
 
 demo: $(VENV)/cli.done
 	$(VENV)/bin/captum-ssm explain "$(TEXT)" --html out/explanation.html --png out/explanation.png
@@ -99,6 +100,10 @@ benchmark: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.run
 	$(VENV)/bin/python -m benchmarks.report
 
+# Compares with other packages; what is stored is measured again. ONLY="times tasks" leaves the other parts as they are.
+peers: .venv-peers/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-peers/bin/python -m benchmarks.peers $(if $(ONLY),--only $(ONLY))
+
 $(VENV)/%.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing captum-ssm[$*] into $(VENV) (some minutes the first time)"
 	@$(PIP) torch
@@ -129,8 +134,8 @@ endef
 
 # Packages on top of it: constraints-NAME.txt lists all that is installed, as nothing is installed for being asked for by
 # another package.
-$(OVERLAYS:%=.venv-%/installed) .venv-docs/installed .venv-release/installed: .venv-%/installed: constraints-%.txt \
-		$(VENV)/test.done
+$(OVERLAYS:%=.venv-%/installed) .venv-docs/installed .venv-peers/installed .venv-release/installed: .venv-%/installed: \
+		constraints-%.txt $(VENV)/test.done
 	@echo "Installing the packages of constraints-$*.txt into .venv-$*"
 	$(OVERLAY)
 	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
@@ -143,4 +148,4 @@ $(VERSIONS:%=.venv-versions/%/installed): .venv-versions/%/installed: constraint
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-docs .venv-release .venv-versions .venv-lowest out build *.egg-info
+	rm -rf $(VENV) $(NATIVE) $(OVERLAYS:%=.venv-%) .venv-docs .venv-peers .venv-release .venv-versions .venv-lowest out build *.egg-info

@@ -220,8 +220,10 @@ def _gradients(question: Question, method: Any, **options: Any) -> Tensor:
 # --- this package ---------------------------------------------------------------------------------
 
 
-def implicit(method: Callable[..., Any], question: Question, references: int = 0, **options: Any) -> Tensor:
-    """Return what one of this package's classes finds.
+def explained(
+    method: Callable[..., Any], question: Question, references: int = 0, **options: Any
+) -> tuple[Any, Tensor]:
+    """Return one of this package's methods after it has explained, and the scores (B, N).
 
     Args:
         method: The class.
@@ -236,14 +238,19 @@ def implicit(method: Callable[..., Any], question: Question, references: int = 0
         raise NotApplicableError
     baselines = [question.reference, 0.0][:references]
     forward = question.outputs if question.log_probability else question.model
-    found = method(forward, model=question.model, **options).attribute(
+    made = method(forward, model=question.model, **options)
+    found = made.attribute(
         question.inputs,
         target=question.target,
         contrast=question.contrast,
         **({"baselines": baselines} if baselines else {}),
-        **({"patches": True} if question.images else {}),
     )
-    return found.detach().flatten(1)
+    return made, question.by_feature(found.detach())
+
+
+def implicit(method: Callable[..., Any], question: Question, references: int = 0, **options: Any) -> Tensor:
+    """Return what one of this package's classes finds, see :func:`explained`."""
+    return explained(method, question, references, **options)[1]
 
 
 def of_class_token(question: Question, recipe: str, attention: str) -> Tensor:

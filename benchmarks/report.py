@@ -124,13 +124,13 @@ def table(stored: Sequence[Mapping[str, Any]], columns: Sequence[Column], kinds:
         if rows and len(kinds) > 1:
             lines.append(f"| *{GROUPS[kind]}* |" + " |" * len(columns))
         lines += [
-            f"| {name} | " + " | ".join(_shown(cells[c][name], name in bold[c]) for c in columns) + " |"
-            for name in rows
+            f"| {name} | " + " | ".join(shown(cells[c][name], name in bold[c]) for c in columns) + " |" for name in rows
         ]
     return "\n".join(lines)
 
 
-def _shown(found: Cell | None, bold: bool) -> str:
+def shown(found: Cell | None, bold: bool) -> str:
+    """Return a cell's text."""
     if found is None:
         return "–"
     text = f"{found[0]:.3f} ± {found[1]:.3f}"

@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from benchmarks.cases import Canvases, Case, Marks, Sentences, Synthetic
-from benchmarks.methods import METHODS, NotApplicableError
+from benchmarks.methods import METHODS, Function, NotApplicableError
 from benchmarks.tasks import FAMILIES, RATES, TASKS, accuracy, build, train
 from captum_ssm.errors import InvalidInputError
 
@@ -93,22 +93,25 @@ def case(task: str, family: str, seed: int) -> Case | float:
 
 def measure(case: Case, methods: Iterable[str] = tuple(METHODS)) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Yield the figures of each method by its name, or None if it cannot explain this model."""
-    count = sum(len(question.inputs) for question in case.questions)
     for name in methods:
-        torch.manual_seed(0)
-        start = perf_counter()
         try:
-            scores = [METHODS[name].explain(question) for question in case.questions]
+            yield name, marked(case, METHODS[name].explain)
         except NotApplicableError:
             yield name, None
-            continue
         except InvalidInputError as error:
             if "has a factor named" not in str(error):  # left out what the family has not
                 raise
             yield name, None
-            continue
-        seconds = (perf_counter() - start) / count
-        yield name, {"seconds": float(f"{seconds:.2g}"), **stored(case.mark(scores))}
+
+
+def marked(case: Case, explain: Function) -> dict[str, Any]:
+    """Return the figures of one method, as they are stored."""
+    count = sum(len(question.inputs) for question in case.questions)
+    torch.manual_seed(0)
+    start = perf_counter()
+    scores = [explain(question) for question in case.questions]
+    seconds = (perf_counter() - start) / count
+    return {"seconds": float(f"{seconds:.2g}"), **stored(case.mark(scores))}
 
 
 def stored(marks: Marks) -> dict[str, Any]:
