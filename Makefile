@@ -10,7 +10,7 @@
 #                   VERSIONS="4.57 5.24" on these
 # make test-lowest  run them on the lowest versions of all that pyproject.toml claims; installs gigabytes
 # make check-sdist  build the source distribution, and run some of its tests in it
-# make peers        measure methods and libraries that users compare with, and write docs/peers.md: half an hour
+# make peers        measure methods and libraries that users compare with, and write docs/peers.md
 # make docs         build the documentation site into out/docs/html; a broken link or a missing docstring fails
 # make check-docs   the same in a minute, without the outputs of the tutorials
 # make dist         build the source distribution and the wheel into dist/, and judge their metadata by twine

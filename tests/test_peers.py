@@ -171,5 +171,7 @@ def test_all_that_is_stored_is_of_all_peers() -> None:
     for part in ("families", "trained"):
         assert all(found.keys() == stored["peers"].keys() for found in stored[part].values())
     assert len(page.small(stored)) == 25 and stored["times"]
+    new = {peer for peer, about in stored["peers"].items() if about["stored"] is None}
+    assert all(record["methods"].keys() == new for record in stored["tasks"]) and len(stored["tasks"]) == 18
     assert {about["stored"] for about in stored["peers"].values()} - {None} <= METHODS.keys()
     assert json.loads(json.dumps(stored)) == stored

@@ -1,6 +1,6 @@
 """What users may compare this package with: other methods and libraries, measured on the same models and questions.
 
-    python -m benchmarks.peers                     everything, half an hour on one core (make peers)
+    python -m benchmarks.peers                     everything, a quarter of an hour on one core (make peers)
     python -m benchmarks.peers --only times tasks  some parts; what is stored of the others stays
     python -m benchmarks.peers --page              write docs/peers.md from the stored figures, and measure nothing
 

@@ -34,7 +34,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def shown(value: float | None) -> str:
-    """Return an error or a ratio with two digits; what is tiny as a power of ten, rounded up."""
+    """Return an error or a ratio with two digits, what is tiny with one, what is missing as a dash."""
     if value is None:
         return "–"
     if 0 < value < 1e-3:

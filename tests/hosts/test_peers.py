@@ -84,6 +84,15 @@ def test_deep_lift_is_exact_where_it_has_rules() -> None:
     assert deep_lift(question).shape == partition(question).shape == (2, 16)
 
 
+def test_deep_lift_of_a_mamba_is_a_gradient_times_a_difference() -> None:
+    """So the page says, and so says ``findings/captum_deeplift_on_mamba.sh`` with embeddings of 0."""
+    question = of("mamba")
+    x, reference = question.vectors(IDS).requires_grad_(), question.vectors(question.reference)
+    (gradient,) = torch.autograd.grad(question.score(x, question.rows).sum(), x)
+    expected = (gradient * (x - reference)).sum(-1).detach()
+    torch.testing.assert_close(deep_lift(question), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_effective_attention_of_mamba_is_the_recurrences() -> None:
     question = of("mamba")
     found = effective_attention(question)
