@@ -978,3 +978,16 @@ def test_logits_of_the_tokens_before_the_explained_one_are_not_computed(padded: 
     hook.remove()
     assert_close(found, logits[[0, 1], last])
     assert seen == [kept]
+
+
+@every_method
+def test_a_text_as_long_as_the_layers_are_wide(method: Any, mamba: Any) -> None:
+    """The vector that the head gets for the last token is no sequence of L channels."""
+    L = mamba.config.hidden_size
+    ids = torch.randint(1, VOCABULARY, (2, L))
+
+    def read_whole(ids: Tensor) -> Tensor:
+        logits: Tensor = mamba(ids, use_cache=False).logits
+        return logits[:, -1]
+
+    assert_close(method(mamba).attribute(ids, target=3), method(read_whole, model=mamba).attribute(ids, target=3))
