@@ -271,8 +271,8 @@ class ImplicitAttentionMethod(ModelMethod):
 
 
 def _run_on(forward_func: Callable[..., Any], args: tuple[Any, ...], inputs: Tensor) -> Tensor:
-    """Return the output of the model on these inputs, to be examined: all of its code runs on whole sequences."""
-    return run_model(forward_func, inputs, *args, all_logits=True)
+    """Return the output of the model on these inputs."""
+    return run_model(forward_func, inputs, *args)
 
 
 def _gradient_weights(gradient: Tensor | None) -> Tensor:

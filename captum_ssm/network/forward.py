@@ -27,14 +27,13 @@ from captum_ssm.network.reference_kernels import remedy_for
 from captum_ssm.network.threads import hook
 
 
-def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all_logits: bool = False) -> Tensor:
+def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
     """Run the model and return the output that a target selects from.
 
     Args:
         forward_func: A model of transformers or mamba_ssm, or any callable that Captum accepts.
         inputs: Token ids (B, L) or embeddings (B, L, E).
         args: The additional forward arguments. For a transformers model: the attention mask (B, L), if any.
-        all_logits: Compute those of the tokens too that are not read, so that the output layer runs on whole sequences.
 
     Returns:
         For a language model the logits (B, V) at the last real token of each sequence, or (B, classes) of a
@@ -48,7 +47,7 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all_
         ValueError: From the model itself.
     """
     try:
-        return _run_model(forward_func, inputs, args, all_logits)
+        return _run_model(forward_func, inputs, *args)
     except (RuntimeError, ValueError) as error:
         remedy = remedy_for(error)
         if remedy is None:
@@ -60,7 +59,7 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all_
         raise
 
 
-def _run_model(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], all_logits: bool) -> Tensor:
+def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
     if is_mamba_ssm_model(forward_func):
         _refuse_arguments(forward_func, args)
     forward_func = called(forward_func)
@@ -76,7 +75,7 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any
     after = inputs.new_zeros(len(inputs), dtype=torch.long)  # tokens of padding after the last real one, (B,)
     if mask is not None:
         after = mask.flip(1).bool().int().argmax(1)
-    logits = language_logits(forward_func, inputs, mask, kept=None if all_logits else int(after.max()) + 1)
+    logits = language_logits(forward_func, inputs, mask, kept=int(after.max()) + 1)
     if logits.dim() == 2:
         return logits
     examples = torch.arange(len(logits), device=logits.device)

@@ -16,6 +16,7 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.precision import narrowest
 from captum_ssm.network.graph import EMBEDDINGS, OTHERS, ResidualGraph, Stream
+from captum_ssm.network.interface import output_embeddings
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.network.threads import hook
 
@@ -101,7 +102,7 @@ def hold(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, leng
     Returns:
         The run.
     """
-    mixers = find_mixers(model)
+    mixers, head = find_mixers(model), output_embeddings(model)
     modules: list[ModuleRun] = []
     entered: list[Tensor | None] = []
     sequences: list[Tensor] = []
@@ -109,8 +110,12 @@ def hold(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, leng
     if not takes_ids:
         inputs = inputs.detach().requires_grad_()
 
+    def has_tokens(module: nn.Module, value: Any) -> bool:
+        """Whether a value is a sequence; the head may get a few of the tokens, with as many channels as there are."""
+        return is_sequence(value, length) and (module is not head or value.shape[1] == length)
+
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((a for a in (*args, *kwargs.values()) if is_sequence(a, length)), None)
+        x = next((a for a in (*args, *kwargs.values()) if has_tokens(module, a)), None)
         if x is not None and not x.requires_grad:  # in place: a path around the module is to be followed too
             marks.callback(x.requires_grad_, False)
             x.requires_grad_()
@@ -119,7 +124,7 @@ def hold(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, leng
 
     def leave(name: str, module: nn.Module, output: Any) -> Any:
         x, y = entered.pop(), output[0] if isinstance(output, tuple) and output else output
-        if not is_sequence(y, length):
+        if not has_tokens(module, y):
             return output
         if takes_ids and x is None and not sequences and y is output:  # the embedding of token ids
             y = output = y.detach().requires_grad_()
