@@ -178,10 +178,14 @@ class _UntilWeights(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the function, unless it multiplies the weights with the values."""
-        if func is torch.matmul and self.after_softmax and args[0].dim() == 4 and args[0].shape[-2:] == self.matrix:
+        if func is torch.matmul and self.after_softmax and self._are_weights(args[0]):
             raise _WeightsReachedError(args[0])
         self.after_softmax |= func is F.softmax
         return func(*args, **(kwargs or {}))
+
+    def _are_weights(self, factor: Tensor) -> bool:
+        """Whether a factor has the shape of weights, and no query of L channels behind an indexer's softmax."""
+        return factor.dim() == 4 and factor.shape[-2:] == self.matrix and bool((factor >= 0).all())
 
 
 def _weights_of_torch(layer: Any, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
