@@ -704,7 +704,7 @@ EACH: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (method, options)
+        pytest.param(method, options, id=f"{name}-{key}")
         for name, method in METHODS.items()
         for key, options in EACH.items()
         if name in ("signed", "rollout") or key in ("mask", "weights")

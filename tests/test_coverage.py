@@ -25,6 +25,7 @@ from tests import (
     test_adapters_ssd,
     test_fidelity,
 )
+from tests.cases import on_all
 from tests.families import EARLIER, FAMILIES, VOCABULARY
 
 MODELS = Path(transformers.__file__).parent / "models"
@@ -142,6 +143,7 @@ def test_every_gated_linear_layer_of_transformers_has_an_adapter() -> None:
     assert uncovered() == []
 
 
+@pytest.mark.slow
 def test_every_exception_is_still_needed() -> None:
     names = {name for names in found().values() for name in names}
     assert EXCEPTIONS.keys() <= names
@@ -151,7 +153,8 @@ def test_every_exception_is_still_needed() -> None:
 SEARCHED = [s for s in supported() if s.family in RECORDS and s.kernel != "softmax attention"]
 
 
-@pytest.mark.parametrize("support", SEARCHED, ids=lambda s: s.layer)
+@pytest.mark.slow  # as the two that read all of transformers, so that one process does
+@on_all("support", SEARCHED)
 def test_a_layer_without_its_adapter_is_found(support: tuple[str, str, str]) -> None:
     """The search would find each of the layers that are covered now."""
     layer, kernel, family = support

@@ -103,7 +103,7 @@ def explain(method: Any, model: nn.Module, ids: Tensor, start: int) -> Tensor:
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        (method, family)
+        pytest.param(method, family, id=f"{name}-{family}")
         for name, method in METHODS.items()
         for family in FAMILIES
         if name in ("channel", "rollout") or family in ("mamba", "zamba", "rwkv", "qwen3_5")

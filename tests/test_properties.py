@@ -26,6 +26,7 @@ def test_every_drawn_model_is_explained_rightly_or_refused(part: int) -> None:
     assert said["right"] >= said["refused"] / 2
 
 
+@pytest.mark.slow
 def test_every_drawn_call_is_right_or_refused_and_changes_nothing() -> None:
     explained, said = subjects(), Counter[str]()
     with warnings.catch_warnings():

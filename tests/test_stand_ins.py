@@ -118,7 +118,7 @@ def assert_alike(model: Any, oracle: Any, ids: Tensor, methods: Iterable[str], t
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize(
-    ("family", "methods"), [("mamba", ("signed", "reference")), ("qwen3_5", ("rollout", "frozen"))]
+    ("family", "methods"), [("mamba", ("signed", "reference")), ("qwen3_5", ("rollout", "frozen"))], ids=str
 )
 def test_a_part_is_what_it_does(family: str, state: str, methods: tuple[str, ...], ids: Tensor) -> None:
     assert_alike(*in_state(family, state), ids, methods)
