@@ -83,19 +83,18 @@ def _add(fused: Tensor, block: ScanBlock, u: Tensor | None, entrywise: Entrywise
     """Add the entries of a block to the fused ones.
 
     Args:
-        fused: (M, B, L, L).
+        fused: (M, B, L, L), contiguous.
         block: The block.
         u: Weights (M, B, L, channels), or None if they are part of the block.
         entrywise: f.
         size: Number of entries of a channel that are made at once.
     """
-    B, P, number, J = *block.reads.shape[:3], block.left.shape[2]
-    by_row = windows(fused.flatten(0, 1), block.row, P, number, block.step)  # (M·B, P, I, L)
-    by_column = windows(by_row.movedim(-1, 1), block.column, P, J, block.step)  # (M·B, P, J, P, I)
-    place = by_column.diagonal(0, 1, 3).movedim((-1, -2), (1, 2)).unflatten(0, fused.shape[:2])  # (M, B, P, I, J)
+    (M, B, L, _), (P, number), J = fused.shape, block.reads.shape[1:3], block.left.shape[2]
+    strides = (B * L * L, L * L, block.step * (L + 1), L, 1)  # the next block is as many rows down as columns right
+    place = fused.as_strided((M, B, P, number, J), strides, block.row * L + block.column)
     weights = u
     if u is not None:
-        weights = windows(u.flatten(0, 1), block.row, P, number, block.step).unflatten(0, u.shape[:2])
+        weights = windows(u.flatten(0, 1), block.row, P, number, block.step).unflatten(0, (M, B))
     rows_at_once = max(1, size // (B * P * J))
     for start in range(0, number, rows_at_once):
         rows = slice(start, start + rows_at_once)

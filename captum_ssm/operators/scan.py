@@ -97,7 +97,8 @@ class Scan(Recurrence):
         """
         direct = [path for path in (self.skip, self.bonus) if path is not None]
         products = cast(ScanCoefficients[Product], self.products)
-        yield from blocks_of_matrix(products, direct, self.lag, band, factor, width)
+        diagonal = self.head_diagonal(factor)
+        yield from blocks_of_matrix(products, direct, diagonal, self.lag, band, factor, width)
 
     def by_states(self, x: Tensor) -> bool:
         """Whether ``x`` (B, L, H, P) goes through all states: a matrix pays off where many columns share it."""

@@ -47,13 +47,20 @@ class ScanBlock(NamedTuple):
 
 
 def blocks_of_matrix(
-    products: ScanCoefficients[Product], direct: Sequence[Tensor], lag: int, band: Tensor, factor: Tensor, width: int
+    products: ScanCoefficients[Product],
+    direct: Sequence[Tensor],
+    diagonal: Tensor,
+    lag: int,
+    band: Tensor,
+    factor: Tensor,
+    width: int,
 ) -> Iterator[ScanBlock]:
     """Cut the products of every channel's matrix and a banded one into blocks, see :meth:`Scan.blocks`.
 
     Args:
         products: The coefficients, each (B or 1, L or 1, D or 1, N or 1).
         direct: Direct paths, each broadcastable to (B, L, D).
+        diagonal: Weight of each token in its own output without these, broadcastable to (B, L, D).
         lag: 1 if the state is read before the current token is written, else 0.
         band: (K, B, L, D): entry ``[k, :, t]`` is the weight of token t - k in the input at t.
         factor: Factor of the rows, (B, L, D).
@@ -64,6 +71,7 @@ def blocks_of_matrix(
     """
     (_, B, L, D), K = band.shape, min(len(band), band.shape[2])
     near = reduce(add, direct) * band[:K] if direct else torch.zeros_like(band[:K])
+    near[0] += diagonal * band[0]
     complete = slice(K - 1, None)  # the tokens where columns end
     for start in range(0, D, width):
         channels = slice(start, min(start + width, D))
@@ -91,7 +99,7 @@ def _complete_columns(
         reads: Weight of the state in the output, (B or 1, L, N or 1, D or 1).
         lag: 1 if the state is read before the current token is written, else 0.
         band: (K, B, L, D): entry ``[k, :, t]`` is the weight of token t - k in the input at t.
-        near: (K, B, L, D): the entries of token t and column t - k are added to ``[k, :, t]``.
+        near: (K, B, L, D): the entries of token t and column t - k are added to ``[k, :, t]``, but for the diagonal.
 
     Returns:
         The part of each column in the state after its last token, (B, L - K + 1, N, D).
@@ -101,12 +109,11 @@ def _complete_columns(
     B, L = band.shape[1:3]
     N = max(t.shape[-2] for t in (decays, weights, b, reads))
     state = (weights[0] * b).expand(B, L, N, -1).contiguous()  # of column j after token j + k
-    for k in range(len(band)):
-        if k:
-            before = state[:, :-1]
-            if lag:
-                near[k, :, k:] += (reads[:, k:] * before).sum(2)
-            state = before.mul_(decays[:, k:]).addcmul_(weights[k, :, k:], b[:, k:])
+    for k in range(1, len(band)):
+        before = state[:, :-1]
+        if lag:
+            near[k, :, k:] += (reads[:, k:] * before).sum(2)
+        state = before.mul_(decays[:, k:]).addcmul_(weights[k, :, k:], b[:, k:])
         if not lag:
             near[k, :, k:] += (reads[:, k:] * state).sum(2)
     return state
