@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from captum_ssm import (
     FidelityError,
     ImplicitAttentionAttribution,
+    ImplicitAttentionRelevance,
     ImplicitAttentionRollout,
     InvalidInputError,
     LayerImplicitAttention,
+    LayerImplicitAttentionRelevance,
     ModelStateError,
+    NeuronImplicitAttentionRelevance,
     RawImplicitAttention,
 )
 from captum_ssm.attr import LayerImplicitAttentionAttribution
@@ -978,6 +981,20 @@ def test_logits_of_the_tokens_before_the_explained_one_are_not_computed(padded: 
     hook.remove()
     assert_close(found, logits[[0, 1], last])
     assert seen == [kept]
+
+
+def test_the_output_layer_has_all_tokens_where_it_is_read_itself(mamba: Any) -> None:
+    """A neuron of the output layer is the logit of the token that the selector names."""
+    ids, place = torch.randint(1, VOCABULARY, (2, 7)), (3, 5)
+
+    def logit(ids: Tensor) -> Tensor:
+        logits: Tensor = mamba(ids, use_cache=False).logits
+        return logits[:, 3]
+
+    of_neuron = NeuronImplicitAttentionRelevance(mamba, "lm_head").attribute(ids, place, baselines=0)
+    assert_close(of_neuron, ImplicitAttentionRelevance(logit, mamba).attribute(ids, 5, baselines=0))
+    at_head = LayerImplicitAttentionRelevance(mamba, "lm_head").attribute(ids, 5, baselines=0)
+    assert at_head.shape == (2, 7, mamba.config.hidden_size) and not at_head[:, :-1].any() and at_head[:, -1].any()
 
 
 @every_method

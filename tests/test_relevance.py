@@ -485,6 +485,22 @@ def test_projections_of_the_own_code_change_nothing(
     assert (shared - alone).abs().max() <= 1e-12 * alone.abs().max()
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma", "qwen3_5"])
+@pytest.mark.parametrize("checkpoints, autocast", [(True, False), (False, True), (True, True)])
+def test_projections_of_the_own_code_in_blocks_that_run_again_and_in_narrower_types(
+    family: str, checkpoints: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both runs of a block keep the same tensors; a projection that autocast has rounded is made again."""
+    method, model = Relevance(model_of(family), checkpoints=checkpoints), model_of(family)
+    found = []
+    for large in (1, 2**62):
+        monkeypatch.setattr(own_projections, "_LARGE", large)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(method.attribute(IDS, TARGET, baselines=BASELINE))
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[1].abs().max()
+    assert not any(part._forward_hooks for part in model.modules())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_projection_is_known_for_the_same_entries_in_memory(
     bias: bool, mamba: nn.Module, monkeypatch: pytest.MonkeyPatch

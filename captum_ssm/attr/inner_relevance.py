@@ -221,7 +221,7 @@ class NeuronImplicitAttentionRelevance(AnyModelMethod, NeuronAttribution):
 
             with ExitStack() as hooks:
                 hook(self.layer.register_forward_hook, leave, hooks)
-                run_model(self.forward_func, inputs, *args)
+                run_model(self.forward_func, inputs, *args, all_logits=True)
             if len(outputs) != 1:
                 raise InvalidInputError(
                     f"Layer '{self.layer_name}' ran {len(outputs)} times; a neuron is part of a layer that runs once."

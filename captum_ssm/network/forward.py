@@ -27,13 +27,14 @@ from captum_ssm.network.reference_kernels import remedy_for
 from captum_ssm.network.threads import hook
 
 
-def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
+def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all_logits: bool = False) -> Tensor:
     """Run the model and return the output that a target selects from.
 
     Args:
         forward_func: A model of transformers or mamba_ssm, or any callable that Captum accepts.
         inputs: Token ids (B, L) or embeddings (B, L, E).
         args: The additional forward arguments. For a transformers model: the attention mask (B, L), if any.
+        all_logits: Let a language model compute the logits of all tokens, because the inside of the run is read.
 
     Returns:
         For a language model the logits (B, V) at the last real token of each sequence, or (B, classes) of a
@@ -47,7 +48,7 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
         ValueError: From the model itself.
     """
     try:
-        return _run_model(forward_func, inputs, *args)
+        return _run_model(forward_func, inputs, *args, all_logits=all_logits)
     except (RuntimeError, ValueError) as error:
         remedy = remedy_for(error)
         if remedy is None:
@@ -59,7 +60,7 @@ def run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> T
         raise
 
 
-def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> Tensor:
+def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all_logits: bool) -> Tensor:
     if is_mamba_ssm_model(forward_func):
         _refuse_arguments(forward_func, args)
     forward_func = called(forward_func)
@@ -75,7 +76,7 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any) -> 
     after = inputs.new_zeros(len(inputs), dtype=torch.long)  # tokens of padding after the last real one, (B,)
     if mask is not None:
         after = mask.flip(1).bool().int().argmax(1)
-    logits = language_logits(forward_func, inputs, mask, kept=int(after.max()) + 1)
+    logits = language_logits(forward_func, inputs, mask, kept=None if all_logits else int(after.max()) + 1)
     if logits.dim() == 2:
         return logits
     examples = torch.arange(len(logits), device=logits.device)

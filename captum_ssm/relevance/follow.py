@@ -61,9 +61,8 @@ class FollowedMixers:
     projections: OwnProjections = field(default_factory=OwnProjections)
 
     def prepare(self, mixer: nn.Module, arguments: Any) -> Any:
-        """Return the arguments for a mixer's own code, whose projections are noted."""
-        if not self.checkpoints.is_rerun:
-            self.projections.watch(mixer)
+        """Return the arguments for a mixer's own code, whose projections are noted, also when its block runs again."""
+        self.projections.watch(mixer)
         return _plain(mixer, arguments)
 
     def __call__(self, call: LayerCall) -> Tensor:

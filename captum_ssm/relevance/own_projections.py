@@ -97,7 +97,9 @@ class OwnProjections:
         return None if known is None or rows is None else _Rows.apply(x, weight, known.y, rows)  # type: ignore
 
     def _note(self, part: nn.Linear, args: tuple[Any, ...], y: Tensor) -> None:
-        if type(y) is Tensor and len(args) == 1 and not (part.weight.is_inference() or args[0].is_inference()):
+        if type(y) is not Tensor or len(args) != 1 or y.dtype != args[0].dtype:  # a narrower type: under autocast
+            return
+        if not (part.weight.is_inference() or args[0].is_inference()):
             self._known[_memory(part.weight)] = _Projection.of(args[0].detach(), part.weight, part.bias, y.detach())
 
 

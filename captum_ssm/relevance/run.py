@@ -197,7 +197,8 @@ class Run:
             ValueError: From the model itself.
         """
         try:
-            score = self.score(run_model(self.forward_func, *inputs, *self.args))
+            inside_is_read = self.probe is not None
+            score = self.score(run_model(self.forward_func, *inputs, *self.args, all_logits=inside_is_read))
         except (RuntimeError, ValueError) as error:
             escape = self.rule.escape or refused_access(error)
             if escape is not None:
