@@ -368,6 +368,17 @@ def test_a_state_that_is_returned_and_passed_on_is_refused(ids: Tensor, refused:
     refused(ModelStateError, ["'mixer#2' goes on from the state"], model, lambda: method.attribute(ids, 1), ids)
 
 
+def test_blocks_that_share_a_layer_have_places_of_their_own_in_a_cache(ids: Tensor, refused: Any) -> None:
+    """A shared layer is told whose turn it is, so no block goes on from the state of another one."""
+    model = build("zamba")
+    first, second = (block for block in model.model.layers if hasattr(block, "shared_transf"))
+    second.shared_transf = first.shared_transf
+    cached = ImplicitAttentionRelevance(lambda ids: model(ids, use_cache=True).logits[:, -1], model)
+    assert torch.allclose(cached.attribute(ids, 1), ImplicitAttentionRelevance(model).attribute(ids, 1), atol=1e-6)
+    call = ImplicitAttentionRelevance(lambda ids: in_parts(model, ids), model)
+    refused(ModelStateError, ["goes on from the state", "in one part"], model, lambda: call.attribute(ids, 1), ids)
+
+
 def test_each_example_may_have_a_cache_of_its_own(ids: Tensor) -> None:
     model = build("mamba2")
     for checkpoints in (False, True):

@@ -24,12 +24,14 @@ class LeftState:
 
     Args:
         caches: The caches that it was given.
+        place: Its place in them, if a layer that several blocks share is told whose turn it is.
         given: The floating-point tensors that it was given beside its input.
         counts: For each of these, how often it had been written into.
         returned: The memory of the tensors that it returned beside its output; they need not live on.
     """
 
     caches: list[Any]
+    place: Any
     given: list[Tensor]
     counts: list[Any]
     returned: list[StorageWeakRef]
@@ -44,11 +46,13 @@ class LeftState:
         """
         given = _vectors(arguments)
         beside = [] if isinstance(output, Tensor) else _vectors(output[1:])
-        return cls([a for a in arguments.values() if is_cache(a)], given, versions(given), _memory(beside))
+        caches = [argument for argument in arguments.values() if is_cache(argument)]
+        return cls(caches, arguments.get("layer_idx"), given, versions(given), _memory(beside))
 
     def is_among(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the arguments of a later call hold this state."""
-        if any(cache is argument for cache in self.caches for argument in arguments.values()):
+        same_place = self.place == arguments.get("layer_idx")
+        if same_place and any(cache is argument for cache in self.caches for argument in arguments.values()):
             return True
         written = [t for t, old, now in zip(self.given, self.counts, versions(self.given)) if old != now]
         left = {memory.cdata for memory in [*_memory(written), *self.returned] if not memory.expired()}
