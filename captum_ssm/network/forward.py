@@ -80,7 +80,8 @@ def _run_model(forward_func: Callable[..., Any], inputs: Tensor, *args: Any, all
     if logits.dim() == 2:
         return logits
     examples = torch.arange(len(logits), device=logits.device)
-    return logits[examples, logits.shape[1] - 1 - after]  # in front may be those of virtual tokens, which a host adds
+    behind = after.to(logits.device)  # in front may be logits of virtual tokens, which a host adds
+    return logits[examples, logits.shape[1] - 1 - behind]
 
 
 def _call(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...]) -> Any:
