@@ -54,8 +54,10 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
         super().__init__(forward_func, model, **options)
         if self.checkpoints:
             raise InvalidInputError("checkpoints keep nothing inside a model; leave them out for a layer's relevance.")
-        self._is_list = not isinstance(layer, (nn.Module, str))
-        asked = [layer] if isinstance(layer, (nn.Module, str)) else list(layer)
+        if isinstance(layer, str) or not isinstance(layer, Sequence):
+            self._is_list, asked = False, [layer]
+        else:
+            self._is_list, asked = True, list(layer)
         if not asked:
             raise InvalidInputError("The list of layers is empty; pass at least one module of the model, or its name.")
         found = [find_layer(self, each) for each in asked]
