@@ -99,7 +99,7 @@ class OwnProjections:
     def _note(self, part: nn.Linear, args: tuple[Any, ...], y: Tensor) -> None:
         if type(y) is not Tensor or len(args) != 1 or y.dtype != args[0].dtype:  # a narrower type: under autocast
             return
-        if not (part.weight.is_inference() or args[0].is_inference()):
+        if not (part.weight.is_meta or part.weight.is_inference() or args[0].is_inference()):
             self._known[_memory(part.weight)] = _Projection.of(args[0].detach(), part.weight, part.bias, y.detach())
 
 

@@ -74,7 +74,7 @@ def test_a_bridge_is_the_model_inside(reviews: Any, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     bridge = TransformerBridge.boot_transformers("mamba", hf_model=copy.deepcopy(reviews), tokenizer=tokenizer)
     assert host_of(bridge) is HOSTS["TransformerLens's bridge"] and called(bridge) is bridge.original_model
-    assert torch.equal(bridge(ids)[:, -1], run_model(bridge, ids))
+    torch.testing.assert_close(run_model(bridge, ids), bridge(ids)[:, -1])
     with torch.no_grad():
         difference = (reviews(ids).logits - reviews(torch.ones_like(ids)).logits)[0, -1, 5]
     torch.testing.assert_close(relevance(bridge, ids, 5, baselines=1).sum(), difference, rtol=1e-4, atol=1e-4)
