@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_ssm._captum import LayerAttribution, NeuronAttribution, format_additional_forward_args, log_usage
+from captum_ssm._captum import (
+    LayerAttribution,
+    NeuronAttribution,
+    format_additional_forward_args,
+    format_output,
+    log_usage,
+)
 from captum_ssm.attr.any_model import AnyModelMethod
 from captum_ssm.attr.model_method import ModelMethod
 from captum_ssm.attr.relevance import ImplicitAttentionRelevance
@@ -72,11 +78,8 @@ class LayerImplicitAttentionRelevance(ImplicitAttentionRelevance, LayerAttributi
 
     def _result(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape], is_tuple: bool) -> Any:
         by_name = dict(zip(self.layers, relevance))
-        each = [by_name[name] for name in self._names]
-        return each if self._is_list else super()._result(tuple(each), shapes, is_tuple)
-
-    def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
-        return relevance
+        each = [by_name[name].contiguous() for name in self._names]
+        return each if self._is_list else format_output(is_tuple, tuple(each))
 
 
 class _InnerProbe(Probe):

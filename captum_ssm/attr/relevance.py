@@ -168,13 +168,15 @@ class ImplicitAttentionRelevance(AnyModelMethod):
         """Return the probe of a run, for the relevance of tensors inside the model; here the embeddings' is wanted."""
         return None
 
-    def _in_shape(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape]) -> tuple[Tensor, ...]:
-        """Return the relevance of each input in its shape, or in that of its patches."""
-        return tuple(shape.from_components(r) for r, shape in zip(relevance, shapes))
-
     def _result(self, relevance: tuple[Tensor, ...], shapes: Sequence[ScoreShape], is_tuple: bool) -> Any:
-        """Return the result of :meth:`attribute`: the relevance in its shape, in a tuple if the inputs are in one."""
-        return format_output(is_tuple, tuple(r.contiguous() for r in self._in_shape(relevance, shapes)))
+        """Return the result of :meth:`attribute`: the relevance of each input in its shape, or in that of its patches.
+
+        Args:
+            relevance: That of the components.
+            shapes: The shape of each input.
+            is_tuple: Whether the inputs are in a tuple, so that the result is one too.
+        """
+        return format_output(is_tuple, tuple(s.from_components(r).contiguous() for r, s in zip(relevance, shapes)))
 
     @log_usage
     def attribute(
