@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from captum_ssm import UnsupportedModelError, supported
-from captum_ssm.layers.attention_weights import attention_weights
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import relative_error
 from captum_ssm.layers.mixers import find_adapter
+from captum_ssm.layers.softmax_attention import softmax_attention
 from captum_ssm.matrices.core_matrix import channel_matrices
 from captum_ssm.network.recording import record_mixers
-from captum_ssm.operators import Attention, Chain
+from captum_ssm.operators import Chain, SoftmaxAttention
 from captum_ssm.testing import check_adapter
 from tests import oracles_softmax as oracles
 from tests.families import EARLIER, FAMILIES, VOCABULARY, layers_of
@@ -76,7 +76,7 @@ def chain_of(call: LayerCall, x: Tensor | None = None) -> Chain:
 
 def weights_of(chain: Chain) -> Tensor:
     attention = chain.factors["attention"]
-    assert isinstance(attention, Attention)
+    assert isinstance(attention, SoftmaxAttention)
     return attention.weights
 
 
@@ -390,7 +390,7 @@ def test_the_model_is_not_touched_for_a_moment(name: str, ids: Tensor, monkeypat
             seen.append(mixer.config._attn_implementation == "sdpa")
 
     monkeypatch.setattr(type(mixer), "forward", watched)
-    attention_weights(mixer, call.x, call.kwargs)
+    softmax_attention(mixer, call.x, call.kwargs, 1)
     assert seen and all(seen)
 
 
@@ -420,7 +420,7 @@ def test_nothing_behind_the_weights_runs_to_read_them(name: str, ids: Tensor, mo
         return linear(x, weight, *bias)
 
     monkeypatch.setattr(F, "linear", watched)
-    attention_weights(call.mixer, call.x, call.kwargs)
+    softmax_attention(call.mixer, call.x, call.kwargs, 1)
     assert weights and out.weight.data_ptr() not in weights
 
 
@@ -440,5 +440,5 @@ def test_a_cache_is_neither_read_nor_written(name: str, ids: Tensor) -> None:
 
 
 def test_the_adapter_names_no_library() -> None:
-    module = inspect.getmodule(attention_weights)
+    module = inspect.getmodule(softmax_attention)
     assert module is not None and "import transformers" not in inspect.getsource(module)

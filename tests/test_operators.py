@@ -28,6 +28,7 @@ from captum_ssm.operators import (
     Recurrence,
     Reordered,
     Scan,
+    SoftmaxAttention,
     Sum,
 )
 from captum_ssm.operators import chunk as chunks
@@ -127,21 +128,32 @@ def random_delta(
 
 def random_attention(
     seed: int, dtype: torch.dtype, causal: bool | None = None
-) -> tuple[Attention, Tensor, tuple[int, int, int]]:
-    """Softmax attention of random shape, with rows of padding; its matrices (B, D, L, L); (B, L, D)."""
+) -> tuple[Attention | SoftmaxAttention, Tensor, tuple[int, int, int]]:
+    """Attention of random shape and kind, with rows of padding; its matrices (B, D, L, L); (B, L, D)."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     B, L, H, P = draw.choice([1, 2]), draw.choice([1, 2, 5, 8]), draw.choice([1, 2, 3]), draw.choice([1, 2, 3])
     causal = draw.random() < 0.7 if causal is None else causal
-    logits = torch.randn(B, H, L, L, dtype=dtype)
+    queries, keys = torch.randn(2, B, H, L, 3, dtype=dtype)
+    mask = torch.randn(draw.choice([1, B]), draw.choice([1, H]), L, L, dtype=dtype)
+    attends = (torch.rand(B, 1, L, 1) > 0.2).to(dtype)
     if causal:
-        logits = logits.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf)
-    weights = logits.softmax(-1) * (torch.rand(B, 1, L, 1) > 0.2)
+        mask = mask.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf)
+    kind = draw.choice(["weights", "mask", "no mask"])
+    if kind == "no mask":
+        mask = torch.zeros(L, L, dtype=dtype).masked_fill(mask[0, 0] == -torch.inf, -torch.inf)
+    weights = (0.7 * torch.einsum("bhin,bhjn->bhij", queries, keys) + mask).softmax(-1) * attends
     skip = draw.choice([None, torch.randn(H * P, dtype=dtype), torch.randn(B, L, H * P, dtype=dtype)])
     matrices = weights.repeat_interleave(P, dim=1)
     if skip is not None:
         matrices = matrices + oracles.diagonal_matrix(skip.expand(B, L, H * P))
-    return Attention(weights, head_size=P, skip=skip), matrices, (B, L, H * P)
+    options: Any = {"head_size": P, "skip": skip}
+    made: Attention | SoftmaxAttention = Attention(weights, **options)
+    if kind != "weights":
+        options["attends"] = attends if (attends == 0).any() else None
+        how: Any = {"mask": mask} if kind == "mask" else {"sees_earlier": causal}
+        made = SoftmaxAttention(queries, keys, 0.7, **how, **options)
+    return made, matrices, (B, L, H * P)
 
 
 def diagonal(seed: int, dtype: torch.dtype) -> tuple[Operator, tuple[int, int, int]]:
@@ -974,7 +986,7 @@ def test_a_layer_norm_is_a_diagonal_after_centring() -> None:
 
 def test_what_does_not_know_itself_causal_has_nothing_after_a_start() -> None:
     class Unknown(Diagonal):
-        after = Operator.after
+        after = Operator.after  # type: ignore[assignment]
 
     with pytest.raises(NotImplementedError, match="Unknown is not known to be causal"):
         Unknown(torch.ones(1)).after(1)

@@ -13,7 +13,7 @@ from transformers.integrations import moe  # noqa: F401  (it adds an operator to
 
 from captum_ssm import UnsupportedModelError, operators, register_rule, unregister_rule
 from captum_ssm.layers import activations, averages, log_domain
-from captum_ssm.operators import elementary, recurrence
+from captum_ssm.operators import attention, elementary, recurrence
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.functions import EXTERNAL_CODE, FUNCTIONS, Function, convolutions
@@ -26,7 +26,7 @@ ROWS = {row.name: row for row in FUNCTIONS}
 every_row = on_all("name", ROWS)
 OWNERS: list[Any] = [
     torch, F, Tensor, torch.special, torch.linalg, torch.fft, torch._VF, torch._C, torch._C._nn,
-    activations, averages, convolutions, log_domain, operators, elementary, recurrence,
+    activations, attention, averages, convolutions, log_domain, operators, elementary, recurrence,
 ]  # fmt: skip
 FALLBACK = "grouped_mm_fallback"
 """The operator that transformers adds."""

@@ -8,10 +8,10 @@
   :mod:`~captum_ssm.layers.activations`, :mod:`~captum_ssm.layers.norms`, :mod:`~captum_ssm.layers.rotary`,
   :mod:`~captum_ssm.layers.log_domain`, :mod:`~captum_ssm.layers.padding`, :mod:`~captum_ssm.layers.heads`,
   :mod:`~captum_ssm.layers.parameters`, :mod:`~captum_ssm.layers.token_shift`, :mod:`~captum_ssm.layers.bypass`,
-  :mod:`~captum_ssm.layers.attention_weights`, :mod:`~captum_ssm.layers.fla_factors`,
-  :mod:`~captum_ssm.layers.initial_state`, and the chains of whole kernels, :mod:`~captum_ssm.layers.selective_scan`,
-  :mod:`~captum_ssm.layers.state_space_duality`, :mod:`~captum_ssm.layers.delta_rule`,
-  :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
+  :mod:`~captum_ssm.layers.softmax_attention`, :mod:`~captum_ssm.layers.eager_weights`,
+  :mod:`~captum_ssm.layers.fla_factors`, :mod:`~captum_ssm.layers.initial_state`, and the chains of whole kernels,
+  :mod:`~captum_ssm.layers.selective_scan`, :mod:`~captum_ssm.layers.state_space_duality`,
+  :mod:`~captum_ssm.layers.delta_rule`, :mod:`~captum_ssm.layers.averages`, :mod:`~captum_ssm.layers.matrix_memory`,
   :mod:`~captum_ssm.layers.complex_states`, :mod:`~captum_ssm.layers.real_gated`;
 * :mod:`~captum_ssm.layers.stand_ins`, :mod:`~captum_ssm.layers.measured`: parts of a layer that stand in for plain
   weights (adapters of fine-tuning, quantised weights, hooks), and what such a part does;

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
+from captum_ssm.operators.device_sizes import DeviceSize
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
 """Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.

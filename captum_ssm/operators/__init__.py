@@ -31,7 +31,7 @@ All operators take ``x`` of shape (..., B, L, channels): axes in front of B are 
 coefficients.
 """
 
-from captum_ssm.operators.attention import Attention
+from captum_ssm.operators.attention import Attention, SoftmaxAttention
 from captum_ssm.operators.base import Flip, Index, Operator, Rearranged, Reordered
 from captum_ssm.operators.chain import Chain
 from captum_ssm.operators.coefficient import Coefficient, Product
@@ -61,5 +61,6 @@ __all__ = [
     "Recurrence",
     "Reordered",
     "Scan",
+    "SoftmaxAttention",
     "Sum",
 ]

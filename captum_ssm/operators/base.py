@@ -79,7 +79,7 @@ class Operator(ABC):
         """
         raise ValueError(f"{type(self).__name__} mixes channels, so none can be taken alone.")
 
-    def after(self, start: int) -> Self:
+    def after(self, start: int) -> Operator:
         """Return the operator on the tokens from ``start`` on, for inputs that are 0 before.
 
         Args:

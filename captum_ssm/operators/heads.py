@@ -47,7 +47,7 @@ class HeadOperator(Operator):
         """Return every head's matrix times ``x`` (B, L, H, P), without the direct paths."""
 
     @abstractmethod
-    def transposed(self) -> Self:
+    def transposed(self) -> HeadOperator:
         """Return the operator whose matrices are the transposed ones, with tokens in reverse order."""
 
     @abstractmethod

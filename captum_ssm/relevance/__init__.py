@@ -9,7 +9,8 @@
   functions;
 * :mod:`~captum_ssm.relevance.recurrence`: the rules of a recurrence, in linear time;
   :mod:`~captum_ssm.relevance.averages`, :mod:`~captum_ssm.relevance.exponentials`: those of exponentials over their
-  sum, for a value and a reference of any two levels;
+  sum, for a value and a reference of any two levels; :mod:`~captum_ssm.relevance.attention`: those of softmax
+  attention, in linear memory;
 * :mod:`~captum_ssm.relevance.follow`: a model run on traced tensors, its mixers by their decomposition;
   :mod:`~captum_ssm.relevance.external_code`: rules that run instead of named code;
   :mod:`~captum_ssm.relevance.called_code`: where a model finds the functions that it calls;

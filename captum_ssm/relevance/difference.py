@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators import Operator, Recurrence
+from captum_ssm.relevance.attention import Side, difference_of_attentions
 from captum_ssm.relevance.averages import TracedAverages
 from captum_ssm.relevance.call import Call, references, substitute, values
 from captum_ssm.relevance.exponentials import difference_of_logsumexp, difference_of_softmax
+from captum_ssm.relevance.functions import Origin
 from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import difference_of_scans
 from captum_ssm.relevance.rule import Rule
@@ -47,7 +49,7 @@ class Difference(Rule):
     def product(self, call: Call) -> Tensor:
         """Return the product with a mean of the other factor as each factor's multiplier."""
         x, y = call.traced
-        p = self._first_share(call)
+        p = self._share(x.origin, y.origin)
         a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
         return self._with_means(call, torch.lerp(s, b, p), torch.lerp(a, r, p))
 
@@ -58,7 +60,7 @@ class Difference(Rule):
         denominator is small.
         """
         x, y = call.traced
-        share = self._first_share(call)
+        share = self._share(x.origin, y.origin)
         a, b, r, s = x.value.detach(), y.value.detach(), x.reference, y.reference
         if denominator == 1:
             p, q = _weighed_shares(share, 1 - share, b, s)
@@ -74,6 +76,15 @@ class Difference(Rule):
         """Return the logarithm of the sum with the slopes of ``exp`` and ``log``."""
         return self.pair(*difference_of_logsumexp(x.value, x.reference, axis), "activated")
 
+    def weighted_sums(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_earlier: bool, scale: float
+    ) -> Tensor:
+        """Return softmax attention with the rules of its products and of the softmax."""
+        value, reference = (Side(*side((q, k, v))) for side in (values, references))
+        of_q, of_k, of_v = (getattr(t, "origin", None) for t in (q, k, v))
+        shares = self._share(of_q, of_k), self._share(None, of_v)
+        return self.pair(*difference_of_attentions(value, reference, mask, sees_earlier, scale, *shares))
+
     def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
         """Return the averages with the rules of their products, exponentials and quotient."""
         return TracedAverages(k, w, bonus, self.value_share)
@@ -84,12 +95,16 @@ class Difference(Rule):
         value, reference = difference_of_scans(scan, values(inputs), references(inputs), self.value_share)
         return self.pair(value, reference)
 
-    def _first_share(self, call: Call) -> float:
-        """Return the first factor's share: of a value ``value_share``, of its gate the rest, of two alike a half."""
-        x, y = call.traced
-        if (x.origin is None) == (y.origin is None):
+    def _share(self, first: Origin | None, second: Origin | None) -> float:
+        """Return the share of the first of two factors: of a value ``value_share``, of its gate the rest, else a half.
+
+        Args:
+            first: Origin of the first factor.
+            second: Origin of the second one.
+        """
+        if (first is None) == (second is None):
             return 0.5
-        return self.value_share if x.origin is None else 1 - self.value_share
+        return self.value_share if first is None else 1 - self.value_share
 
     def _with_means(self, call: Call, for_x: Tensor, for_y: Tensor) -> Tensor:
         """Return a product of two with these means of the other factor as the multipliers of the first and second."""

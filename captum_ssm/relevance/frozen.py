@@ -9,7 +9,8 @@ from torch import Tensor
 
 from captum_ssm.layers.averages import averages
 from captum_ssm.operators import Operator, Recurrence
-from captum_ssm.relevance.call import Call, constants
+from captum_ssm.operators.attention import weighted_sums
+from captum_ssm.relevance.call import Call, constants, references, values
 from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import linear_scan
 from captum_ssm.relevance.rule import Rule
@@ -82,6 +83,14 @@ class Frozen(Rule):
     def log_of_sum(self, x: Traced, axis: int | tuple[int, ...]) -> Tensor:
         """Return the logarithm of the sum of exponentials of the value as a constant."""
         return x.value.detach().logsumexp(axis, keepdim=True)
+
+    def weighted_sums(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_earlier: bool, scale: float
+    ) -> Tensor:
+        """Return softmax attention with the weights of the value as constants."""
+        q, k = constants((q, k))
+        value, reference = (weighted_sums(q, k, side(v), mask, sees_earlier, scale) for side in (values, references))
+        return self.pair(value, reference) if isinstance(v, Traced) else value
 
     def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
         """Return the averages whose weights are those of the value, as constants."""

@@ -92,6 +92,12 @@ class Rule(ABC):
         """Return the logarithm of the sum of exponentials, with size 1 along the axis."""
 
     @abstractmethod
+    def weighted_sums(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_earlier: bool, scale: float
+    ) -> Tensor:
+        """Return softmax attention, see :func:`captum_ssm.operators.attention.weighted_sums`."""
+
+    @abstractmethod
     def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
         """Return the operator of averages with exponential weights, see :mod:`captum_ssm.layers.averages`."""
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_ssm.layers.attention_weights import visible_keys
 from captum_ssm.layers.fla_factors import gapless_mask
 from captum_ssm.layers.heads import rows_to_heads, to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import rms_norm
 from captum_ssm.layers.parameters import parameters, projection
 from captum_ssm.layers.rotary import rotary_angles, rotate
+from captum_ssm.layers.softmax_attention import visible_keys
 from captum_ssm.operators import Attention, Chain, Diagonal
 
 

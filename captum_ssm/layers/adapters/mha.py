@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.layers.attention_weights import visible_keys
 from captum_ssm.layers.bypass import Bypass
 from captum_ssm.layers.heads import rows_to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import Rows, convolution, parameters, projection, projections, sizes_of
 from captum_ssm.layers.rotary import rotary_angles, rotate
+from captum_ssm.layers.softmax_attention import visible_keys
 from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
 
 

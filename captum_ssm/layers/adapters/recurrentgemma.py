@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.activations import activation
-from captum_ssm.layers.attention_weights import visible_keys
 from captum_ssm.layers.initial_state import refuse_state
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import parameters, projection
 from captum_ssm.layers.real_gated import real_gated_recurrence
 from captum_ssm.layers.rotary import rotary_angles, rotate
+from captum_ssm.layers.softmax_attention import visible_keys
 from captum_ssm.operators import Attention, CausalConv, Chain, Diagonal
 
 

@@ -1,6 +1,6 @@
 """Softmax attention of transformers, which hybrid models have between their recurrences.
 
-Its weights are read, not derived anew: see :mod:`captum_ssm.layers.attention_weights`.
+Its weights are read, not derived anew: see :mod:`captum_ssm.layers.softmax_attention`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_ssm.layers.attention_weights import attention_weights
 from captum_ssm.layers.heads import rows_to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.norms import inverse_rms
 from captum_ssm.layers.parameters import parameters, projection, sizes_of
-from captum_ssm.operators import Attention, Chain, Diagonal, Operator
+from captum_ssm.layers.softmax_attention import softmax_attention
+from captum_ssm.operators import Chain, Diagonal, Operator
 
 
 @register("JambaAttention", kernel="softmax attention", family="jamba")
@@ -59,8 +59,8 @@ def grouped_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain
         transformers ``modeling_<family>.py``; Vaswani et al. 2017 (arXiv 1706.03762), groups of Ainslie et al. 2023
         (arXiv 2305.13245), gate of Qiu et al. 2025 (arXiv 2505.06708).
     """
-    weights, attention = parameters(mixer, x), attention_weights(mixer, x, kwargs)
-    H, P = attention.shape[1], mixer.head_dim
+    weights, attention = parameters(mixer, x), softmax_attention(mixer, x, kwargs, mixer.head_dim)
+    H, P = attention.heads, attention.head_size
     groups = H // mixer.num_key_value_groups
     gate = _gate_by_head(weights, x, P)
     if sizes_of(weights, "q_proj")[0] == 2 * H * P:  # each head's query is followed by its gate
@@ -73,7 +73,7 @@ def grouped_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain
         {
             "out": projection(weights, "out_proj" if "out_proj.weight" in weights else "o_proj"),
             **gate,
-            "attention": Attention(attention, head_size=P),
+            "attention": attention,
             "in": projection(weights, "v_proj", lambda t: rows_to_heads(t, groups, H)),
         }
     )
@@ -102,8 +102,8 @@ def latent_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     Source:
         transformers ``modeling_<family>.py``; DeepSeek-AI 2024 (arXiv 2405.04434), section 2.1.
     """
-    weights, attention = parameters(mixer, x), attention_weights(mixer, x, kwargs)
-    H, P, rank = attention.shape[1], mixer.v_head_dim, mixer.kv_lora_rank
+    weights, attention = parameters(mixer, x), softmax_attention(mixer, x, kwargs, mixer.v_head_dim)
+    H, P, rank = attention.heads, attention.head_size, mixer.kv_lora_rank
     into = projection(weights, "kv_a_proj_with_mqa", lambda t: t[:rank])
     scale = inverse_rms(into.apply(x, bias=True), mixer.kv_a_layernorm.variance_epsilon)
 
@@ -115,7 +115,7 @@ def latent_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         {
             "out": projection(weights, "o_proj"),
             **_gate_by_head(weights, x, P),
-            "attention": Attention(attention, head_size=P),
+            "attention": attention,
             "value": projection(weights, "kv_b_proj", values),
             "norm": Diagonal(scale * weights["kv_a_layernorm.weight"]),
             "in": into,

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from captum_ssm.layers.log_domain import log_of_sum, normalized_exponentials
+from captum_ssm.operators.attention import weighted_sums
 from captum_ssm.relevance.functions.table import composed
 from captum_ssm.relevance.functions.torch_code import as_torch_writes_it
 
@@ -130,6 +132,10 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
 # --- Attention ----------------------------------------------------------------------------------------------------
 
 
+_ABSORBING = -1e30
+"""Largest number to which a score can be added without an effect."""
+
+
 @composed("scaled_dot_product_attention")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -139,16 +145,20 @@ def _attention(
         raise NotImplementedError("attention with dropout")
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -torch.inf)
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
-        sees_none = (~attn_mask if boolean else attn_mask == -torch.inf).all(-1, keepdim=True)
-        return (F.softmax(scores.masked_fill(sees_none, 0), dim=-1) * ~sees_none) @ v
-    return F.softmax(scores, dim=-1) @ v
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if attn_mask is None:
+        return weighted_sums(q, k, v, None, is_causal, scale)
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+    alike = (attn_mask <= _ABSORBING).all(
+        -1, keepdim=True
+    )  # queries for which all keys are hidden: scores have no part
+    q, mask = q.masked_fill(alike, 0), attn_mask.masked_fill(alike, 0)
+    if has_torch_function_unary(mask):  # a bias that depends on the tokens
+        y = F.softmax(q @ k.mT * scale + mask, dim=-1) @ v
+    else:
+        y = weighted_sums(q, k, v, mask, is_causal, scale)
+    return y * (attn_mask > -torch.inf).any(-1, keepdim=True)
 
 
 composed("multi_head_attention_forward")(as_torch_writes_it(F.multi_head_attention_forward))

@@ -178,7 +178,7 @@ for _window in (1, 2, 3):
 # --- Autograd, this package, and other libraries ------------------------------------------------------------------
 
 _declare("mark", "requires_grad retain_grad")
-_declare("method", "recur secant")  # of captum_ssm.operators and captum_ssm.layers
+_declare("method", "recur secant weighted_sums")  # of captum_ssm.operators and captum_ssm.layers
 _declare("method", "averages upper_bound normalized_exponentials log_of_sum")  # of captum_ssm.layers
 _declare("outside", "data_ptr const_data_ptr numpy array array_wrap dlpack dlpack_device set backward register_hook")
 _declare("outside", "storage untyped_storage storage_type share_memory deepcopy reduce_ex setstate record_stream")
