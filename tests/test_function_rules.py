@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.relevance import blockwise as blocks
@@ -423,6 +424,42 @@ def test_a_held_gate_gets_its_share_of_the_product(swapped: bool, rule: Any, sha
         product = one.value * other.value
         for found in relevances(one, other):
             assert (found.sum() - 0.5 * product.sum()).abs() <= 1e-11
+
+
+PRODUCTS: dict[str, Any] = {
+    "linear": lambda x: F.linear(x, MATRIX),
+    "linear with a bias": lambda x: F.linear(x, MATRIX, VECTOR),
+    "matmul": lambda x: x @ MATRIX,
+    "matmul from the left": lambda x: MATRIX[:3, :3] @ x,
+    "convolution": lambda x: F.conv1d(x, PLAIN),
+    "convolution with a bias": lambda x: F.conv1d(x, PLAIN, VECTOR[:2]),
+    "attention": lambda x: F.scaled_dot_product_attention(PLAIN, PLAIN, x),
+}
+"""Sums of products with constants."""
+
+
+@on_all("name", PRODUCTS)
+def test_held_products_of_a_reference_of_zero_are_not_computed(name: str) -> None:
+    """The reference is then 0, or the bias; any other is the function of it."""
+    function = PRODUCTS[name]
+    for reference in (torch.zeros(SHAPE, dtype=torch.float64), PLAIN):
+        x: Any = Traced.of(random(*SHAPE)[0], reference, Frozen())
+        with Multiplications() as made:
+            found = function(x).reference
+        with Multiplications() as plain:
+            assert_equal(found, function(reference))
+        computed = name.endswith("with a bias") or bool(reference.any())
+        assert made.count == plain.count * (2 if computed else 1)
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the sums of products that are computed while the mode is on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(word in str(function) for word in ("mm", "conv", "attention"))
+        return function(*args, **(kwargs or {}))
 
 
 def test_held_gates_are_constants() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_ssm.layers.averages import averages
 from captum_ssm.operators import Operator, Recurrence
 from captum_ssm.operators.attention import weighted_sums
-from captum_ssm.relevance.call import Call, constants, references, values
+from captum_ssm.relevance.call import Call, constants, values
 from captum_ssm.relevance.multipliers import with_multiplier
 from captum_ssm.relevance.recurrence import linear_scan
 from captum_ssm.relevance.rule import Rule
@@ -22,6 +22,8 @@ GateRule = Literal["half", "value"]
 
 class Frozen(Rule):
     """Hold the gates: the model is then affine in its embeddings, and the reference is its result for 0.
+
+    Up to the first bias that result is 0, in many models throughout, and products with 0 are not computed.
 
     An elementwise function that is 0 at 0, as an activation is, becomes a gate ``f(x)/x`` on its own input; any other,
     as a sigmoid, an exponential or an inverse root, is a constant. The coefficients of recurrences and the weights of
@@ -57,6 +59,14 @@ class Frozen(Rule):
         reference = call.at(x.reference, for_x) + call.at(for_y, y.reference)
         return self.pair(self.with_means(call, for_x, for_y), reference)
 
+    def reference_of_linear(self, call: Call, value: Any) -> Any:
+        """Return a linear function of the reference, 0 if it is the product of a reference of 0 and a constant."""
+        tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
+        is_product = call.row.kind == "product" and call.row.contraction and len(tensors) == 2
+        if is_product and not bool(call.traced[0].reference.any()):
+            return torch.zeros_like(value)
+        return super().reference_of_linear(call, value)
+
     def quotient(self, call: Call, denominator: int) -> Tensor:
         """Return the product with each factor's share: one over something is a factor like any other."""
         return self.product(call)
@@ -89,8 +99,12 @@ class Frozen(Rule):
     ) -> Tensor:
         """Return softmax attention with the weights of the value as constants."""
         q, k = constants((q, k))
-        value, reference = (weighted_sums(q, k, side(v), mask, sees_earlier, scale) for side in (values, references))
-        return self.pair(value, reference) if isinstance(v, Traced) else value
+        value = weighted_sums(q, k, values(v), mask, sees_earlier, scale)
+        if not isinstance(v, Traced):
+            return value
+        if not bool(v.reference.any()):
+            return self.pair(value, torch.zeros_like(value))
+        return self.pair(value, weighted_sums(q, k, v.reference, mask, sees_earlier, scale))
 
     def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
         """Return the averages whose weights are those of the value, as constants."""

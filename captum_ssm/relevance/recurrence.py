@@ -80,7 +80,10 @@ def linear_scan(scan: Recurrence, x: Tensor, reference: Tensor) -> tuple[Tensor,
         The outputs (B, L, H, P) for both. The gradient of the first is the adjoint, for which nothing is stored.
     """
     with torch.no_grad():
-        if x.shape[3] > 1:  # channels share a matrix, which is then computed once for both
+        if not bool(reference.any()):
+            y = scan.mix(x)
+            other = torch.zeros_like(y)
+        elif x.shape[3] > 1:  # channels share a matrix, which is then computed once for both
             y, other = scan.mix(torch.cat([x, reference], dim=3)).chunk(2, dim=3)
         else:
             y, other = scan.mix(x), scan.mix(reference)

@@ -101,6 +101,10 @@ class Rule(ABC):
     def averages(self, k: Traced, w: Tensor, bonus: Tensor) -> Operator:
         """Return the operator of averages with exponential weights, see :mod:`captum_ssm.layers.averages`."""
 
+    def reference_of_linear(self, call: Call, value: Any) -> Any:
+        """Return the reference of a linear function, or of a product with one traced factor, that has this value."""
+        return call.on(reference_of)
+
     def upper_bound(self, x: Traced) -> Tensor:
         """Return a constant at or above the value and the reference."""
         return torch.maximum(x.value.detach(), x.reference)
@@ -169,7 +173,7 @@ class Rule(ABC):
             raise unsupported_function(call.function, f"it is linear in its argument {position} alone")
         keeps_origin = len(call.traced) == 1 and not call.row.contraction
         value = self._value_of_linear(call)
-        return self.pair(value, call.on(reference_of), call.traced[0].origin if keeps_origin else None)
+        return self.pair(value, self.reference_of_linear(call, value), call.traced[0].origin if keeps_origin else None)
 
     def _value_of_linear(self, call: Call) -> Any:
         """Return the value of a linear function; a projection's may be known from the layer's own code."""

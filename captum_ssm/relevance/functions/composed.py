@@ -150,9 +150,7 @@ def _attention(
         return weighted_sums(q, k, v, None, is_causal, scale)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
-    alike = (attn_mask <= _ABSORBING).all(
-        -1, keepdim=True
-    )  # queries for which all keys are hidden: scores have no part
+    alike = (attn_mask <= _ABSORBING).all(-1, keepdim=True)  # the scores of these queries have no part
     q, mask = q.masked_fill(alike, 0), attn_mask.masked_fill(alike, 0)
     if has_torch_function_unary(mask):  # a bias that depends on the tokens
         y = F.softmax(q @ k.mT * scale + mask, dim=-1) @ v
