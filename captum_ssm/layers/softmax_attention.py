@@ -8,7 +8,6 @@ weights itself, and they are read where they meet the values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_ssm.errors import UnsupportedModelError
+from captum_ssm.layers.attention_masks import additive_mask, as_scores, attending, causal_mask
 from captum_ssm.layers.eager_weights import weights_of_eager_code
 from captum_ssm.layers.isolated import cast_like, isolated_copy
 from captum_ssm.operators import Attention, SoftmaxAttention
-from captum_ssm.operators.attention import HIDDEN
 
 _CACHES = ("past_key_values", "use_cache")
 
@@ -52,15 +51,15 @@ def softmax_attention(
     Cost: one run of the layer as far as its queries and keys; O(L²·D) time and B·H·L² numbers if it computes weights.
     """
     arguments = {name: value for name, value in kwargs.items() if name not in _CACHES}
-    mask = _additive(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
+    mask = additive_mask(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
     visible, selectors = mask, {}
     selector = next((name for name in _SELECTORS if hasattr(mixer, name)), None)
     if selector is not None:
         selected = _selected(mixer, selector, x, arguments)
-        visible = _additive(selected, x)
+        visible = additive_mask(selected, x)
         selection = torch.ones_like(selected) if selected.dtype == torch.bool else visible
         selectors = dict.fromkeys(_SELECTORS, lambda *_, **__: selection)
-    attends = _attends(mask, visible)
+    attends = attending(mask, visible)
 
     def layer(implementation: str) -> Any:
         copy = isolated_copy(mixer, x, lambda config: _Configured(config, implementation))
@@ -70,7 +69,7 @@ def softmax_attention(
     call = _call_of_torch(layer("sdpa"), x, {**arguments, "attention_mask": visible})
     if call is not None:
         return call.attention(attends, head_size)
-    seen = _additive_causal(x) if visible is None else visible
+    seen = causal_mask(x) if visible is None else visible
     weights = weights_of_eager_code(layer("eager"), x, {**arguments, "attention_mask": seen})
     if weights is None:
         raise UnsupportedModelError(
@@ -78,88 +77,6 @@ def softmax_attention(
             "attention: attn_implementation='sdpa' or 'eager'."
         )
     return Attention(weights if attends is None else weights * attends, head_size=head_size)
-
-
-def visible_keys(L: int, device: torch.device, window: int | None = None) -> Tensor:
-    """Build the causal mask.
-
-    Args:
-        L: Number of tokens.
-        device: Device of the mask.
-        window: Number of keys that a token sees at most; None for all.
-
-    Returns:
-        (L, L), True where query i sees key j.
-    """
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    return causal.triu(1 - window) if window else causal
-
-
-# --- Masks --------------------------------------------------------------------------------------------------------
-
-
-def _additive(mask: Any, x: Tensor, window: int | None = None) -> Tensor | None:
-    """Build the additive mask of a call.
-
-    Args:
-        mask: None or (B, L) if the kernel itself is causal, else (B, 1, L, L), True or 0 where a key is visible.
-        x: Input (B, L, E).
-        window: Number of keys that a token sees at most; None for all.
-
-    Returns:
-        (B or 1, 1, L, L), added to the scores of the keys; None if each token sees all earlier ones.
-
-    Raises:
-        UnsupportedModelError: If the mask is no tensor.
-    """
-    if not (mask is None or isinstance(mask, Tensor)):
-        raise UnsupportedModelError(
-            f"An attention mask of type {type(mask).__name__} cannot be read. Load the model with another attention: "
-            "attn_implementation='sdpa' or 'eager'."
-        )
-    if mask is None and (window is None or window >= x.shape[1]):
-        return None
-    return _additive_causal(x, mask, window) if mask is None or mask.dim() == 2 else _as_scores(mask, x)
-
-
-def _additive_causal(x: Tensor, tokens: Tensor | None = None, window: int | None = None) -> Tensor:
-    """Build the additive mask of tokens that see earlier ones alone.
-
-    Args:
-        x: Input (B, L, E).
-        tokens: Mask (B, L), 0 at padding; None without padding.
-        window: Number of keys that a token sees at most; None for all.
-
-    Returns:
-        (B or 1, 1, L, L).
-    """
-    visible = visible_keys(x.shape[1], x.device, window)[None, None]
-    return _as_scores(visible if tokens is None else visible & tokens.to(visible)[:, None, None], x)
-
-
-def _as_scores(mask: Tensor, x: Tensor) -> Tensor:
-    """Return a mask, boolean or additive, as what is added to scores in the type of ``x``; none is infinite."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
-    return mask.to(x).clamp(min=torch.finfo(torch.float32).min)  # finite also where the softmax runs in float32
-
-
-def _attends(mask: Tensor | None, visible: Tensor | None) -> Tensor | None:
-    """Find the tokens that attend to none: padding, and those that see no key, whose softmax is no attention.
-
-    Args:
-        mask: That of the call, (B or 1, 1, L, L), which hides a key from its own query if it is padding; or None.
-        visible: That of the keys that a layer sees in the end, (B or 1, 1, L, L), or None.
-
-    Returns:
-        (B or 1, 1, L, 1), 0 for them, else 1; None if there are none.
-    """
-    if visible is None:
-        return None
-    none = (visible <= HIDDEN).all(-1, keepdim=True)
-    if mask is not None:
-        none = none | (mask <= HIDDEN).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    return (~none).to(visible) if bool(none.any()) else None
 
 
 def _selected(mixer: nn.Module, selector: str, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -219,7 +136,7 @@ class _Call(NamedTuple):
             queries,
             keys,
             keys.shape[3] ** -0.5 if self.scale is None else self.scale,
-            mask=None if mask is None else _as_scores(mask, keys),
+            mask=None if mask is None else as_scores(mask, keys),
             sees_earlier=self.is_causal,
             attends=attends,
             head_size=head_size,

@@ -85,7 +85,8 @@ class SoftmaxAttention(HeadOperator):
         mask: Added to the scores, (B or 1, H or 1, L, L); at most :data:`HIDDEN` where query i does not see key j. None
             for a mask of 0.
         sees_earlier: Whether each token sees itself and earlier ones alone, which a ``mask`` says otherwise.
-        attends: 0 for a token that attends to none, as padding, else 1, (B or 1, H or 1, L, 1). None for 1.
+        attends: 0 for a token that attends to none, as padding, else 1, (B or 1, H or 1, L or 1, 1). None
+            for 1.
         head_size: P, the number of channels of a head.
         skip: Direct path, broadcastable to (B, L, D), or None.
         bonus: Further weight of the current token, broadcastable to (B, L, D), or None.

@@ -30,8 +30,7 @@ from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.layers.mixers import find_adapter
 from captum_ssm.matrices.core_matrix import channel_matrices
-from captum_ssm.operators import Attention as SoftmaxAttention
-from captum_ssm.operators import Chain, Diagonal, HeadOperator
+from captum_ssm.operators import Chain, Diagonal, HeadOperator, SoftmaxAttention
 from captum_ssm.testing import check_adapter
 from tests.native import fla_cpu
 from tests.native import oracles_fla as oracles

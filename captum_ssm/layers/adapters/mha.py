@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,7 @@ from captum_ssm.layers.heads import rows_to_heads
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import Rows, convolution, parameters, projection, projections, sizes_of
 from captum_ssm.layers.rotary import rotary_angles, rotate
-from captum_ssm.layers.softmax_attention import visible_keys
-from captum_ssm.operators import Attention, Chain, Diagonal, Operator, Projection
+from captum_ssm.operators import Chain, Diagonal, Operator, Projection, SoftmaxAttention
 
 
 @register("MHA", kernel="softmax attention", family="mamba_ssm", parts=("in_proj", "rotary_emb_dim", "mlp_dim"))
@@ -49,10 +47,10 @@ def native_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
     if mixer.rotary_emb_dim:
         queries, keys = (rotate(t, _angles(mixer.rotary_emb, x), mixer.rotary_emb.interleaved) for t in (queries, keys))
 
-    logits = torch.einsum("bihp,bjhp->bhij", queries, keys) * (mixer.softmax_scale or P**-0.5)
-    if mixer.causal:
-        logits = logits.masked_fill(~visible_keys(x.shape[1], x.device), -math.inf)
-    factors: dict[str, Any] = {"attention": Attention(logits.softmax(-1), head_size=P), **v}
+    queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+    scale = mixer.softmax_scale or P**-0.5
+    attention = SoftmaxAttention(queries, keys, scale, sees_earlier=mixer.causal, head_size=P)
+    factors: dict[str, Any] = {"attention": attention, **v}
     if mixer.mlp_dim:
         factors = _with_mlp(weights, x, factors, mixer.mlp_dim // 2)
     return Chain({"out": projection(weights, "out_proj"), **factors})
@@ -113,8 +111,14 @@ def _with_mlp(weights: Mapping[str, Tensor], x: Tensor, factors: Mapping[str, An
     gates = F.silu(gate.apply(x, bias=True))
     extended = {
         **factors,
-        "attention": Attention(
-            bypass.heads(attention.weights, -3), head_size=bypass.head_size, skip=F.pad(x.new_ones(M), (D, 0))
+        "attention": SoftmaxAttention(
+            bypass.heads(attention.queries, -3),
+            bypass.heads(attention.keys, -3),
+            attention.scale,
+            sees_earlier=attention.sees_earlier,
+            attends=bypass.heads(x.new_ones(1, attention.heads, 1, 1), -3),
+            head_size=bypass.head_size,
+            skip=F.pad(x.new_ones(M), (D, 0)),
         ),
         "in": Projection(torch.cat([into.W, up.W]), bias),
     }

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.activations import activation
+from captum_ssm.layers.attention_masks import additive_mask
 from captum_ssm.layers.initial_state import refuse_state
 from captum_ssm.layers.mixers import register
 from captum_ssm.layers.parameters import parameters, projection
 from captum_ssm.layers.real_gated import real_gated_recurrence
 from captum_ssm.layers.rotary import rotary_angles, rotate
-from captum_ssm.layers.softmax_attention import visible_keys
-from captum_ssm.operators import Attention, CausalConv, Chain, Diagonal
+from captum_ssm.operators import CausalConv, Chain, Diagonal, SoftmaxAttention
 
 
 @register("recurrentgemma.RecurrentBlock", kernel="RG-LRU", family="recurrentgemma")
@@ -100,12 +98,12 @@ def local_attention(mixer: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Chain:
         rotate(projection(weights, name).apply(x).unflatten(-1, (-1, P)), angles, interleaved=False)
         for name in ("proj_q", "proj_k")
     )
-    logits = torch.einsum("bihp,bjp->bhij", q, k.squeeze(2)) * P**-0.5
-    visible = visible_keys(x.shape[1], x.device, mixer.window_size + 1)
+    q, k = q.transpose(1, 2), k.transpose(1, 2).expand(-1, H, -1, -1)
+    mask = additive_mask(None, x, mixer.window_size + 1)
     return Chain(
         {
             "out": projection(weights, "proj_final"),
-            "attention": Attention(logits.masked_fill(~visible, -math.inf).softmax(-1), head_size=P),
+            "attention": SoftmaxAttention(q, k, P**-0.5, mask=mask, sees_earlier=mask is None, head_size=P),
             "in": projection(weights, "proj_v", lambda t: t.repeat(H, 1)),
         }
     )
