@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_ssm.operators import SoftmaxAttention, score_blocks
 from captum_ssm.operators.device_sizes import DeviceSize
-from captum_ssm.relevance import attention
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.rule import Rule
@@ -77,8 +77,8 @@ def multipliers(y: Any, inputs: tuple[Any, ...], dy: Tensor) -> list[Tensor]:
 
 @pytest.fixture(params=[2**17, 12], ids=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_SCORES", DeviceSize(request.param, request.param))
-    monkeypatch.setattr(attention, "_ROWS", 2)
+    monkeypatch.setattr(score_blocks, "_SCORES", DeviceSize(request.param, request.param))
+    monkeypatch.setattr(score_blocks, "_ROWS", 2)
 
 
 @every_case
@@ -147,10 +147,20 @@ def test_value_and_reference_may_be_of_different_levels(level: float) -> None:
 
 @every_rule
 def test_no_tensor_holds_the_scores_of_all_tokens(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_SCORES", DeviceSize(2**12, 2**12))
+    monkeypatch.setattr(score_blocks, "_SCORES", DeviceSize(2**12, 2**12))
     L, width = 200, 8
     q, k, v = (sides(rule, 1, 2, L, width) for _ in range(3))
     with Largest() as made:
         y = attend(q, k, v, is_causal=True)
         multipliers(y, (q, k, v), torch.ones_like(y.value))
+    assert made.entries < L * L
+
+
+def test_neither_product_of_an_attention_holds_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_blocks, "_SCORES", DeviceSize(2**12, 2**12))
+    L, width = 200, 8
+    q, k = torch.randn(2, 1, 2, L, width)
+    operator, x = SoftmaxAttention(q, k, 0.5, sees_earlier=True, head_size=width), torch.randn(1, L, 2 * width)
+    with Largest() as made:
+        operator.apply(x), operator.adjoint(x)
     assert made.entries < L * L

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from benchmarks.speed.figures import ROOT as REPOSITORY
 from benchmarks.speed.figures import Figure
-from benchmarks.speed.models import TARGET, gated_delta, last_logits, mamba, mamba2, random_ids
+from benchmarks.speed.models import TARGET, delta_hybrid, gated_delta, last_logits, mamba, mamba2, random_ids
 from benchmarks.speed.rollouts import ABSOLUTE, CHANNEL, MEAN, METHODS, NORM, ROOT, ROWS, SIGNED, TOKEN
 from captum_ssm import ImplicitAttentionRelevance, LLMImplicitAttention
 from captum_ssm.models import REVIEWS
@@ -33,6 +33,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Mamba-2, 2 × 384": partial(mamba2, 2, 384),
     "gated delta, 2 × 256": partial(gated_delta, 2, 256),
     "Mamba, 1 × 128": partial(mamba, 1, 128),
+    "gated delta hybrid, 4 × 128": partial(delta_hybrid, 4, 128),
     "the shipped model": lambda: AutoModelForCausalLM.from_pretrained(REVIEWS).eval(),
 }
 
@@ -80,10 +81,14 @@ def memory(quick: bool) -> Iterator[Figure]:
     L, long = (256, 512) if quick else (2048, 16384)
     matrices = [ROOT, CHANNEL, ROWS, TOKEN, SIGNED, ABSOLUTE, MEAN, GENERATION]
     # transformers' own passes of a Mamba take a time that grows with the square of L
-    asked = {"Mamba, 1 × 128": [ROOT, CHANNEL, SIGNED, MEAN]}
+    asked = {
+        "Mamba, 1 × 128": [ROOT, CHANNEL, SIGNED, MEAN],
+        "gated delta hybrid, 4 × 128": [SIGNED],
+        "the shipped model": [],
+    }
     for model in MODELS:
         own = in_a_process(model, OWN, L)
-        for what in [*([] if "shipped" in model else asked.get(model, matrices)), *RELEVANCE]:
+        for what in [*asked.get(model, matrices), *RELEVANCE]:
             value = in_a_process(model, what, L) / own
             yield Figure("memory", f"peak memory, {what}", OWN, f"{model}, L {L}", 2, value)
     model = "the shipped model"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.errors import UnsupportedModelError
-from captum_ssm.operators.attention import HIDDEN
+from captum_ssm.operators.score_blocks import HIDDEN
 
 
 def additive_mask(mask: Any, x: Tensor, window: int | None = None) -> Tensor | None:

@@ -12,9 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from captum_ssm.operators.base import tokens_from
 from captum_ssm.operators.heads import HeadOperator
-
-HIDDEN = -1e4
-"""Largest number that a library or a user adds to the score of a hidden key."""
+from captum_ssm.operators.score_blocks import HIDDEN, ScoreBlocks
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,19 @@ class SoftmaxAttention(HeadOperator):
         """Return the weighted sums of ``x`` (B, L, H, P), of the same shape."""
         y = weighted_sums(self.queries, self.keys, x.transpose(1, 2), self.mask, self.sees_earlier, self.scale)
         return (y if self.attends is None else y * self.attends).transpose(1, 2)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return the transposed output for ``u`` (..., B, L, D)."""
+        return self.on_heads(u, self._mix_transposed)
+
+    def _mix_transposed(self, u: Tensor) -> Tensor:
+        """Return the sums over the queries, ``sum_i w_ij u_i``, of ``u`` (B, L, H, P), of the same shape."""
+        u = (u if self.attends is None else u * self.attends.transpose(1, 2)).transpose(1, 2)
+        queries, sums = self.queries * self.scale, torch.zeros_like(u)
+        for block in ScoreBlocks(queries, self.keys, self.mask, self.sees_earlier, queries.shape[:2]):
+            weights = block.masked(block.scores(queries, self.keys)).softmax(-1)
+            block.of_keys(sums).add_(weights.mT @ block.of_rows(u))
+        return sums.transpose(1, 2)
 
     def transposed(self) -> Attention:
         """Return the attention with the transposed weights, with tokens in reverse order."""

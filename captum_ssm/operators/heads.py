@@ -86,12 +86,27 @@ class HeadOperator(Operator):
         Raises:
             ValueError: If D is not H·P.
         """
+        return self.on_heads(x, self.mix)
+
+    def on_heads(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a function of the heads, and the direct paths, for ``x`` (..., B, L, D).
+
+        Args:
+            x: The input.
+            mix: From (B, L, H, P·J) to the same shape, where further right-hand sides are further channels.
+
+        Returns:
+            (..., B, L, D).
+
+        Raises:
+            ValueError: If D is not H·P.
+        """
         B, L, D = x.shape[-3:]
         H, P = self.heads, self.head_size
         if D != H * P:
             raise ValueError(f"The scan has {H} heads of {P} channels, but the input has {D} channels.")
         columns = x.reshape(-1, B, L, H, P).permute(1, 2, 3, 4, 0)  # (B, L, H, P, J)
-        y = self.mix(columns.flatten(3)).view(columns.shape).permute(4, 0, 1, 2, 3).reshape(x.shape)  # (..., B, L, D)
+        y = mix(columns.flatten(3)).view(columns.shape).permute(4, 0, 1, 2, 3).reshape(x.shape)  # (..., B, L, D)
         for direct in (self.bonus, self.skip):
             if direct is not None:
                 y = y + direct * x

@@ -14,22 +14,13 @@ logarithm of its sum of exponentials. Source: Dao et al. 2022 (arXiv 2205.14135)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_ssm.operators.attention import HIDDEN
-from captum_ssm.operators.device_sizes import DeviceSize
+from captum_ssm.operators.score_blocks import ScoreBlocks, by_heads
 from captum_ssm.relevance.slopes import slope_of_exp
-
-_SCORES = DeviceSize(cpu=2**17, others=2**24)
-"""Scores of a block: on a processor, some tensors of this size fit the cache."""
-
-_ROWS = 32
-"""Queries of a block at least, where there are as many: with fewer, products of matrices are slow."""
 
 
 class Side(NamedTuple):
@@ -67,90 +58,11 @@ def difference_of_attentions(
         Both outputs, (..., I, P).
     """
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in value))
-    (q, k, v), others = ([_by_heads(t, lead) for t in side] for side in (value, reference))
-    blocks = _Blocks(q, k, mask, sees_earlier, lead)
+    (q, k, v), others = ([by_heads(t, lead) for t in side] for side in (value, reference))
+    blocks = ScoreBlocks(q, k, mask, sees_earlier, lead)
     shares = query_share, weight_share
     y, other = _Difference.apply(q, k, v, Side(*others), blocks, scale, shares)  # type: ignore[no-untyped-call]
     return y.view(*lead, *y.shape[2:]), other.view(*lead, *y.shape[2:])
-
-
-def _by_heads(t: Tensor, lead: torch.Size) -> Tensor:
-    """Return (B, H, rows, columns) of a tensor that may be shared along some of its leading axes."""
-    return t.expand(*lead, *t.shape[-2:]).reshape(math.prod(lead[:-1]), math.prod(lead[-1:]), *t.shape[-2:])
-
-
-class _Block(NamedTuple):
-    """Scores that are treated at once."""
-
-    heads: slice
-    rows: slice
-    keys: slice
-    """The first keys: all that some query of the block sees."""
-    mask: Tensor | None
-    """Broadcastable to (B, heads, rows, keys)."""
-
-    def of_rows(self, t: Tensor) -> Tensor:
-        """Return the entries of the block's queries, (B, heads, rows, ...)."""
-        return t[:, self.heads, self.rows]
-
-    def of_keys(self, t: Tensor) -> Tensor:
-        """Return the entries of the block's keys, (B, heads, keys, ...)."""
-        return t[:, self.heads, self.keys]
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the products of queries and keys, without the mask, (B, heads, rows, keys)."""
-        return self.of_rows(q) @ self.of_keys(k).mT
-
-    def masked(self, scores: Tensor) -> Tensor:
-        """Return the scores with the mask."""
-        return scores if self.mask is None else scores + self.mask
-
-
-class _Blocks:
-    """The blocks of the scores (B, H, I, J).
-
-    Args:
-        q: Queries (B, H, I, N).
-        k: Keys (B, H, J, N).
-        mask: Broadcastable to (..., I, J), or None.
-        sees_earlier: Whether query i sees the keys up to i alone.
-        lead: The leading axes.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, sees_earlier: bool, lead: torch.Size) -> None:
-        (B, H, I, _), J = q.shape, k.shape[2]  # noqa: E741
-        self.like, self.sees_earlier, self.mask = q.detach(), sees_earlier, None
-        self.shape, size = (H, I, J), _SCORES.of(q)
-        self.rows = max(1, min(I, max(_ROWS, size // max(B * H * J, 1))))
-        self.heads = max(1, min(H, size // max(B * self.rows * J, 1)))
-        self.seen = [min(i + 1, J) if sees_earlier else J for i in range(I)]
-        if mask is not None:
-            mask = mask.expand(*mask.shape[:-2], I, J)
-            self.seen, self.mask = _seen(mask), _by_heads(mask, lead)
-
-    def __iter__(self) -> Iterator[_Block]:
-        H, I, _ = self.shape  # noqa: E741
-        for start in range(0, I, self.rows):
-            rows = slice(start, min(start + self.rows, I))
-            keys = slice(0, max(self.seen[rows]))
-            for head in range(0, H, self.heads):
-                heads = slice(head, head + self.heads)
-                yield _Block(heads, rows, keys, self._mask(heads, rows, keys))
-
-    def _mask(self, heads: slice, rows: slice, keys: slice) -> Tensor | None:
-        if self.sees_earlier:
-            later = self.like.new_full((rows.stop - rows.start, keys.stop), -torch.inf)
-            return later.triu(rows.start + 1)
-        return None if self.mask is None else self.mask[:, heads, rows, keys]
-
-
-def _seen(mask: Tensor) -> list[int]:
-    """Return by row of a mask (..., I, J) how many of the first keys it sees: all, if it hides all from some query."""
-    visible = mask > HIDDEN
-    visible = (visible | ~visible.any(-1, keepdim=True)).view(-1, *mask.shape[-2:]).any(0)  # (I, J)
-    number = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
-    seen: list[int] = (visible * number).amax(-1).tolist()
-    return seen
 
 
 class _Difference(torch.autograd.Function):
@@ -163,7 +75,7 @@ class _Difference(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         reference: Side,
-        blocks: _Blocks,
+        blocks: ScoreBlocks,
         scale: float,
         shares: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
@@ -201,7 +113,7 @@ class _Difference(torch.autograd.Function):
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None, None, None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: ScoreBlocks) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, I, P), and by row the logarithm of the sum of exponentials, (B, H, I, 1)."""
     y, log_sum = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], 1)
     for block in blocks:
