@@ -89,8 +89,8 @@ def test_the_rule_is_that_of_the_functions_written_out(name: str, rule: Rule, bl
     case = {"queries": 5, "lead": (2, 3), "shared": False, **CASES[name]}
     lead = case.pop("lead")
     q = sides(rule, *lead, case.pop("queries"), 4, origin="activated")
-    k, v = (sides(rule, *(lead[-1:] if case.get("shared") else lead), 7, width) for width in (4, 6))
-    case.pop("shared")
+    shared = lead[-1:] if case.pop("shared") else lead
+    k, v = sides(rule, *shared, 7, 4), sides(rule, *shared, 7, 6, origin="activated")
     y = attend(q, k, v, **case)
     expected = written_out(q, k, v, **{"is_causal": False, "attn_mask": None, "scale": 0.5, **case})
     close((y.value, y.reference), (expected.value, expected.reference))
