@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.operators import SoftmaxAttention, score_blocks
+from captum_ssm.operators.attention import weighted_sums
 from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
@@ -164,3 +165,12 @@ def test_neither_product_of_an_attention_holds_its_weights(monkeypatch: pytest.M
     with Largest() as made:
         operator.apply(x), operator.adjoint(x)
     assert made.entries < L * L
+
+
+@every_rule
+def test_a_query_that_sees_no_key_weighs_all_alike(rule: Rule, blocks: None) -> None:
+    """As rows of padding do in an adapter's attention, before they are set to 0."""
+    q, k, v = (sides(rule, 1, 2, 7, 4) for _ in range(3))
+    y: Any = weighted_sums(q, k, v, torch.full((1, 1, 7, 7), LOWEST, dtype=torch.float64), False, 0.5)
+    for found, values in ((y.value, v.value), (y.reference, v.reference)):
+        close(found, values.mean(-2, keepdim=True).expand_as(values))
