@@ -17,7 +17,7 @@ from captum_ssm.operators.device_sizes import DeviceSize
 HIDDEN = -1e4
 """Largest number that a library or a user adds to the score of a hidden key."""
 
-_SCORES = DeviceSize(cpu=2**17, others=2**24)
+_SCORES = DeviceSize(cpu=2**17, others=2**26)
 """Scores of a block: on a processor, some tensors of this size fit the cache."""
 
 _ROWS = 32
