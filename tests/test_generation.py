@@ -31,7 +31,7 @@ from captum_ssm import (
 from captum_ssm.attr import LayerImplicitAttentionAttribution, generated_tokens
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.layers.mixers import find_mixers
-from captum_ssm.operators import Attention, HeadOperator
+from captum_ssm.operators import HeadOperator, SoftmaxAttention
 from tests.conftest import borrowed, build
 from tests.families import COMMON, S6, VOCABULARY, perturbed
 
@@ -246,7 +246,7 @@ def test_a_heads_matrix_is_computed_once_a_layer(
     method: Any, name: str, eight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    for operator in (HeadOperator, Attention):
+    for operator in (HeadOperator, SoftmaxAttention):
         own = operator.matrices
         monkeypatch.setattr(
             operator,
