@@ -153,6 +153,24 @@ def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: py
         check_lengths(core_of(kind, (4,)), weights(padding=True)[1])
 
 
+@pytest.mark.parametrize("bound", [L * P, 2 * L * P, H * L * L * P])
+def test_absolute_values_are_taken_in_blocks_that_fit_the_cache(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many examples, heads, rows and channels there are."""
+    torch.manual_seed(7)
+    S, V, U = torch.rand(2, B, H, L, L), torch.rand(2, B, H, L, P), torch.rand(1, B, H, L, P)
+    monkeypatch.setattr(module, "_BLOCK", DeviceSize(bound, bound))
+    of_block, entries = module._absolute, []
+
+    def recorded(S: Tensor, V: Tensor, U: Tensor) -> Tensor:
+        entries.append(S[0].numel() * V.shape[-1])
+        return of_block(S, V, U)
+
+    monkeypatch.setattr(module, "_absolute", recorded)
+    module.Terms(S, V, U).absolute()
+    assert max(entries) <= bound
+    assert sum(entries) == B * H * L * L * P
+
+
 @pytest.mark.parametrize(
     "other",
     [

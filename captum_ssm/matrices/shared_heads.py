@@ -9,10 +9,11 @@ for each pair of lags if the entries are squared; absolute values take one pass 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations_with_replacement
+from itertools import product as combinations
 from operator import add
 from typing import NamedTuple
 
@@ -65,9 +66,32 @@ class Terms(NamedTuple):
         S, V, U = self
         if len(S) == 1:  # the absolute value of a single product is that of its factors
             return Terms(S.abs(), V.abs(), U.abs()).linear()
-        entries = S[0, :, 0].numel() * V.shape[-1]  # of one head
-        size = max(1, _BLOCK.of(S) // entries)
-        return reduce(add, (_absolute(*heads) for heads in zip(S.split(size, 2), V.split(size, 2), U.split(size, 2))))
+        _, B, H, I, J = S.shape
+        absolute = S.new_zeros(len(U), B, I, J)
+        for examples, heads, rows in _tiles((B, H, I), J * V.shape[-1], _BLOCK.of(S)):
+            of_heads = V[:, examples, heads]
+            absolute[:, examples, rows] += _absolute(S[:, examples, heads, rows], of_heads, U[:, examples, heads, rows])
+        return absolute
+
+
+def _tiles(sizes: Sequence[int], entries: int, bound: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array into blocks, along a later axis only if one of an earlier axis is still too large.
+
+    Args:
+        sizes: Of the axes along which it may be cut.
+        entries: Of each of their elements.
+        bound: Entries of a block at most, if one element has no more.
+
+    Yields:
+        A slice of each axis.
+    """
+    counts: list[int] = []
+    for size in reversed(sizes):
+        counts.insert(0, max(1, bound // entries))
+        entries *= size
+    starts = (range(0, size, count) for size, count in zip(sizes, counts))
+    for start in combinations(*starts):
+        yield tuple(slice(first, first + count) for first, count in zip(start, counts))
 
 
 def _summed(by_head: Tensor) -> Tensor:
@@ -141,7 +165,7 @@ class SharedHeads:
         for group in torch.arange(self.heads.heads).split(max(1, entries // (len(lags) * B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
-            S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
+            S = matrices.unfold(-1, L, 1).movedim(-2, 0)  # (K, B, H, L, L), no copies
             terms = Terms(S, V[:, :, heads], U[:, :, heads])
             for rows, columns in self._blocks(u):
                 block = Terms(terms.S[..., rows, columns], terms.V[..., columns, :], terms.U[..., rows, :])
