@@ -23,7 +23,6 @@ from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices import shared_heads as heads_module
 from captum_ssm.matrices import single_channels as channels_module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.fusion import fuse
 from captum_ssm.matrices.rollout import RolloutLayer
@@ -31,6 +30,7 @@ from captum_ssm.matrices.split_layer import Split, SplitLayer
 from captum_ssm.matrices.token_matrix import DenseMatrix, MatrixProduct, ScaledMatrix, TokenMatrix
 from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.operators import Attention, CausalConv, Centre, Chain, Diagonal, Product, Projection, Scan
+from captum_ssm.operators.device_sizes import DeviceSize
 from tests import oracles
 from tests.families import FAMILIES
 from tests.tensors_made import Largest

@@ -17,9 +17,9 @@ from captum_ssm import (
 )
 from captum_ssm.layers.fidelity import decompose
 from captum_ssm.matrices import entries, shared_heads
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Recurrence
+from captum_ssm.operators.device_sizes import DeviceSize
 from tests.conftest import build
 from tests.families import VOCABULARY
 from tests.tensors_made import Largest

@@ -32,6 +32,7 @@ from captum_ssm.operators import (
 )
 from captum_ssm.operators import chunk as chunks
 from captum_ssm.operators.decays import chunk_decays, decayed_products
+from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.prefix import prefix, states_from, suffix
 from tests import oracles
 from tests.cases import on_all
@@ -620,7 +621,7 @@ def test_the_scan_is_the_recurrence_beyond_one_chunk(L: int, P: int, lag: int) -
 def test_a_long_sequence_of_many_states_is_cut_by_the_cache_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     scan, values, shape = random_scan(3, torch.float64, L=50, P=1, chunk=None)
     x = torch.randn(shape, dtype=torch.float64)
-    monkeypatch.setattr(chunks, "_STATES", 1)
+    monkeypatch.setattr(chunks, "_STATES", DeviceSize(1, 1))
     assert_close(scan.apply(x), oracles.recurrence(x=x, **values))
 
 

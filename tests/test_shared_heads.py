@@ -10,7 +10,6 @@ from torch import Tensor
 
 from captum_ssm.matrices import shared_heads as module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
 from captum_ssm.matrices.shared_heads import SharedHeads
 from captum_ssm.operators import (
@@ -24,6 +23,7 @@ from captum_ssm.operators import (
     Projection,
     Scan,
 )
+from captum_ssm.operators.device_sizes import DeviceSize
 from tests import oracles
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}

@@ -6,7 +6,6 @@
 * :mod:`~captum_ssm.matrices.banded`, :mod:`~captum_ssm.matrices.shared_heads`,
   :mod:`~captum_ssm.matrices.single_channels`: cores whose entries have a short form;
 * :mod:`~captum_ssm.matrices.entries`: a walk through the entries of a core in blocks of bounded size;
-* :mod:`~captum_ssm.matrices.device_sizes`: how much is treated at once;
 * :mod:`~captum_ssm.matrices.token_matrix`: token matrices, their sums and products;
 * :mod:`~captum_ssm.matrices.fusion`: how the matrices of a layer's channels become one;
 * :mod:`~captum_ssm.matrices.rollout`: from the matrices of all layers to one score for each token.

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.operators import Operator
+from captum_ssm.operators.device_sizes import DeviceSize
 
 _BLOCK = DeviceSize(cpu=2**21, others=2**26)
 """Entries of a block of columns: bounds the memory of this module on a processor to some tens of megabytes. Elsewhere a

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
+from captum_ssm.operators.device_sizes import DeviceSize
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
 """Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.
@@ -66,9 +66,8 @@ class Terms(NamedTuple):
         S, V, U = self
         if len(S) == 1:  # the absolute value of a single product is that of its factors
             return Terms(S.abs(), V.abs(), U.abs()).linear()
-        _, B, H, I, J = S.shape
-        absolute = S.new_zeros(len(U), B, I, J)
-        for examples, heads, rows in _tiles((B, H, I), J * V.shape[-1], _BLOCK.of(S)):
+        absolute = S.new_zeros(len(U), len(S[0]), *S.shape[3:])
+        for examples, heads, rows in _tiles(S.shape[1:4], S.shape[4] * V.shape[-1], _BLOCK.of(S)):
             of_heads = V[:, examples, heads]
             absolute[:, examples, rows] += _absolute(S[:, examples, heads, rows], of_heads, U[:, examples, heads, rows])
         return absolute

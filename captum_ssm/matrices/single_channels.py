@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
-from captum_ssm.matrices.device_sizes import DeviceSize
 from captum_ssm.matrices.entrywise import Entrywise
 from captum_ssm.operators import Operator, Scan
+from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.scan_blocks import ScanBlock, windows
 
 _STATES = DeviceSize(cpu=2**19, others=2**24)

@@ -110,7 +110,8 @@ class Scan(Recurrence):
         if self.chunk:
             return min(self.chunk, x.shape[1])
         B, L, H, P = x.shape
-        T = size_by_states(B * H * self.states * P) if self.by_states(x) else size_by_matrix(self.products.a)
+        a, states = self.products.a, B * H * self.states * P
+        T = size_by_states(a, states) if self.by_states(x) else size_by_matrix(a)
         return min(T, L)
 
     def chunks_at_once(self, x: Tensor) -> int:
