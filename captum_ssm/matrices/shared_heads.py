@@ -9,10 +9,9 @@ for each pair of lags if the entries are squared; absolute values take one pass 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import combinations_with_replacement
 from itertools import product as combinations
 from operator import add
 from typing import NamedTuple
@@ -52,14 +51,20 @@ class Terms(NamedTuple):
 
     def linear(self) -> Tensor:
         """Return ``sum_d u x``, (M, B, I, J)."""
-        return reduce(add, (_summed(S * (self.U @ V.mT)) for S, V in zip(self.S, self.V)))
+        S, V, U = self
+        return _weighted(S, (U @ of_lag.mT for of_lag in V)).sum(2)
 
     def square(self) -> Tensor:
-        """Return ``sum_d (u x)²``, (M, B, I, J)."""
-        (S, V, _), squares = self, self.U.square()
-        pairs = combinations_with_replacement(range(len(S)), 2)
-        products = (_summed(S[k] * S[m] * (squares @ (V[k] * V[m]).mT)) * (1 if k == m else 2) for k, m in pairs)
-        return reduce(add, products)
+        """Return ``sum_d (u x)²``, (M, B, I, J): a sum over pairs of lags, of which each counts twice but for k = m."""
+        S, V, U = self
+        squares = U.square()
+        twice = 2 * squares
+
+        def with_earlier(k: int) -> Tensor:
+            """Return ``sum_m S_m (u² V_k V_m)`` over the lags up to k, (M, B, H, I, J)."""
+            return _weighted(S, ((squares if k == m else twice) @ (V[k] * V[m]).mT for m in range(k + 1)))
+
+        return _weighted(S, map(with_earlier, range(len(S)))).sum(2)
 
     def absolute(self) -> Tensor:
         """Return ``sum_d |u x|``, (M, B, I, J)."""
@@ -93,9 +98,13 @@ def _tiles(sizes: Sequence[int], entries: int, bound: int) -> Iterator[tuple[sli
         yield tuple(slice(first, first + count) for first, count in zip(start, counts))
 
 
-def _summed(by_head: Tensor) -> Tensor:
-    """Return the sum over the heads, (M, B, I, J), of (M, B, H, I, J)."""
-    return by_head.sum(2)
+def _weighted(S: Tensor, values: Iterable[Tensor]) -> Tensor:
+    """Return ``sum_k S_k x_k``, (M, B, H, I, J), of (K, B, H, I, J) and as many or fewer x (M, B, H, I, J)."""
+    first, *others = zip(S, values)
+    total = torch.mul(*first)
+    for of_lag, x in others:
+        total.addcmul_(of_lag, x)
+    return total
 
 
 def _absolute(S: Tensor, V: Tensor, U: Tensor) -> Tensor:
