@@ -81,6 +81,7 @@ def test_no_tensor_has_a_matrix_for_every_channel(name: str, method: str, monkey
     monkeypatch.setattr(entries, "_CHANNELS", 1)
     monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**13, 2**13))
     monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**13, 2**13))
+    monkeypatch.setattr(shared_heads, "_HEADS", DeviceSize(2**13, 2**13))
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

@@ -181,6 +181,7 @@ def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: py
     torch.manual_seed(6)
     monkeypatch.setattr(module, "_BLOCK", DeviceSize(size, size))
     monkeypatch.setattr(module, "_MATRICES", DeviceSize(size, size))
+    monkeypatch.setattr(module, "_HEADS", DeviceSize(size, size))
     monkeypatch.setattr(module, "_CONTRIBUTIONS", DeviceSize(size, size))
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)

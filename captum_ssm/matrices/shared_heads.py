@@ -26,10 +26,13 @@ from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
-"""Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.
+"""Entries of the heads' columns that are made at once for lengths: bounds them on a processor to some tens of megabytes.
 Elsewhere long texts are not cut into many small products."""
 
-_ROWS = DeviceSize(cpu=64, others=512)
+_HEADS = DeviceSize(cpu=2**21, others=2**27)
+"""Entries of the matrices of those heads that are fused at once: of one head at least, in every example."""
+
+_ROWS = DeviceSize(cpu=64, others=1024)
 """Rows of a block at most: each block leaves out the columns behind it, which are 0."""
 
 _BLOCK = DeviceSize(cpu=2**20, others=2**25)
@@ -166,13 +169,11 @@ class SharedHeads:
         """
         _, B, L, _ = u.shape
         U = _by_head(u * self.factor, self.heads)  # (M, B, H, L, P)
-        lags = list(self.band)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        entries = _MATRICES.of(u)
-        for group in torch.arange(self.heads.heads).split(max(1, entries // (len(lags) * B * L * L))):
+        for group in torch.arange(self.heads.heads).split(max(1, _HEADS.of(u) // (B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
-            matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
+            matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(self.band)))  # (B, H, L, L + lags)
             S = matrices.unfold(-1, L, 1).movedim(-2, 0)  # (K, B, H, L, L), no copies
             terms = Terms(S, V[:, :, heads], U[:, :, heads])
             for rows, columns in self._blocks(u):
@@ -232,9 +233,7 @@ class SharedHeads:
 
     def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
-        _, B, L, _ = u.shape
-        entries = _MATRICES.of(u)
-        count = max(8, min(_ROWS.of(u), entries // (B * L * self.heads.head_size)))
+        L, count = u.shape[2], _ROWS.of(u)
         for start in range(0, L, count):
             stop = min(start + count, L)
             yield slice(start, stop), slice(0, stop if self.heads.causal else L)
