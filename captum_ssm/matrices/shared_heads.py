@@ -26,8 +26,8 @@ from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
-"""Entries of the heads' columns that are made at once for lengths: bounds them on a processor to some tens of megabytes.
-Elsewhere long texts are not cut into many small products."""
+"""Entries of the heads' columns that are made at once: bounds them on a processor to some tens of megabytes. Elsewhere
+long texts are not cut into many small products."""
 
 _HEADS = DeviceSize(cpu=2**21, others=2**27)
 """Entries of the matrices of those heads that are fused at once: of one head at least, in every example."""
