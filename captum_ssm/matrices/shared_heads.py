@@ -171,7 +171,7 @@ class SharedHeads:
         U = _by_head(u * self.factor, self.heads)  # (M, B, H, L, P)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        for group in torch.arange(self.heads.heads).split(max(1, _HEADS.of(u) // (B * L * L))):
+        for group in torch.arange(self.heads.heads, device="cpu").split(max(1, _HEADS.of(u) // (B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
             matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(self.band)))  # (B, H, L, L + lags)
             S = matrices.unfold(-1, L, 1).movedim(-2, 0)  # (K, B, H, L, L), no copies
@@ -197,7 +197,7 @@ class SharedHeads:
         B, L, D = like.shape
         lengths = like.new_zeros(B, L, L)
         entries = _MATRICES.of(like)
-        for group in torch.arange(L).split(max(1, entries // (B * L * self.heads.heads))):
+        for group in torch.arange(L, device="cpu").split(max(1, entries // (B * L * self.heads.heads))):
             first, stop = int(group[0]), int(group[-1]) + 1
             S = self.heads.head_columns(like, slice(first, min(stop + max(self.band), L)))
             for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L * D))):
