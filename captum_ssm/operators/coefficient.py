@@ -77,6 +77,11 @@ class Product:
         factors = self._at(start, stop)
         return [self.of_factors(factors)] if self.exponential else factors
 
+    @property
+    def shapes_of_terms(self) -> list[torch.Size]:
+        """The shapes of :meth:`terms` at all tokens."""
+        return [self.shape] if self.exponential else [factor.shape for factor in self.factors]
+
     def _at(self, start: int, stop: int) -> list[Tensor]:
         return [f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors]
 
