@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_ssm.operators import Chain, Projection
+from captum_ssm.matrices.device_sizes import DeviceSize
+from captum_ssm.operators import Centre, Chain, Projection
 
 _VECTORS = 10
 """Vectors for each channel from which on the triangular factor saves more time than it takes."""
 
-_COLUMNS = 64
+_COLUMNS = DeviceSize(cpu=64, others=512)
 """Columns of the triangular factor that are multiplied at once: of fewer, more zeros are left out, but each takes
 longer."""
 
@@ -63,9 +64,15 @@ class OutputLengths:
         if self.triangular is None:
             return y.norm(dim=-1)
         R, vectors = self.triangular, y.flatten(0, -2).to(self.triangular)
-        whole = (len(R) - 1) // _COLUMNS * _COLUMNS  # the first column of those that have all rows
+        size = _COLUMNS.of(R)
+        whole = (len(R) - 1) // size * size  # the first column of those that have all rows
         z = vectors[:, whole:] @ R[:, whole:].T
-        for first in range(0, whole, _COLUMNS):
-            columns, rows = slice(first, first + _COLUMNS), slice(0, first + _COLUMNS)
+        for first in range(0, whole, size):
+            columns, rows = slice(first, first + size), slice(0, first + size)
             z[:, rows].addmm_(vectors[:, columns], R[rows, columns].T)
         return z.norm(dim=-1).view(x.shape[:-1]).to(x)
+
+
+def is_same_for_all_tokens(output: Chain) -> bool:
+    """Whether an output side treats all tokens alike: then :meth:`OutputLengths.from_token` takes any of them."""
+    return all(isinstance(leaf, (Projection, Centre)) for leaf in output.leaves())

@@ -38,6 +38,11 @@ class ScanBlock(NamedTuple):
     left: Tensor
     """Of the columns, (B, P, J, N, D)."""
 
+    @property
+    def held(self) -> int:
+        """How many numbers are held for each of the entries that are made at once."""
+        return self.reads.shape[3] if self.left.shape[2] < _PRODUCT else 1
+
     def entries(self, rows: slice) -> Tensor:
         """Return the entries ``sum_n reads_in left_jn`` of some of the I rows, (B, P, rows, J, D)."""
         reads, left = self.reads[:, :, rows], self.left
