@@ -22,6 +22,7 @@ from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
+from captum_ssm.matrices.lengths import OutputLengths
 from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 
@@ -38,8 +39,8 @@ _ROWS = DeviceSize(cpu=64, others=1024)
 _BLOCK = DeviceSize(cpu=2**20, others=2**25)
 """Entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
 
-_CONTRIBUTIONS = DeviceSize(cpu=2**21, others=2**26)
-"""Entries of all channels' columns that are treated at once, before a product with the output's matrix."""
+_CONTRIBUTIONS = DeviceSize(cpu=2**11, others=2**15)
+"""Contributions of one token to another that the output's matrix is multiplied by at once."""
 
 
 class Terms(NamedTuple):
@@ -194,18 +195,17 @@ class SharedHeads:
             (B, L, L). Cost: O(L²·D·E) of the output, whatever the heads' matrices cost; O(L²) memory.
         """
         like = self.band[0]  # (B, L, D)
-        B, L, D = like.shape
-        lengths = like.new_zeros(B, L, L)
+        B, L, _ = like.shape
+        lengths, of_output = like.new_zeros(B, L, L), OutputLengths.of(output, B * L * L)
         entries = _MATRICES.of(like)
         for group in torch.arange(L, device="cpu").split(max(1, entries // (B * L * self.heads.heads))):
             first, stop = int(group[0]), int(group[-1]) + 1
             S = self.heads.head_columns(like, slice(first, min(stop + max(self.band), L)))
-            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L * D))):
+            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L))):
                 columns = slice(int(tokens[0]), int(tokens[-1]) + 1)
                 rows = slice(columns.start if self.heads.causal else 0, L)
                 contributions = self._contributions(S[columns.start - first :], tokens.to(like.device), rows)
-                after = output.after(rows.start) if output.causal else output
-                lengths[:, rows, columns] = after.apply(contributions).norm(dim=-1).permute(1, 2, 0)
+                lengths[:, rows, columns] = of_output.from_token(rows.start, contributions).permute(1, 2, 0)
         return lengths
 
     def _contributions(self, S: Tensor, tokens: Tensor, rows: slice) -> Tensor:
@@ -217,12 +217,15 @@ class SharedHeads:
             rows: The rows, from the first of the tokens on or all.
         """
         J, L = len(tokens), S.shape[2]
-        x = S.new_zeros(J, len(self.band[0]), L - rows.start, self.heads.heads, self.heads.head_size)
-        number = torch.arange(J, device=S.device)
+        shape, number = (self.heads.heads, self.heads.head_size), torch.arange(J, device=S.device)
+        x = S.new_empty(0)
         for lag, weight in self.band.items():
             columns, within = S[lag : lag + J, :, rows].unsqueeze(-1), slice(0, max(0, min(J, len(S) - lag)))
-            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, x.shape[-2:])  # (J, B, H, P)
-            x[within].addcmul_(columns, values[within].unsqueeze(2))
+            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, shape).unsqueeze(2)
+            if lag:
+                x[within].addcmul_(columns, values[within])
+            else:
+                x = columns * values  # (J, B, rows, H, P)
         x = x.flatten(-2)
         if self.direct is not None:
             for lag, weight in self.band.items():

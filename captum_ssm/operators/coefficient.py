@@ -92,6 +92,11 @@ class Product:
         others = reduce(mul, (term for term in terms if term.shape[3] > 1), one)
         return shared, others.expand(-1, L, -1, -1)
 
+    @property
+    def shapes_of_terms(self) -> list[torch.Size]:
+        """The shapes of :meth:`terms` at all tokens."""
+        return [self.shape] if self.exponential else [factor.shape for factor in self.factors]
+
     def _at(self, start: int, stop: int) -> list[Tensor]:
         return [f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors]
 
