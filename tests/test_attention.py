@@ -474,6 +474,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(channels_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", DeviceSize(2**9, 2**9))
         patch.setattr(heads_module, "_MATRICES", DeviceSize(2**9, 2**9))
+        patch.setattr(channels_module, "_CONTRIBUTIONS", DeviceSize(2**5, 2**5))
+        patch.setattr(heads_module, "_CONTRIBUTIONS", DeviceSize(2**5, 2**5))
         yield
 
 

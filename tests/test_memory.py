@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from captum_ssm import (
     ImplicitAttentionAttribution,
@@ -15,8 +17,10 @@ from captum_ssm import (
     LLMImplicitAttention,
     RawImplicitAttention,
 )
+from captum_ssm.attr import generated_tokens
 from captum_ssm.layers.fidelity import decompose
-from captum_ssm.matrices import entries, shared_heads
+from captum_ssm.matrices import entries, shared_heads, single_channels
+from captum_ssm.network.examination import examine
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Recurrence
 from captum_ssm.operators.device_sizes import DeviceSize
@@ -81,7 +85,54 @@ def test_no_tensor_has_a_matrix_for_every_channel(name: str, method: str, monkey
     monkeypatch.setattr(entries, "_CHANNELS", 1)
     monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**13, 2**13))
     monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**13, 2**13))
+    monkeypatch.setattr(shared_heads, "_HEADS", DeviceSize(2**13, 2**13))
+    monkeypatch.setattr(shared_heads, "_CONTRIBUTIONS", DeviceSize(2**7, 2**7))
+    monkeypatch.setattr(single_channels, "_CONTRIBUTIONS", DeviceSize(2**7, 2**7))
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)
     assert largest.entries < D * L * L, (largest.entries / (D * L * L), D)
+
+
+class Saved:
+    """A tensor that a graph holds for its gradient."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
+def test_a_generation_holds_no_graph_while_it_makes_matrices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass of the last token frees it, if each takes one token, as those of long texts do."""
+    model, ids = model_of(name), torch.randint(3, VOCABULARY, (1, L), generator=torch.Generator().manual_seed(0))
+    held: WeakSet[Saved] = WeakSet()
+    entries: list[int] = []
+
+    def save(tensor: Tensor) -> Saved:
+        saved = Saved(tensor.detach())
+        held.add(saved)
+        return saved
+
+    def count() -> None:
+        entries.append(sum(saved.tensor.numel() for saved in held))
+
+    def backward(*args: Any, **options: Any) -> Any:
+        count()
+        return grad(*args, **options)
+
+    def examined(*args: Any) -> Any:
+        count()
+        return examine(*args)
+
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", backward)
+    monkeypatch.setattr(generated_tokens, "examine", examined)
+    monkeypatch.setattr(generated_tokens, "_PASS", 1)
+    expected = generated(model, ids)
+    entries.clear()
+    with saved_tensors_hooks(save, lambda saved: saved.tensor):
+        found = generated(model, ids)
+    assert torch.equal(found, expected)
+    before, *_ = entries
+    after = entries[5]  # after a pass to the head's input, and one for each of four tokens
+    assert after < before / 10, (after, before)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captum_ssm.layers.averages import averages
 from captum_ssm.operators import DeltaScan, Product, Recurrence, Scan, chunk
+from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.relevance.difference import Difference
 from captum_ssm.relevance.frozen import Frozen
 from captum_ssm.relevance.recurrence import difference_of_scans, linear_scan
@@ -129,7 +130,7 @@ def test_the_number_of_chunks_at_once_never_changes_the_result(
     leaves = [x[0], *flat(factors, 0)]
     dy, results = torch.randn(B, L, case.heads, case.channels, dtype=torch.float64), []
     for limit in (10**9, entries):
-        monkeypatch.setattr(chunk, "_ENTRIES", limit)
+        monkeypatch.setattr(chunk, "_ENTRIES", DeviceSize(limit, limit))
         scan = scan_of(case, factors, 1)
         y, reference = difference_of_scans(scan, (x[0], flat(factors, 0)), (x[1], flat(factors, 1)), 0.75)
         results.append([y, reference, scan.mix(x[0]), *torch.autograd.grad((y * dy).sum(), leaves)])

@@ -20,6 +20,7 @@ from captum_ssm.operators import (
     Diagonal,
     HeadOperator,
     Operator,
+    Product,
     Projection,
     Scan,
 )
@@ -27,7 +28,15 @@ from captum_ssm.operators.device_sizes import DeviceSize
 from tests import oracles
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-KINDS = ["scan", "lagged scan", "scan with direct paths", "delta rule", "causal attention", "attention"]
+KINDS = [
+    "scan",
+    "lagged scan",
+    "scan with direct paths",
+    "scan of one decay",
+    "delta rule",
+    "causal attention",
+    "attention",
+]
 B, L, H, P, N = 2, 9, 3, 4, 2
 D = H * P
 
@@ -40,6 +49,8 @@ def heads(kind: str, dtype: torch.dtype) -> HeadOperator:
     if "attention" in kind:
         weights = torch.rand(B, H, L, L, dtype=dtype)
         return Attention(weights.tril() if kind == "causal attention" else weights, head_size=P)
+    if kind == "scan of one decay":
+        a, b = a[..., :1], Product((recall[..., :1], b[:, :, :1]))
     scan = Scan(a, b, c, head_size=P, lag=int(kind == "lagged scan"))
     skip, bonus = torch.randn(D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
     return replace(scan, skip=skip, bonus=bonus) if "direct" in kind else scan
@@ -79,6 +90,29 @@ def test_the_channels_of_a_head_together_are_its_channels_one_by_one(
     assert SharedHeads.of(core, v) is not None
     check(core, u, v, entrywise)
     check(core.flipped(), u, v, entrywise)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(
+    ("of_b", "of_c"),
+    [
+        ([(B, L, H, N)], [(B, L, H, N)]),
+        ([(B, L, H, 1), (1, L, 1, N)], [(B, L, 1, N)]),
+        ([(B, L, 1, 1)], [(1, 1, H, N), (B, L, 1, 1)]),
+        ([(1, 1, 1, N)], [(1, 1, H, 1)]),
+    ],
+)
+def test_one_decay_of_all_states_is_taken_apart_from_keys_and_queries(
+    of_b: list[tuple[int, ...]], of_c: list[tuple[int, ...]], lag: int
+) -> None:
+    """Whichever axes the coefficients share, and whether or not they are exponentials."""
+    torch.manual_seed(8)
+    like = torch.zeros(B, L, D, dtype=torch.float64)
+    for exponential in (False, True):
+        b, c = (Product(tuple(torch.randn(s, dtype=torch.float64) for s in of), exponential) for of in (of_b, of_c))
+        scan = Scan(torch.randn(1, L, H, 1, dtype=torch.float64), b, c, head_size=P, lag=lag)
+        expected = channel_matrices(scan, like)[:, ::P]
+        assert torch.allclose(scan.matrices(like), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def check_lengths(core: Operator, v: Tensor) -> None:
@@ -147,10 +181,29 @@ def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: py
     torch.manual_seed(6)
     monkeypatch.setattr(module, "_BLOCK", DeviceSize(size, size))
     monkeypatch.setattr(module, "_MATRICES", DeviceSize(size, size))
+    monkeypatch.setattr(module, "_HEADS", DeviceSize(size, size))
     monkeypatch.setattr(module, "_CONTRIBUTIONS", DeviceSize(size, size))
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)
         check_lengths(core_of(kind, (4,)), weights(padding=True)[1])
+
+
+@pytest.mark.parametrize("bound", [L * P, 2 * L * P, H * L * L * P])
+def test_absolute_values_are_taken_in_blocks_that_fit_the_cache(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many examples, heads, rows and channels there are."""
+    torch.manual_seed(7)
+    S, V, U = torch.rand(2, B, H, L, L), torch.rand(2, B, H, L, P), torch.rand(1, B, H, L, P)
+    monkeypatch.setattr(module, "_BLOCK", DeviceSize(bound, bound))
+    of_block, entries = module._absolute, []
+
+    def recorded(S: Tensor, V: Tensor, U: Tensor) -> Tensor:
+        entries.append(S[0].numel() * V.shape[-1])
+        return of_block(S, V, U)
+
+    monkeypatch.setattr(module, "_absolute", recorded)
+    module.Terms(S, V, U).absolute()
+    assert max(entries) <= bound
+    assert sum(entries) == B * H * L * L * P
 
 
 @pytest.mark.parametrize(

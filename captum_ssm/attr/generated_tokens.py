@@ -20,8 +20,9 @@ from captum_ssm.layers.call import LayerCall, together
 from captum_ssm.layers.fidelity import Decomposition
 from captum_ssm.network.examination import examine
 from captum_ssm.network.forward import language_logits
+from captum_ssm.network.graph import ResidualGraph
 from captum_ssm.network.inputs import token_mask
-from captum_ssm.network.recording import output_through_chain, record_head, record_mixers
+from captum_ssm.network.recording import outputs_through_chains, record_head, record_mixers
 from captum_ssm.network.reference import Baseline, expanded_baseline
 from captum_ssm.relevance.explanation import Explanation
 
@@ -55,7 +56,7 @@ def attention_rows(
     model, inputs, answer = method.model, ids[:, :-1], ids[0, start:]
     positions = torch.arange(start - 1, inputs.shape[1], device=ids.device)
     hold = method.gradient_at == "last layer"  # no gradient is asked for
-    mixers = record_mixers(model, hold=hold, replacement=None if hold else output_through_chain)
+    mixers = record_mixers(model, hold=hold, replacement=None if hold else outputs_through_chains())
     with torch.enable_grad(), mixers as recorded, record_head(model) as head_inputs:
         logits = language_logits(model, inputs)
         log_probabilities = logits[0, positions].log_softmax(-1).gather(1, answer.unsqueeze(1))
@@ -66,11 +67,13 @@ def attention_rows(
         )
     calls = together(recorded)
     mask = token_mask(model, (), calls)
-    graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
+    graph: ResidualGraph | None = None
     decompositions: dict[int, Decomposition] = {}  # shared by all generated tokens
     hidden = None if hold else head_inputs[-1]
     rows = []
     for some, gradients in _gradients(log_probabilities, hidden, positions, recorded, calls[-1].wide_input):
+        if graph is None:  # not before, as what a backward pass needs may be freed by now
+            graph = examine(model, calls, inputs, mask, partial(language_logits, model), language_logits)
         query = F.one_hot(positions[some], inputs.shape[1]).to(mask).unsqueeze(1)  # (M, 1, L)
         with torch.no_grad():
             scores = method.scores_of_calls(calls, gradients, graph, mask, query, decompositions=decompositions)
@@ -104,14 +107,16 @@ def _gradients(
         return
     (at_head,) = torch.autograd.grad(log_probabilities.sum(), head_input, retain_graph=True)
     outputs = [call.y for call in calls]
-    L, E = head_input.shape[1:]
+    last, (L, E) = positions[-1], head_input.shape[1:]
     of_a_pass, held = max(1, _PASS // (L * E * 32)), max(1, _HELD // (L * (E * len(outputs) + L)))
 
-    def backward(gradient: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(head_input, outputs, gradient, retain_graph=True, materialize_grads=True)
+    def backward(gradient: Tensor, is_last: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(head_input, outputs, gradient, retain_graph=not is_last, materialize_grads=True)
 
     def backward_of_several(positions: Tensor) -> tuple[Tensor, ...]:
         each = F.one_hot(positions, L).to(at_head)[:, None, :, None] * at_head  # (M, 1, L, E)
+        if len(each) == 1:
+            return tuple(gradient[None] for gradient in backward(each[0], is_last=bool(positions[0] == last)))
         with _WARNINGS, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # an operation without a batched form
             try:

@@ -5,6 +5,7 @@
 * :mod:`~captum_ssm.matrices.core_matrix`: the matrix of a core, from its products or entry by entry;
 * :mod:`~captum_ssm.matrices.banded`, :mod:`~captum_ssm.matrices.shared_heads`,
   :mod:`~captum_ssm.matrices.single_channels`: cores whose entries have a short form;
+* :mod:`~captum_ssm.matrices.lengths`: the lengths of what a layer writes;
 * :mod:`~captum_ssm.matrices.entries`: a walk through the entries of a core in blocks of bounded size;
 * :mod:`~captum_ssm.matrices.token_matrix`: token matrices, their sums and products;
 * :mod:`~captum_ssm.matrices.fusion`: how the matrices of a layer's channels become one;

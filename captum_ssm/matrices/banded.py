@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from captum_ssm.matrices.entrywise import Entrywise
+from captum_ssm.matrices.lengths import OutputLengths
 from captum_ssm.operators import CausalConv, Chain, Operator
 
 
@@ -63,10 +64,10 @@ class Banded:
             (B, L, L). Cost: one pass of the output for each lag.
         """
         B, L, _ = self.lags[0].shape
-        lengths = self.lags[0].new_zeros(B, L, L)
+        lengths, of_output = self.lags[0].new_zeros(B, L, L), OutputLengths.of(output, B * L * len(self.lags))
         for lag, entries in self.lags.items():
             if lag < L:
-                lengths.diagonal(-lag, -2, -1).copy_(output.apply(entries).norm(dim=-1)[:, lag:])
+                lengths.diagonal(-lag, -2, -1).copy_(of_output.from_token(0, entries)[:, lag:])
         return lengths
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from captum_ssm.matrices.banded import Banded
 from captum_ssm.matrices.entries import block_columns, column_blocks, entry_blocks
 from captum_ssm.matrices.entrywise import IDENTITY, Entrywise
+from captum_ssm.matrices.lengths import OutputLengths, is_same_for_all_tokens
 from captum_ssm.matrices.shared_heads import SharedHeads
 from captum_ssm.matrices.single_channels import SingleChannels
 from captum_ssm.matrices.token_matrix import DenseMatrix, SomeRows
@@ -140,15 +141,15 @@ class CoreMatrix:
         Source:
             Kobayashi et al. 2020 (arXiv 2004.10102), equation 2, for softmax attention.
         """
-        form = Banded.of(self.core, self.v) or SharedHeads.of(self.core, self.v)
+        single = SingleChannels.of(self.core, self.v) if is_same_for_all_tokens(output) else None
+        form = Banded.of(self.core, self.v) or SharedHeads.of(self.core, self.v) or single
         if form is not None:
             return form.lengths(output)
         B, L, _ = self.v.shape
-        fused = self.v.new_zeros(B, L, L)
+        fused, of_output = self.v.new_zeros(B, L, L), OutputLengths.of(output, B * L * L)
         for tokens, channels in column_blocks(self.v, all_channels=True):
             rows, columns = block_columns(self.core, self.v, tokens, channels)
-            after = output.after(rows.start) if output.causal else output
-            fused[:, rows, tokens] = after.apply(columns).norm(dim=-1).permute(1, 2, 0)
+            fused[:, rows, tokens] = of_output.from_token(rows.start, columns).permute(1, 2, 0)
         return fused
 
 

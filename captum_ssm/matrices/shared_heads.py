@@ -9,10 +9,10 @@ for each pair of lags if the entries are squared; absolute values take one pass 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import combinations_with_replacement
+from itertools import product as combinations
 from operator import add
 from typing import NamedTuple
 
@@ -22,21 +22,25 @@ from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
+from captum_ssm.matrices.lengths import OutputLengths
 from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 
 _MATRICES = DeviceSize(cpu=2**23, others=2**27)
-"""Entries of the heads' matrices that are treated at once: bounds them on a processor to some tens of megabytes.
-Elsewhere long texts are not cut into many small products."""
+"""Entries of the heads' columns that are made at once: bounds them on a processor to some tens of megabytes. Elsewhere
+long texts are not cut into many small products."""
 
-_ROWS = DeviceSize(cpu=64, others=512)
+_HEADS = DeviceSize(cpu=2**21, others=2**27)
+"""Entries of the matrices of those heads that are fused at once: of one head at least, in every example."""
+
+_ROWS = DeviceSize(cpu=64, others=1024)
 """Rows of a block at most: each block leaves out the columns behind it, which are 0."""
 
 _BLOCK = DeviceSize(cpu=2**20, others=2**25)
 """Entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
 
-_CONTRIBUTIONS = DeviceSize(cpu=2**21, others=2**26)
-"""Entries of all channels' columns that are treated at once, before a product with the output's matrix."""
+_CONTRIBUTIONS = DeviceSize(cpu=2**11, others=2**15)
+"""Contributions of one token to another that the output's matrix is multiplied by at once."""
 
 
 class Terms(NamedTuple):
@@ -51,28 +55,60 @@ class Terms(NamedTuple):
 
     def linear(self) -> Tensor:
         """Return ``sum_d u x``, (M, B, I, J)."""
-        return reduce(add, (_summed(S * (self.U @ V.mT)) for S, V in zip(self.S, self.V)))
+        S, V, U = self
+        return _weighted(S, (U @ of_lag.mT for of_lag in V)).sum(2)
 
     def square(self) -> Tensor:
-        """Return ``sum_d (u x)²``, (M, B, I, J)."""
-        (S, V, _), squares = self, self.U.square()
-        pairs = combinations_with_replacement(range(len(S)), 2)
-        products = (_summed(S[k] * S[m] * (squares @ (V[k] * V[m]).mT)) * (1 if k == m else 2) for k, m in pairs)
-        return reduce(add, products)
+        """Return ``sum_d (u x)²``, (M, B, I, J): a sum over pairs of lags, of which each counts twice but for k = m."""
+        S, V, U = self
+        squares = U.square()
+        twice = 2 * squares
+
+        def with_earlier(k: int) -> Tensor:
+            """Return ``sum_m S_m (u² V_k V_m)`` over the lags up to k, (M, B, H, I, J)."""
+            return _weighted(S, ((squares if k == m else twice) @ (V[k] * V[m]).mT for m in range(k + 1)))
+
+        return _weighted(S, map(with_earlier, range(len(S)))).sum(2)
 
     def absolute(self) -> Tensor:
         """Return ``sum_d |u x|``, (M, B, I, J)."""
         S, V, U = self
         if len(S) == 1:  # the absolute value of a single product is that of its factors
             return Terms(S.abs(), V.abs(), U.abs()).linear()
-        entries = S[0, :, 0].numel() * V.shape[-1]  # of one head
-        size = max(1, _BLOCK.of(S) // entries)
-        return reduce(add, (_absolute(*heads) for heads in zip(S.split(size, 2), V.split(size, 2), U.split(size, 2))))
+        absolute = S.new_zeros(len(U), len(S[0]), *S.shape[3:])
+        for examples, heads, rows in _tiles(S.shape[1:4], S.shape[4] * V.shape[-1], _BLOCK.of(S)):
+            of_heads = V[:, examples, heads]
+            absolute[:, examples, rows] += _absolute(S[:, examples, heads, rows], of_heads, U[:, examples, heads, rows])
+        return absolute
 
 
-def _summed(by_head: Tensor) -> Tensor:
-    """Return the sum over the heads, (M, B, I, J), of (M, B, H, I, J)."""
-    return by_head.sum(2)
+def _tiles(sizes: Sequence[int], entries: int, bound: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array into blocks, along a later axis only if one of an earlier axis is still too large.
+
+    Args:
+        sizes: Of the axes along which it may be cut.
+        entries: Of each of their elements.
+        bound: Entries of a block at most, if one element has no more.
+
+    Yields:
+        A slice of each axis.
+    """
+    counts: list[int] = []
+    for size in reversed(sizes):
+        counts.insert(0, max(1, bound // entries))
+        entries *= size
+    starts = (range(0, size, count) for size, count in zip(sizes, counts))
+    for start in combinations(*starts):
+        yield tuple(slice(first, first + count) for first, count in zip(start, counts))
+
+
+def _weighted(S: Tensor, values: Iterable[Tensor]) -> Tensor:
+    """Return ``sum_k S_k x_k``, (M, B, H, I, J), of (K, B, H, I, J) and as many or fewer x (M, B, H, I, J)."""
+    first, *others = zip(S, values)
+    total = torch.mul(*first)
+    for of_lag, x in others:
+        total.addcmul_(of_lag, x)
+    return total
 
 
 def _absolute(S: Tensor, V: Tensor, U: Tensor) -> Tensor:
@@ -134,14 +170,12 @@ class SharedHeads:
         """
         _, B, L, _ = u.shape
         U = _by_head(u * self.factor, self.heads)  # (M, B, H, L, P)
-        lags = list(self.band)
         V = torch.stack([_by_head(_earlier(weight, lag), self.heads) for lag, weight in self.band.items()])
         fused = u.new_zeros(len(u), B, L, L)
-        entries = _MATRICES.of(u)
-        for group in torch.arange(self.heads.heads).split(max(1, entries // (len(lags) * B * L * L))):
+        for group in torch.arange(self.heads.heads, device="cpu").split(max(1, _HEADS.of(u) // (B * L * L))):
             heads = slice(int(group[0]), int(group[-1]) + 1)
-            matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(lags)))  # (B, H, L, L + lags)
-            S = torch.stack([matrices[..., lag : lag + L] for lag in lags])  # (K, B, H, L, L)
+            matrices = F.pad(self.heads.take_heads(group).matrices(u[0]), (0, max(self.band)))  # (B, H, L, L + lags)
+            S = matrices.unfold(-1, L, 1).movedim(-2, 0)  # (K, B, H, L, L), no copies
             terms = Terms(S, V[:, :, heads], U[:, :, heads])
             for rows, columns in self._blocks(u):
                 block = Terms(terms.S[..., rows, columns], terms.V[..., columns, :], terms.U[..., rows, :])
@@ -161,18 +195,17 @@ class SharedHeads:
             (B, L, L). Cost: O(L²·D·E) of the output, whatever the heads' matrices cost; O(L²) memory.
         """
         like = self.band[0]  # (B, L, D)
-        B, L, D = like.shape
-        lengths = like.new_zeros(B, L, L)
+        B, L, _ = like.shape
+        lengths, of_output = like.new_zeros(B, L, L), OutputLengths.of(output, B * L * L)
         entries = _MATRICES.of(like)
-        for group in torch.arange(L).split(max(1, entries // (B * L * self.heads.heads))):
+        for group in torch.arange(L, device="cpu").split(max(1, entries // (B * L * self.heads.heads))):
             first, stop = int(group[0]), int(group[-1]) + 1
             S = self.heads.head_columns(like, slice(first, min(stop + max(self.band), L)))
-            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L * D))):
+            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L))):
                 columns = slice(int(tokens[0]), int(tokens[-1]) + 1)
                 rows = slice(columns.start if self.heads.causal else 0, L)
                 contributions = self._contributions(S[columns.start - first :], tokens.to(like.device), rows)
-                after = output.after(rows.start) if output.causal else output
-                lengths[:, rows, columns] = after.apply(contributions).norm(dim=-1).permute(1, 2, 0)
+                lengths[:, rows, columns] = of_output.from_token(rows.start, contributions).permute(1, 2, 0)
         return lengths
 
     def _contributions(self, S: Tensor, tokens: Tensor, rows: slice) -> Tensor:
@@ -184,12 +217,15 @@ class SharedHeads:
             rows: The rows, from the first of the tokens on or all.
         """
         J, L = len(tokens), S.shape[2]
-        x = S.new_zeros(J, len(self.band[0]), L - rows.start, self.heads.heads, self.heads.head_size)
-        number = torch.arange(J, device=S.device)
+        shape, number = (self.heads.heads, self.heads.head_size), torch.arange(J, device=S.device)
+        x = S.new_empty(0)
         for lag, weight in self.band.items():
             columns, within = S[lag : lag + J, :, rows].unsqueeze(-1), slice(0, max(0, min(J, len(S) - lag)))
-            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, x.shape[-2:])  # (J, B, H, P)
-            x[within].addcmul_(columns, values[within].unsqueeze(2))
+            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, shape).unsqueeze(2)
+            if lag:
+                x[within].addcmul_(columns, values[within])
+            else:
+                x = columns * values  # (J, B, rows, H, P)
         x = x.flatten(-2)
         if self.direct is not None:
             for lag, weight in self.band.items():
@@ -200,9 +236,7 @@ class SharedHeads:
 
     def _blocks(self, u: Tensor) -> Iterator[tuple[slice, slice]]:
         """Cut the entries into blocks of rows, without the columns that are 0 in a causal core."""
-        _, B, L, _ = u.shape
-        entries = _MATRICES.of(u)
-        count = max(8, min(_ROWS.of(u), entries // (B * L * self.heads.head_size)))
+        L, count = u.shape[2], _ROWS.of(u)
         for start in range(0, L, count):
             stop = min(start + count, L)
             yield slice(start, stop), slice(0, stop if self.heads.causal else L)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.operators import Operator, Scan
+from captum_ssm.matrices.lengths import OutputLengths
+from captum_ssm.operators import Chain, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.scan_blocks import ScanBlock, windows
 
@@ -26,6 +27,9 @@ _CHANNELS = 32
 
 _ENTRIES = DeviceSize(cpu=2**20, others=2**26)
 """Entries of a block that are made at once: those that fit a processor's cache."""
+
+_CONTRIBUTIONS = DeviceSize(cpu=2**11, others=2**15)
+"""Contributions of one token to another that the output's matrix is multiplied by at once."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class SingleChannels:
         Returns:
             (M, B, L, L). Cost: see :meth:`Scan.blocks`, and one pass over the entries; O(L²) memory.
         """
-        band = torch.stack([self.band[lag] for lag in range(len(self.band))])  # (K, B, L, D)
+        band = self._stacked_band()
         M, (_, B, L, D) = len(u), band.shape
         factor = self.factor * u[0] if M == 1 else self.factor  # the rows of blocks are fewer than their entries
         width = min(D, max(_CHANNELS, _STATES.of(u) // (B * L * self.scan.states)))
@@ -77,6 +81,37 @@ class SingleChannels:
         for block in self.scan.blocks(band, factor.expand(B, L, D), width):
             _add(fused, block, None if M == 1 else u[..., block.channels], entrywise, size)
         return fused
+
+    def lengths(self, output: Chain) -> Tensor:
+        """Return the Euclidean length of each token's contribution to each other token, ``|output(A_ij v_j)|``.
+
+        Args:
+            output: The factors after the core, from channels to the model's width, the same for every token.
+
+        Returns:
+            (B, L, L). Cost: see :meth:`Scan.blocks`, and O(L²·D·E) of the output; memory for the states of all columns.
+        """
+        band = self._stacked_band()
+        _, B, L, D = band.shape
+        lengths, of_output = band.new_zeros(1, B, L, L), OutputLengths.of(output, B * L * L)
+        for block in self.scan.blocks(band, self.factor.expand(B, L, D), D):
+            P, number, J = *block.reads.shape[1:3], block.left.shape[2]
+            place, rows_at_once = _place(lengths, block)[0], max(1, _CONTRIBUTIONS.of(band) // (B * P * J * block.held))
+            for start in range(0, number, rows_at_once):
+                rows = slice(start, start + rows_at_once)
+                place[:, :, rows] = of_output.from_token(0, block.entries(rows))
+        return lengths[0]
+
+    def _stacked_band(self) -> Tensor:
+        """Return the band, (K, B, L, D)."""
+        return torch.stack([self.band[lag] for lag in range(len(self.band))])
+
+
+def _place(fused: Tensor, block: ScanBlock) -> Tensor:
+    """Return the view (M, B, P, I, J) of contiguous matrices (M, B, L, L) where the entries of a block stand."""
+    (M, B, L, _), (P, number), J = fused.shape, block.reads.shape[1:3], block.left.shape[2]
+    strides = (B * L * L, L * L, block.step * (L + 1), L, 1)  # the next block is as many rows down as columns right
+    return fused.as_strided((M, B, P, number, J), strides, block.row * L + block.column)
 
 
 def _add(fused: Tensor, block: ScanBlock, u: Tensor | None, entrywise: Entrywise, size: int) -> None:
@@ -89,10 +124,8 @@ def _add(fused: Tensor, block: ScanBlock, u: Tensor | None, entrywise: Entrywise
         entrywise: f.
         size: Number of entries of a channel that are made at once.
     """
-    (M, B, L, _), (P, number), J = fused.shape, block.reads.shape[1:3], block.left.shape[2]
-    strides = (B * L * L, L * L, block.step * (L + 1), L, 1)  # the next block is as many rows down as columns right
-    place = fused.as_strided((M, B, P, number, J), strides, block.row * L + block.column)
-    weights = u
+    place, weights = _place(fused, block), u
+    M, B, P, number, J = place.shape
     if u is not None:
         weights = windows(u.flatten(0, 1), block.row, P, number, block.step).unflatten(0, (M, B))
     rows_at_once = max(1, size // (B * P * J))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -53,7 +54,7 @@ def record_mixers(
         model: The model to watch. Its hooks are removed when the context is left, even after an error.
         hold: Run all mixers without a graph: the layers after a mixer see its output as a constant.
         replacement: Run all mixers without a graph, and go on with this function of their calls instead of their
-            outputs, such as :func:`output_through_chain`.
+            outputs, such as :func:`outputs_through_chains`.
         prepare: From a mixer and the arguments ``(args, kwargs)`` of its call to those that its own code runs on; the
             recorded call has the original ones.
         on_call: Called after each call, for a progress bar.
@@ -242,6 +243,16 @@ def output_through_chain(call: LayerCall) -> Tensor:
     x = call.wide_input
     y = unchecked_chain(call, x).apply(x, bias=True).to(call.y.dtype)
     return call.y + (y - y.detach())
+
+
+def outputs_through_chains() -> Replacement:
+    """Return the outputs of one run's mixers, for :func:`record_mixers`: each but the first by its decomposition.
+
+    No gradient that is asked for passes through the first mixer, so its output has no graph, which would be held as
+    long as that of the gradients.
+    """
+    number = count()
+    return lambda call: output_through_chain(call) if next(number) else call.y
 
 
 def _holds_state(value: Any, mixer: nn.Module) -> bool:

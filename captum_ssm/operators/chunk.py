@@ -10,29 +10,34 @@ from torch import Tensor
 
 from captum_ssm.operators.coefficient import Product
 from captum_ssm.operators.decays import chunk_decays, decayed_products, heads_first
+from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.prefix import states_from, suffix
 
-_STATES = 2**17
-"""Number of states of a chunk that fit a processor's cache."""
+_STATES = DeviceSize(cpu=2**17, others=2**24)
+"""Number of states of a chunk: on a processor as many as fit its cache."""
 
-_ENTRIES = 2**17
-"""Number of entries of a tensor of several chunks that fit a processor's cache, together with some more of its size."""
+_ENTRIES = DeviceSize(cpu=2**17, others=2**25)
+"""Number of entries of a tensor of several chunks: on a processor as many as fit its cache, together with some more
+tensors of this size."""
+
+_ONE_DECAY, _DECAY_BY_STATE = DeviceSize(cpu=32, others=64), DeviceSize(cpu=8, others=16)
+"""Tokens of a chunk that goes through its (T, T) matrices: few if each state has its own decay."""
 
 
-def size_by_states(states_of_a_token: int) -> int:
-    """Return T, the tokens of a chunk that goes through all its states: as many as fit the cache, at least 16."""
-    return max(_STATES // states_of_a_token, 16)
+def size_by_states(a: Product, states_of_a_token: int) -> int:
+    """Return T, the tokens of a chunk that goes through all its states: as many as fit, at least 16."""
+    return max(_STATES.of(a.factors[0]) // states_of_a_token, 16)
 
 
 def size_by_matrix(a: Product) -> int:
-    """Return T, the tokens of a chunk that goes through its (T, T) matrices: few if each state has its own decay."""
-    return 32 if a.shape[3] == 1 else 8
+    """Return T, the tokens of a chunk that goes through its (T, T) matrices."""
+    return (_ONE_DECAY if a.shape[3] == 1 else _DECAY_BY_STATE).of(a.factors[0])
 
 
 def together_by_matrix(a: Product, B: int, H: int, N: int, P: int) -> int:
-    """Return how many chunks go through their matrices at once: as many as fit the cache, at least 1."""
+    """Return how many chunks go through their matrices at once: as many as fit, at least 1."""
     T = size_by_matrix(a)
-    return max(_ENTRIES // (B * H * T * max(T * a.shape[3], N, P)), 1)
+    return max(_ENTRIES.of(a.factors[0]) // (B * H * T * max(T * a.shape[3], N, P)), 1)
 
 
 def chunk_by_states(a: Tensor, b: Tensor, c: Tensor, x: Tensor, h: Tensor, lag: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,6 +77,26 @@ class Product:
         factors = self._at(start, stop)
         return [self.of_factors(factors)] if self.exponential else factors
 
+    def apart(self, L: int) -> tuple[Tensor, Tensor]:
+        """Return two tensors whose product is the coefficient at L tokens: what all states share, and the rest.
+
+        Args:
+            L: The number of tokens.
+
+        Returns:
+            (B or 1, L or 1, H or 1, 1) and (B or 1, L, H or 1, N or 1).
+        """
+        terms = self.terms(0, L)
+        one = terms[0].new_ones(1, 1, 1, 1)
+        shared = reduce(mul, (term for term in terms if term.shape[3] == 1), one)
+        others = reduce(mul, (term for term in terms if term.shape[3] > 1), one)
+        return shared, others.expand(-1, L, -1, -1)
+
+    @property
+    def shapes_of_terms(self) -> list[torch.Size]:
+        """The shapes of :meth:`terms` at all tokens."""
+        return [self.shape] if self.exponential else [factor.shape for factor in self.factors]
+
     def _at(self, start: int, stop: int) -> list[Tensor]:
         return [f[:, start:stop] if f.shape[1] > 1 else f for f in self.factors]
 

@@ -17,6 +17,9 @@ from captum_ssm.operators.base import tokens_from
 from captum_ssm.operators.coefficient import Coefficients, Product, as_product, each, record, shared_shape
 from captum_ssm.operators.heads import HeadOperator
 
+_ENTRIES = 2**17
+"""Entries of a product of coefficients that are made at once: those that fit a processor's cache."""
+
 
 class Span(NamedTuple):
     """Some tokens of a sequence that are C whole chunks."""
@@ -122,13 +125,13 @@ class Recurrence(HeadOperator):
         B, _, H, P = x.shape
         h = x.new_zeros(B, H, self.states, P)
         for span in self.spans(x):
-            coefficients = self.folded(span, B).coefficients_of_tokens(span.T)
-            y, before, h = self.run_chunks(coefficients, span.folded(x, B), h)
+            y, before, h = self.run_chunks(self.coefficients_of(span, B), span.folded(x, B), h)
             yield span.unfolded(y, B), before
 
-    def coefficients_of_tokens(self, T: int) -> Coefficients[Tensor]:
-        """Evaluate the coefficients at the first T tokens, each (B or 1, T, H or 1, N or 1)."""
-        return each(lambda product: product.tokens(0, T, heads_innermost=self.head_size == 1), self.products)
+    def coefficients_of(self, span: Span, B: int) -> Coefficients[Tensor]:
+        """Evaluate the coefficients at the tokens of a span, each (B·C or 1, T, H or 1, N or 1)."""
+        chunks, start = (self, span.start) if span.C == 1 else (self.folded(span, B), 0)
+        return each(lambda p: p.tokens(start, start + span.T, heads_innermost=self.head_size == 1), chunks.products)
 
     @abstractmethod
     def run_chunks(self, coefficients: Coefficients[Tensor], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +173,10 @@ class Recurrence(HeadOperator):
 
     def head_diagonal(self, like: Tensor) -> Tensor:
         """Return ``<c_t, b_t>``, (B or 1, L, H): the part of a token's output that it has just written."""
-        L, T = like.shape[1], self.chunk_size(like.unflatten(-1, (self.heads, -1)))
+        L, products = like.shape[1], (self.products.b, self.products.c)
+        shapes = [shape for product in products for shape in product.shapes_of_terms if shape[3] > 1]
+        B, _, H, N = shared_shape(*shapes) if shapes else (1, 1, 1, 1)
+        T = max(_ENTRIES // (B * H * N), 1)
         inner = [self._written_and_read(start, min(start + T, L)) for start in range(0, L, T)]
         return torch.cat(inner, dim=1).expand(-1, -1, self.heads)
 

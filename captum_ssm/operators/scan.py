@@ -16,6 +16,7 @@ from captum_ssm.operators.chunk import (
     together_by_matrix,
 )
 from captum_ssm.operators.coefficient import Coefficient, Coefficients, Product, ScanCoefficients
+from captum_ssm.operators.decays import heads_first
 from captum_ssm.operators.recurrence import Recurrence
 from captum_ssm.operators.scan_blocks import ScanBlock, blocks_of_matrix
 
@@ -74,6 +75,20 @@ class Scan(Recurrence):
             a = a.map(lambda factor: factor.roll(1, 1), axis=1)
         return replace(self, a=a, b=c, c=b)
 
+    def matrices(self, like: Tensor) -> Tensor:
+        """Return every head's matrix, (B, H, L, L), without the direct paths, for an input ``like`` (B, L, D).
+
+        Where all states of a head share one decay, it is what the decays leave of a value that is written with weight
+        1, times the inner products of ``c`` and ``b``.
+
+        Cost: one pass of all states with L right-hand sides, or of one state and a product (L, N) (N, L).
+        """
+        if self.states == 1 or self.products.a.shape[3] > 1:
+            return super().matrices(like)
+        (b, keys), (c, queries) = (p.apart(like.shape[1]) for p in (self.products.b, self.products.c))
+        keys, queries = (heads_first(t, self.states) for t in (keys, queries))  # (B or 1, H or 1, L, N)
+        return replace(self, b=b, c=c).matrices(like) * (queries @ keys.mT)
+
     def head_diagonal(self, like: Tensor) -> Tensor:
         """Return the part of a token's output that it has just written, (B or 1, L or 1, H): 0 if read before."""
         return super().head_diagonal(like) if self.lag == 0 else like.new_zeros(1, 1, self.heads)
@@ -110,7 +125,8 @@ class Scan(Recurrence):
         if self.chunk:
             return min(self.chunk, x.shape[1])
         B, L, H, P = x.shape
-        T = size_by_states(B * H * self.states * P) if self.by_states(x) else size_by_matrix(self.products.a)
+        a, states = self.products.a, B * H * self.states * P
+        T = size_by_states(a, states) if self.by_states(x) else size_by_matrix(a)
         return min(T, L)
 
     def chunks_at_once(self, x: Tensor) -> int:

@@ -38,6 +38,11 @@ class ScanBlock(NamedTuple):
     left: Tensor
     """Of the columns, (B, P, J, N, D)."""
 
+    @property
+    def held(self) -> int:
+        """How many numbers are held for each of the entries that are made at once."""
+        return self.reads.shape[3] if self.left.shape[2] < _PRODUCT else 1
+
     def entries(self, rows: slice) -> Tensor:
         """Return the entries ``sum_n reads_in left_jn`` of some of the I rows, (B, P, rows, J, D)."""
         reads, left = self.reads[:, :, rows], self.left
@@ -112,11 +117,18 @@ def _complete_columns(
     for k in range(1, len(band)):
         before = state[:, :-1]
         if lag:
-            near[k, :, k:] += (reads[:, k:] * before).sum(2)
+            near[k, :, k:] += _read(reads[:, k:], before)
         state = before.mul_(decays[:, k:]).addcmul_(weights[k, :, k:], b[:, k:])
         if not lag:
-            near[k, :, k:] += (reads[:, k:] * state).sum(2)
+            near[k, :, k:] += _read(reads[:, k:], state)
     return state
+
+
+def _read(reads: Tensor, state: Tensor) -> Tensor:
+    """Return the inner product over N of states (B, T, N, D) with weights (B or 1, T, N or 1, D or 1), (B, T, D)."""
+    if reads.shape[2:] == (state.shape[2], 1):  # a product of matrices, if all channels share the weights
+        return (reads.mT @ state).squeeze(2)
+    return (reads * state).sum(2)
 
 
 def _blocks_of_halves(channels: slice, row: int, reads: Tensor, left: Tensor, decays: Tensor) -> Iterator[ScanBlock]:
@@ -139,10 +151,11 @@ def _blocks_of_halves(channels: slice, row: int, reads: Tensor, left: Tensor, de
         for start, P, rows in _pairs(T, s):
             later, earlier = windows(reads, start + s, P, rows, 2 * s), windows(left, start, P, s, 2 * s)
             yield ScanBlock(channels, row + start + s, start, 2 * s, later, earlier)
-            pairs = slice(start // s, start // s + 2 * P)
-            later *= decays[:, pairs][:, ::2].unsqueeze(2)
-            if rows == s:
-                earlier *= decays[:, pairs][:, 1::2].unsqueeze(2)
+            if 2 * s < T:  # there is a next level
+                pairs = slice(start // s, start // s + 2 * P)
+                later *= decays[:, pairs][:, ::2].unsqueeze(2)
+                if rows == s:
+                    earlier *= decays[:, pairs][:, 1::2].unsqueeze(2)
         whole = T // (2 * s) * 2
         decays, s = decays[:, 0:whole:2] * decays[:, 1:whole:2], 2 * s
 
