@@ -203,11 +203,13 @@ def test_no_tensor_holds_the_scores_of_all_tokens(rule: Rule, monkeypatch: pytes
     assert made.entries < L * L
 
 
-def test_neither_product_of_an_attention_holds_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [8, 6])
+def test_neither_product_of_an_attention_holds_its_weights(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where values are smaller than queries and keys, as in latent attention."""
     monkeypatch.setattr(score_blocks, "_SCORES", DeviceSize(2**12, 2**12))
     L, width = 200, 8
     q, k = torch.randn(2, 1, 2, L, width)
-    operator, x = SoftmaxAttention(q, k, 0.5, sees_earlier=True, head_size=width), torch.randn(1, L, 2 * width)
+    operator, x = SoftmaxAttention(q, k, 0.5, sees_earlier=True, head_size=size), torch.randn(1, L, 2 * size)
     with Largest() as made:
         operator.apply(x), operator.adjoint(x)
     assert made.entries < L * L
