@@ -145,7 +145,7 @@ def _attention(
     if dropout_p:
         raise NotImplementedError("attention with dropout")
     dtype = reduce(torch.promote_types, (t.dtype for t in (q, k, v)))
-    q, k, v = (t.to(dtype) for t in (q, k, v))
+    q, k, v = (t if t.dtype == dtype else t.to(dtype) for t in (q, k, v))  # constants of a model in half precision
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
