@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from captum_ssm import UnsupportedModelError, supported
+from captum_ssm import ImplicitAttentionRelevance, UnsupportedModelError, supported
 from captum_ssm.layers.call import LayerCall
 from captum_ssm.layers.fidelity import relative_error
 from captum_ssm.layers.mixers import find_adapter
@@ -151,6 +151,25 @@ def test_bfloat16_is_reproduced_in_float32(name: str, implementation: str, ids: 
     for call in record(model, ids, LEFT):
         assert weights_of(chain_of(call)).dtype == torch.float32
         assert 1e-4 < error(call, LEFT) <= 2e-2
+
+
+@every_implementation
+def test_relevance_of_bfloat16_is_that_of_float32_with_padding(implementation: str, ids: Tensor) -> None:
+    """The mask of a model that is followed in float32 hides with a number that bfloat16 does not have."""
+    model = copy.deepcopy(tiny("jamba", implementation)).bfloat16()
+    expected = ImplicitAttentionRelevance(copy.deepcopy(model).float()).attribute(
+        ids, target=5, additional_forward_args=LEFT
+    )
+    found = ImplicitAttentionRelevance(model).attribute(ids, target=5, additional_forward_args=LEFT)
+    assert relative_error(found, expected) < 5e-2
+
+
+def test_a_layer_that_is_followed_by_its_functions_adds_nothing_to_its_cache(ids: Tensor) -> None:
+    """As with padding that only the model knows, whose rows the decomposition has as 0."""
+    model = tiny("jamba", "eager")
+    masked = ImplicitAttentionRelevance(lambda ids: model(ids, attention_mask=LEFT).logits[:, -1], model)
+    told = ImplicitAttentionRelevance(model).attribute(ids, target=5, additional_forward_args=LEFT)
+    assert relative_error(masked.attribute(ids, target=5), told) < 1e-4
 
 
 @every_family

@@ -103,6 +103,52 @@ def test_the_rule_is_that_of_the_functions_written_out(name: str, rule: Rule, bl
         assert abs(total - float((dy * (y.value - y.reference)).sum())) < 1e-10
 
 
+UNSEEN = {
+    "all of a large number": torch.full((7, 7), -1e9),
+    "a sum of two masks": torch.full((7, 7), -1e9).triu(1) - 1e9 * (torch.arange(7) < 3),
+    "a sum that overflows": torch.full((7, 7), LOWEST).triu(1) + torch.where(torch.arange(7) < 3, LOWEST, 0),
+    "about a number": torch.linspace(1, -1, 7).expand(7, 7) - 1e4,
+}
+
+
+@on_all("mask", UNSEEN)
+@every_rule
+def test_masks_that_hide_all_keys_weigh_them_as_torch_does(mask: str, rule: Rule) -> None:
+    """Multipliers of the values are the weights that torch computes, and the rest adds up to what torch computes."""
+    torch.manual_seed(0)
+    q, k, v = (
+        Traced.of(t.value.detach().float().requires_grad_(), t.reference.float(), rule)
+        for t in (sides(rule, 1, 2, 7, 4) for _ in range(3))
+    )
+    y = attend(q, k, v, attn_mask=UNSEEN[mask])
+    value, reference = (
+        attend(*(getattr(t, side) for t in (q, k, v)), attn_mask=UNSEEN[mask]) for side in ("value", "reference")
+    )
+    torch.testing.assert_close(y.value, value, rtol=0, atol=1e-3)
+    dy = torch.randn_like(y.value)
+    found = multipliers(y, (q, k, v), dy)
+    if isinstance(rule, Frozen):
+        weights = attend(q.value, k.value, torch.eye(7).expand(1, 2, 7, 7), attn_mask=UNSEEN[mask])
+        torch.testing.assert_close(found[2], weights.mT @ dy, rtol=0, atol=1e-3)
+    else:
+        total = sum(float((m * (x.value - x.reference)).sum()) for m, x in zip(found, (q, k, v)))
+        assert abs(total - float((dy * (value - reference)).sum())) < 1e-3 * float(dy.abs().sum())
+
+
+@every_rule
+@pytest.mark.parametrize("traced", ["q", "k", "v"])
+def test_constants_of_half_precision_meet_values_of_single(rule: Rule, traced: str) -> None:
+    """As learned queries of a model in bfloat16, which is followed in float32; so may a mask be."""
+    torch.manual_seed(0)
+    x = sides(rule, 1, 2, 7, 4)
+    x = Traced.of(x.value.detach().float().requires_grad_(), x.reference.float(), rule)
+    plain, mask = torch.randn(1, 2, 7, 4).bfloat16(), torch.zeros(7, 7).bfloat16()
+    y: Any = attend(*(x if name == traced else plain for name in "qkv"), attn_mask=mask)
+    value = y.value if isinstance(y, Traced) else y
+    expected = attend(*(x.value if name == traced else plain.float() for name in "qkv"))
+    torch.testing.assert_close(value, expected)
+
+
 @every_rule
 def test_constants_among_the_arguments_have_no_reference(rule: Rule) -> None:
     """As in attention to tokens that are not explained."""
@@ -157,11 +203,13 @@ def test_no_tensor_holds_the_scores_of_all_tokens(rule: Rule, monkeypatch: pytes
     assert made.entries < L * L
 
 
-def test_neither_product_of_an_attention_holds_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [8, 6])
+def test_neither_product_of_an_attention_holds_its_weights(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where values are smaller than queries and keys, as in latent attention."""
     monkeypatch.setattr(score_blocks, "_SCORES", DeviceSize(2**12, 2**12))
     L, width = 200, 8
     q, k = torch.randn(2, 1, 2, L, width)
-    operator, x = SoftmaxAttention(q, k, 0.5, sees_earlier=True, head_size=width), torch.randn(1, L, 2 * width)
+    operator, x = SoftmaxAttention(q, k, 0.5, sees_earlier=True, head_size=size), torch.randn(1, L, 2 * size)
     with Largest() as made:
         operator.apply(x), operator.adjoint(x)
     assert made.entries < L * L

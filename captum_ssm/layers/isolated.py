@@ -21,12 +21,17 @@ def run_isolated(mixer: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, wide
     Args:
         mixer: The layer.
         x: Input (B, L, E).
-        kwargs: The call's other arguments.
+        kwargs: The call's other arguments. A cache of keys among them is not used: it holds those of the call itself.
         wide: Whether also those parts are computed in the type of ``x`` that the code asks a narrower type for, as many
             kernels of transformers do for float32.
     """
     with _AtLeast(x.dtype) if wide else nullcontext():
-        return first_output(type(mixer).forward(isolated_copy(mixer, x), x, **cast_like(dict(kwargs), x)))
+        return first_output(type(mixer).forward(isolated_copy(mixer, x), x, **cast_like(without_cache(kwargs), x)))
+
+
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call without its cache of keys and values, to which a further run would add."""
+    return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
 
 
 def isolated_copy(module: Any, x: Tensor | None, configure: Callable[[Any], Any] = lambda config: config) -> Any:

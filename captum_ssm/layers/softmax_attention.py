@@ -19,10 +19,8 @@ from torch.overrides import TorchFunctionMode
 from captum_ssm.errors import UnsupportedModelError
 from captum_ssm.layers.attention_masks import additive_mask, as_scores, attending, causal_mask
 from captum_ssm.layers.eager_weights import weights_of_eager_code
-from captum_ssm.layers.isolated import cast_like, isolated_copy
+from captum_ssm.layers.isolated import cast_like, isolated_copy, without_cache
 from captum_ssm.operators import Attention, SoftmaxAttention
-
-_CACHES = ("past_key_values", "use_cache")
 
 _SELECTORS = ("build_attention_mask_from_topk", "indexer")
 """Sources of a sparse layer's mask: a method of GLM-5's attention, a submodule of Qwen4's."""
@@ -50,7 +48,7 @@ def softmax_attention(
 
     Cost: one run of the layer as far as its queries and keys; O(L²·D) time and B·H·L² numbers if it computes weights.
     """
-    arguments = {name: value for name, value in kwargs.items() if name not in _CACHES}
+    arguments = without_cache(kwargs)
     mask = additive_mask(kwargs.get("attention_mask"), x, getattr(mixer, "sliding_window", None))
     visible, selectors = mask, {}
     selector = next((name for name in _SELECTORS if hasattr(mixer, name)), None)

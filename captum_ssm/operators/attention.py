@@ -74,7 +74,7 @@ class Attention(HeadOperator):
 class SoftmaxAttention(HeadOperator):
     """Softmax attention, ``y_i = sum_j w_ij x_j`` with ``w_i = attends_i softmax(scale <q_i, k_j> + mask_ij)``.
 
-    The weights are computed where they are read; a product with an input needs none of the L².
+    The weights are computed where they are read; a product with one input needs none of the L².
 
     Args:
         queries: (B, H, L, N).
@@ -89,7 +89,8 @@ class SoftmaxAttention(HeadOperator):
         skip: Direct path, broadcastable to (B, L, D), or None.
         bonus: Further weight of the current token, broadcastable to (B, L, D), or None.
 
-    Cost: O(L²·D) time and O(L·D) memory for one right-hand side; B·H·L² numbers once the weights are read.
+    Cost: O(L²·D) time and O(L·D) memory for one right-hand side with P at most N; B·H·L² numbers once the weights are
+    read, and in :meth:`mix` of further right-hand sides on a processor.
 
     Source:
         Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
@@ -193,4 +194,7 @@ def weighted_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_ear
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(weighted_sums, (q, k, v), q, k, v, mask, sees_earlier, scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=sees_earlier, scale=scale)
+    N, P = q.shape[-1], v.shape[-1]
+    if P < N:  # as in latent attention; torch goes block by block where queries, keys and values are of one size
+        v = F.pad(v, (0, N - P))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=sees_earlier, scale=scale)[..., :P]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_ssm.errors import FidelityError, UnsupportedModelError
 from captum_ssm.layers.call import LayerCall, first_output
 from captum_ssm.layers.fidelity import unchecked_chain
+from captum_ssm.layers.isolated import without_cache
 from captum_ssm.layers.mixers import known_mixers
 from captum_ssm.layers.precision import in_full_precision
 from captum_ssm.layers.stand_ins import is_spread
@@ -90,7 +91,7 @@ class FollowedMixers:
     def _by_functions(self, call: LayerCall) -> Tensor:
         """Return the output of a mixer's own code, function by function."""
         x = call.x if call.own_input is None else call.own_input
-        arguments = {name: value for name, value in call.kwargs.items() if name != "source"}
+        arguments = {name: value for name, value in without_cache(call.kwargs).items() if name != "source"}
         y: Tensor = first_output(own_output(call.mixer, x, **arguments))
         return y
 

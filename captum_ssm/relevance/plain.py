@@ -39,4 +39,9 @@ class PlainArguments:
         if isinstance(leaf, TokenIds):
             return leaf.value
         half = self.dtype in (torch.bfloat16, torch.float16)
-        return leaf.to(self.dtype) if half and isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+        return self._constant(leaf) if half and isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+
+    def _constant(self, leaf: Tensor) -> Tensor:
+        """Return a constant in the model's type: a mask that hides with the lowest number of float32 stays finite."""
+        limits = torch.finfo(self.dtype)
+        return leaf.where(leaf.isinf(), leaf.clamp(limits.min, limits.max)).to(self.dtype)

@@ -8,6 +8,7 @@ one hold those of a kind.
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import torch
@@ -132,8 +133,8 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
 # --- Attention ----------------------------------------------------------------------------------------------------
 
 
-_ABSORBING = -1e30
-"""Largest number to which a score can be added without an effect."""
+_LOST = 64
+"""Scores of this size or less are lost, or rounded to equal ones, in sums with numbers of its size over epsilon."""
 
 
 @composed("scaled_dot_product_attention")
@@ -143,20 +144,24 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     if dropout_p:
         raise NotImplementedError("attention with dropout")
+    dtype = reduce(torch.promote_types, (t.dtype for t in (q, k, v)))
+    q, k, v = (t if t.dtype == dtype else t.to(dtype) for t in (q, k, v))  # constants of a model in half precision
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if attn_mask is None:
         return weighted_sums(q, k, v, None, is_causal, scale)
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
-    alike = (attn_mask <= _ABSORBING).all(-1, keepdim=True)  # the scores of these queries have no part
-    q, mask = q.masked_fill(alike, 0), attn_mask.masked_fill(alike, 0)
+        attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, -torch.inf)
+    mask = attn_mask.to(dtype)
+    sees_any = (mask > -torch.inf).any(-1, keepdim=True)
+    q = q.masked_fill((mask <= -_LOST / torch.finfo(dtype).eps).all(-1, keepdim=True), 0)
     if has_torch_function_unary(mask):  # a bias that depends on the tokens
-        y = F.softmax(q @ k.mT * scale + mask, dim=-1) @ v
+        y = F.softmax(q @ k.mT * scale + mask.masked_fill(~sees_any, 0), dim=-1) @ v
     else:
+        mask = (mask - mask.amax(-1, keepdim=True)).masked_fill(~sees_any, 0)  # what all keys share has no effect
         y = weighted_sums(q, k, v, mask, is_causal, scale)
-    return y * (attn_mask > -torch.inf).any(-1, keepdim=True)
+    return y * sees_any
 
 
 composed("multi_head_attention_forward")(as_torch_writes_it(F.multi_head_attention_forward))
