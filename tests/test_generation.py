@@ -455,6 +455,16 @@ def test_a_probability_that_is_no_number_is_refused(method: Any, value: float, e
         explain(method, model, eight, 4)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_layer_whose_output_is_not_finite_is_named(layer: int, eight: Tensor, unchanged: Any) -> None:
+    model = borrowed("mamba")
+    with torch.no_grad():
+        model.backbone.layers[layer].mixer.out_proj.weight[0, 0] = float("nan")
+    named = rf"The output of layer 'backbone\.layers\.{layer}\.mixer' has NaN"
+    with unchanged(model, eight), pytest.raises(ModelStateError, match=named):
+        explain(signed, model, eight, 4)
+
+
 def test_a_method_that_explains_no_language_model_is_refused(words: PreTrainedTokenizerFast) -> None:
     model = borrowed("mamba")
     headless = perturbed(MambaModel(MambaConfig(**{**COMMON, **S6})))

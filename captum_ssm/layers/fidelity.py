@@ -95,6 +95,23 @@ def decompose(call: LayerCall, tolerance: float | None = None, mask: Tensor | No
     return Decomposition(call.name, chain, x, error)
 
 
+def check_finite(call: LayerCall) -> None:
+    """Raise if a layer's input or output is not finite.
+
+    Args:
+        call: The recorded call.
+
+    Raises:
+        ModelStateError: With the name of the layer.
+    """
+    for name, tensor in (("input", call.x), ("output", call.y)):
+        if not bool(tensor.isfinite().all()):
+            raise ModelStateError(
+                f"The {name} of layer '{call.name}' has NaN or infinite entries. Check the model's weights and the "
+                "inputs for NaN or infinity, or run the model in a wider floating-point type."
+            )
+
+
 def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
     """Return the chain that the adapter gives for a call, not compared with the layer's output.
 
@@ -109,12 +126,7 @@ def unchecked_chain(call: LayerCall, x: Tensor) -> Chain:
         ModelStateError: If the layer's input or output is not finite.
         UnsupportedModelError: If no adapter knows the layer, or it is another library's layer of the same name.
     """
-    for name, tensor in (("input", call.x), ("output", call.y)):
-        if not bool(tensor.isfinite().all()):
-            raise ModelStateError(
-                f"The {name} of layer '{call.name}' has NaN or infinite entries. Check the model's weights and the "
-                "inputs for NaN or infinity, or run the model in a wider floating-point type."
-            )
+    check_finite(call)
     adapter, class_name = find_adapter(call.mixer), type(call.mixer).__name__
     if adapter is None:
         raise UnsupportedModelError(f"No adapter is registered for layer '{call.name}' ({class_name}).")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from captum_ssm.errors import ModelStateError
 from captum_ssm.layers.call import LayerCall, call_arguments, first_output
-from captum_ssm.layers.fidelity import unchecked_chain
+from captum_ssm.layers.fidelity import check_finite, unchecked_chain
 from captum_ssm.layers.mixers import find_mixers
 from captum_ssm.layers.placement import around
 from captum_ssm.layers.precision import autocast_here, in_full_precision
@@ -252,7 +252,14 @@ def outputs_through_chains() -> Replacement:
     long as that of the gradients.
     """
     number = count()
-    return lambda call: output_through_chain(call) if next(number) else call.y
+
+    def replacement(call: LayerCall) -> Tensor:
+        if next(number):
+            return output_through_chain(call)
+        check_finite(call)  # as the decomposition of every other mixer does: else the next one is named
+        return call.y
+
+    return replacement
 
 
 def _holds_state(value: Any, mixer: nn.Module) -> bool:

@@ -15,10 +15,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from captum_ssm.operators.base import tokens_from
 from captum_ssm.operators.coefficient import Coefficients, Product, as_product, each, record, shared_shape
+from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.heads import HeadOperator
 
-_ENTRIES = 2**17
-"""Entries of a product of coefficients that are made at once: those that fit a processor's cache."""
+_ENTRIES = DeviceSize(cpu=2**17, others=2**25)
+"""Entries of a product of coefficients that are made at once: on a processor those that fit its cache."""
 
 
 class Span(NamedTuple):
@@ -176,7 +177,7 @@ class Recurrence(HeadOperator):
         L, products = like.shape[1], (self.products.b, self.products.c)
         shapes = [shape for product in products for shape in product.shapes_of_terms if shape[3] > 1]
         B, _, H, N = shared_shape(*shapes) if shapes else (1, 1, 1, 1)
-        T = max(_ENTRIES // (B * H * N), 1)
+        T = max(_ENTRIES.of(like) // (B * H * N), 1)
         inner = [self._written_and_read(start, min(start + T, L)) for start in range(0, L, T)]
         return torch.cat(inner, dim=1).expand(-1, -1, self.heads)
 
