@@ -19,6 +19,7 @@ from captum_ssm import (
 )
 from captum_ssm.layers.wires import Wire
 from captum_ssm.matrices import entries as entries_module
+from captum_ssm.matrices import lengths as lengths_module
 from captum_ssm.matrices import rollout as rollout_module
 from captum_ssm.matrices import shared_heads as heads_module
 from captum_ssm.matrices import single_channels as channels_module
@@ -474,8 +475,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(channels_module, "_CHANNELS", 1)
         patch.setattr(heads_module, "_BLOCK", DeviceSize(2**9, 2**9))
         patch.setattr(heads_module, "_MATRICES", DeviceSize(2**9, 2**9))
-        patch.setattr(channels_module, "_CONTRIBUTIONS", DeviceSize(2**5, 2**5))
-        patch.setattr(heads_module, "_CONTRIBUTIONS", DeviceSize(2**5, 2**5))
+        patch.setattr(lengths_module, "_VECTORS_AT_ONCE", DeviceSize(2**5, 2**5))
         yield
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from captum_ssm.matrices import lengths as module
-from captum_ssm.matrices import single_channels
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.matrices.lengths import OutputLengths
 from captum_ssm.matrices.single_channels import SingleChannels
@@ -83,7 +82,7 @@ def test_the_lengths_of_single_channels_are_those_of_their_channels_vectors(
     lag: int, taps: tuple[int, ...], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(sum(taps) + lag)
-    monkeypatch.setattr(single_channels, "_CONTRIBUTIONS", DeviceSize(size, size))
+    monkeypatch.setattr(module, "_VECTORS_AT_ONCE", DeviceSize(size, size))
     B, T, D, N = 2, 21, 6, 3
     a, b, c = torch.rand(3, B, T, D, N, dtype=torch.float64) - 0.3
     gate, act, bonus, v = torch.randn(4, B, T, D, dtype=torch.float64)

@@ -19,7 +19,7 @@ from captum_ssm import (
 )
 from captum_ssm.attr import generated_tokens
 from captum_ssm.layers.fidelity import decompose
-from captum_ssm.matrices import entries, shared_heads, single_channels
+from captum_ssm.matrices import entries, lengths, shared_heads
 from captum_ssm.network.examination import examine
 from captum_ssm.network.recording import record_mixers
 from captum_ssm.operators import Recurrence
@@ -86,8 +86,7 @@ def test_no_tensor_has_a_matrix_for_every_channel(name: str, method: str, monkey
     monkeypatch.setattr(shared_heads, "_BLOCK", DeviceSize(2**13, 2**13))
     monkeypatch.setattr(shared_heads, "_MATRICES", DeviceSize(2**13, 2**13))
     monkeypatch.setattr(shared_heads, "_HEADS", DeviceSize(2**13, 2**13))
-    monkeypatch.setattr(shared_heads, "_CONTRIBUTIONS", DeviceSize(2**7, 2**7))
-    monkeypatch.setattr(single_channels, "_CONTRIBUTIONS", DeviceSize(2**7, 2**7))
+    monkeypatch.setattr(lengths, "_VECTORS_AT_ONCE", DeviceSize(2**7, 2**7))
     D = channels_of(model, ids)
     with Largest() as largest:
         explain(model, ids)

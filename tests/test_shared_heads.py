@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from captum_ssm.matrices import lengths
 from captum_ssm.matrices import shared_heads as module
 from captum_ssm.matrices.core_matrix import CoreMatrix, channel_matrices
 from captum_ssm.matrices.entrywise import ABSOLUTE, IDENTITY, POSITIVE, SQUARE, Entrywise
@@ -182,7 +183,7 @@ def test_how_the_work_is_cut_never_changes_the_result(size: int, monkeypatch: py
     monkeypatch.setattr(module, "_BLOCK", DeviceSize(size, size))
     monkeypatch.setattr(module, "_MATRICES", DeviceSize(size, size))
     monkeypatch.setattr(module, "_HEADS", DeviceSize(size, size))
-    monkeypatch.setattr(module, "_CONTRIBUTIONS", DeviceSize(size, size))
+    monkeypatch.setattr(lengths, "_VECTORS_AT_ONCE", DeviceSize(size, size))
     for kind in KINDS:
         check(core_of(kind, (4,)), *weights(padding=True), ABSOLUTE)
         check_lengths(core_of(kind, (4,)), weights(padding=True)[1])

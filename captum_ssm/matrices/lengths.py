@@ -21,6 +21,14 @@ _COLUMNS = DeviceSize(cpu=64, others=512)
 """Columns of the triangular factor that are multiplied at once: of fewer, more zeros are left out, but each takes
 longer."""
 
+_VECTORS_AT_ONCE = DeviceSize(cpu=2**11, others=2**15)
+"""Vectors, of one token's contribution to another each, that the output is applied to at once."""
+
+
+def vectors_at_once(like: Tensor) -> int:
+    """Return the number of vectors that the output is to be applied to at once, on the device of a tensor."""
+    return _VECTORS_AT_ONCE.of(like)
+
 
 @dataclass(frozen=True)
 class OutputLengths:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.matrices.lengths import OutputLengths
+from captum_ssm.matrices.lengths import OutputLengths, vectors_at_once
 from captum_ssm.operators import Chain, HeadOperator, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 
@@ -38,9 +38,6 @@ _ROWS = DeviceSize(cpu=64, others=1024)
 
 _BLOCK = DeviceSize(cpu=2**20, others=2**25)
 """Entries of all channels' matrices that are treated at once: those that fit a processor's cache."""
-
-_CONTRIBUTIONS = DeviceSize(cpu=2**11, others=2**15)
-"""Contributions of one token to another that the output's matrix is multiplied by at once."""
 
 
 class Terms(NamedTuple):
@@ -201,7 +198,7 @@ class SharedHeads:
         for group in torch.arange(L, device="cpu").split(max(1, entries // (B * L * self.heads.heads))):
             first, stop = int(group[0]), int(group[-1]) + 1
             S = self.heads.head_columns(like, slice(first, min(stop + max(self.band), L)))
-            for tokens in group.split(max(1, _CONTRIBUTIONS.of(like) // (B * L))):
+            for tokens in group.split(max(1, vectors_at_once(like) // (B * L))):
                 columns = slice(int(tokens[0]), int(tokens[-1]) + 1)
                 rows = slice(columns.start if self.heads.causal else 0, L)
                 contributions = self._contributions(S[columns.start - first :], tokens.to(like.device), rows)
@@ -217,17 +214,21 @@ class SharedHeads:
             rows: The rows, from the first of the tokens on or all.
         """
         J, L = len(tokens), S.shape[2]
-        shape, number = (self.heads.heads, self.heads.head_size), torch.arange(J, device=S.device)
-        x = S.new_empty(0)
-        for lag, weight in self.band.items():
-            columns, within = S[lag : lag + J, :, rows].unsqueeze(-1), slice(0, max(0, min(J, len(S) - lag)))
-            values = _earlier(weight, lag)[:, tokens].transpose(0, 1).unflatten(-1, shape).unsqueeze(2)
-            if lag:
-                x[within].addcmul_(columns, values[within])
-            else:
-                x = columns * values  # (J, B, rows, H, P)
+        shape = self.heads.heads, self.heads.head_size
+
+        def factors(lag: int) -> tuple[Tensor, Tensor]:
+            """Return the columns that the tokens reach by a lag, (tokens, B, rows, H, 1), and their values."""
+            columns = S[lag : lag + J, :, rows].unsqueeze(-1)
+            values = _earlier(self.band[lag], lag)[:, tokens[: len(columns)]].transpose(0, 1).unsqueeze(2)
+            return columns, values.unflatten(-1, shape)
+
+        x = torch.mul(*factors(0))  # (J, B, rows, H, P)
+        for lag in [lag for lag in self.band if lag]:
+            columns, values = factors(lag)
+            x[: len(columns)].addcmul_(columns, values)
         x = x.flatten(-2)
         if self.direct is not None:
+            number = torch.arange(J, device=S.device)
             for lag, weight in self.band.items():
                 at = number[tokens + lag < L]
                 direct = (self.direct * weight)[:, tokens[at] + lag]  # (B, tokens, D)

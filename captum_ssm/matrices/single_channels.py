@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captum_ssm.matrices.banded import are_banded, parts, product
 from captum_ssm.matrices.entrywise import Entrywise
-from captum_ssm.matrices.lengths import OutputLengths
+from captum_ssm.matrices.lengths import OutputLengths, vectors_at_once
 from captum_ssm.operators import Chain, Operator, Scan
 from captum_ssm.operators.device_sizes import DeviceSize
 from captum_ssm.operators.scan_blocks import ScanBlock, windows
@@ -27,9 +27,6 @@ _CHANNELS = 32
 
 _ENTRIES = DeviceSize(cpu=2**20, others=2**26)
 """Entries of a block that are made at once: those that fit a processor's cache."""
-
-_CONTRIBUTIONS = DeviceSize(cpu=2**11, others=2**15)
-"""Contributions of one token to another that the output's matrix is multiplied by at once."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class SingleChannels:
         lengths, of_output = band.new_zeros(1, B, L, L), OutputLengths.of(output, B * L * L)
         for block in self.scan.blocks(band, self.factor.expand(B, L, D), D):
             P, number, J = *block.reads.shape[1:3], block.left.shape[2]
-            place, rows_at_once = _place(lengths, block)[0], max(1, _CONTRIBUTIONS.of(band) // (B * P * J * block.held))
+            place, rows_at_once = _place(lengths, block)[0], max(1, vectors_at_once(band) // (B * P * J * block.held))
             for start in range(0, number, rows_at_once):
                 rows = slice(start, start + rows_at_once)
                 place[:, :, rows] = of_output.from_token(0, block.entries(rows))
