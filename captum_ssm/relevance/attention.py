@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from captum_ssm.operators.score_blocks import ScoreBlocks, by_heads
+from captum_ssm.relevance.exponentials import over_mean_sum
 from captum_ssm.relevance.slopes import slope_of_exp
 
 
@@ -107,7 +108,7 @@ class _Difference(torch.autograd.Function):
             block.of_keys(dv).add_(torch.lerp(w, u, weight_share).mT @ of_dy)
             dw = of_dy @ block.of_keys(mean_v).mT
             dw -= (torch.lerp(u, w, 0.5) * dw).sum(-1, keepdim=True)
-            ds = dw.mul_(slope_of_exp(s, t, w * (2 * of_d.sigmoid()), u * (2 * (-of_d).sigmoid())))
+            ds = dw.mul_(slope_of_exp(s, t, *over_mean_sum(w, u, of_d)))
             block.of_rows(dq).copy_(ds @ block.of_keys(mean_k))
             block.of_keys(dk).add_(ds.mT @ block.of_rows(mean_q))
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None, None, None

@@ -40,8 +40,22 @@ def _softmax_of_both(x: Tensor, r: Tensor, axis: int = -1) -> tuple[Tensor, Tens
     """Return the softmax of value and reference, the slopes ``(e_j - e'_j) / (x_j - x'_j) / S``, and m."""
     value, reference = x.softmax(axis), r.softmax(axis)
     d = _log_of_sum(x, value, axis) - _log_of_sum(r, reference, axis)
-    slopes = _slopes(x, r, 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference)
+    slopes = _slopes(x, r, *over_mean_sum(value, reference, d))
     return value, reference, slopes, torch.lerp(value, reference, 0.5)
+
+
+def over_mean_sum(value: Tensor, reference: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the exponentials over the mean of both sums, ``e_j / S`` and ``e'_j / S``.
+
+    Args:
+        value: The softmax of the value.
+        reference: The softmax of the reference, of the same shape.
+        d: ``log(s / s')``, with size 1 along the axis of the sums.
+
+    Returns:
+        Both, of the shape of ``value``.
+    """
+    return 2 * d.sigmoid() * value, 2 * (-d).sigmoid() * reference
 
 
 class _Softmax(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,11 +112,10 @@ def _with_mlp(weights: Mapping[str, Tensor], x: Tensor, factors: Mapping[str, An
     gates = F.silu(gate.apply(x, bias=True))
     extended = {
         **factors,
-        "attention": SoftmaxAttention(
-            bypass.heads(attention.queries, -3),
-            bypass.heads(attention.keys, -3),
-            attention.scale,
-            sees_earlier=attention.sees_earlier,
+        "attention": replace(
+            attention,
+            queries=bypass.heads(attention.queries, -3),
+            keys=bypass.heads(attention.keys, -3),
             attends=bypass.heads(x.new_ones(1, attention.heads, 1, 1), -3),
             head_size=bypass.head_size,
             skip=F.pad(x.new_ones(M), (D, 0)),
