@@ -47,8 +47,13 @@ def causal_mask(x: Tensor, tokens: Tensor | None = None, window: int | None = No
     Returns:
         (B or 1, 1, L, L).
     """
-    visible = _visible_keys(x.shape[1], x.device, window)[None, None]
-    return as_scores(visible if tokens is None else visible & tokens.to(visible)[:, None, None], x)
+    L = x.shape[1]
+    visible = torch.ones(1, 1, L, L, dtype=torch.bool, device=x.device).tril()
+    if window:
+        visible = visible.triu(1 - window)
+    if tokens is not None:
+        visible = visible & tokens.to(visible)[:, None, None]
+    return as_scores(visible, x)
 
 
 def as_scores(mask: Tensor, x: Tensor) -> Tensor:
@@ -74,18 +79,3 @@ def attending(mask: Tensor | None, visible: Tensor | None) -> Tensor | None:
     if mask is not None:
         none = none | (mask <= HIDDEN).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return (~none).to(visible) if bool(none.any()) else None
-
-
-def _visible_keys(L: int, device: torch.device, window: int | None = None) -> Tensor:
-    """Build the causal mask.
-
-    Args:
-        L: Number of tokens.
-        device: Device of the mask.
-        window: Number of keys that a token sees at most; None for all.
-
-    Returns:
-        (L, L), True where query i sees key j.
-    """
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    return causal.triu(1 - window) if window else causal
